@@ -1,0 +1,47 @@
+"""What flows through the system: one NamedTuple a thing, with axes, dtype and range of every field.
+
+Letters are those of `array_types`. Padding stands at the end of an axis, is masked out, and never changes a result.
+"""
+
+from typing import NamedTuple
+
+from squeeze_jax.array_types import Array, Bool, Float, Int
+
+
+class HiddenStates(NamedTuple):
+    """All hidden states of the MLLM for a batch, text and image tokens apart (DESIGN: "Hidden states")."""
+
+    text: Float[Array, "B M Lt C"]
+    text_mask: Bool[Array, "B Lt"]
+    text_positions: Int[Array, "B Lt"]
+    """Place of each text token in the MLLM's sequence, 0 .. Lt + Li - 1."""
+    image: Float[Array, "B M Li C"]
+    image_mask: Bool[Array, "B Li"]
+    image_positions: Int[Array, "B Li"]
+
+
+class Context(NamedTuple):
+    """The aggregator's output, which takes the place of the T5 features in the transformer."""
+
+    tokens: Float[Array, "B L C"]
+    mask: Bool[Array, "B L"]
+
+
+class References(NamedTuple):
+    """Clean latents of the references as packed tokens, all references of a sample in one row."""
+
+    tokens: Float[Array, "B R 64"]
+    mask: Bool[Array, "B R"]
+    positions: Int[Array, "B R 2"]
+    """Row and column of each token on the rotary grid, already shifted past the target's (UNO)."""
+
+
+class TrainingBatch(NamedTuple):
+    """One batch of feature records, as the data pipeline hands it to the train step."""
+
+    target: Float[Array, "B N 64"]
+    """Packed latents x_0 of the target after shift and scale: about zero mean and unit variance."""
+    hidden_states: HiddenStates
+    references: References
+    index: Int[Array, " B"]
+    """The record's index in the data set."""

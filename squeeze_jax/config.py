@@ -1,0 +1,335 @@
+"""The one configuration tree: typed, frozen, validated when it is built.
+
+A preset is a Python file in `configs/` with a variable `config`. Any field can be overridden on the command line
+(`--optimizer.learning-rate 3e-4`). Fields marked "our decision" stand where the paper is silent (PAPER, [D]).
+"""
+
+import dataclasses
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tyro
+
+from squeeze_jax.diffusion.flow import TimeSampling
+from squeeze_jax.diffusion.stages import ConditionDropout
+from squeeze_jax.errors import InputError
+from squeeze_jax.layers.lora import LoRAConfig
+from squeeze_jax.layers.stack import REMAT, Remat
+from squeeze_jax.models.aggregator import AggregatorConfig
+from squeeze_jax.models.dit import DiTConfig
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer, and where the frozen parts come from."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    dit_weights: str | None = None
+    """Folder of the pre-trained transformer (safetensors, diffusers layout); None starts from random weights."""
+    autoencoder: str = "demo"
+    """Folder of the autoencoder; `demo` is the shipped miniature."""
+    mllm: str = "demo"
+    """Folder of the multimodal LLM; `demo` is the shipped miniature."""
+    frozen_dtype: Precision = "bfloat16"
+    """What frozen weights are kept in."""
+    dtype: Precision = "bfloat16"
+    """What activations are computed in; norms, softmax, modulation, rotary phases and loss are float32 always."""
+
+
+@dataclass(frozen=True)
+class CrittersConfig:
+    """The procedural demo data: drawn, not loaded."""
+
+    train: int = 60_000
+    """Pairs to draw for training."""
+    held_out: int = 512
+    """Pairs of subjects that training never sees, for validation and scores."""
+    size: int = 64
+    """Side of the drawn pictures in pixels."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and how large they are."""
+
+    manifest: str | None = None
+    """JSON list of `prompt`, `image_paths`, `image_tgt_path`; or `critters` below; or ready `features`."""
+    critters: CrittersConfig | None = None
+    features: str | None = None
+    """Folder of feature records (train and held-out below it); None: extracted into the work folder."""
+    height: int = 512
+    width: int = 512
+    """Target size in pixels, multiples of 16 (our decision: 512 x 512)."""
+    reference_long_side: int = 512
+    """References keep their aspect ratio and are at most this long (our decision)."""
+    held_out: int = 16
+    """Rows of a manifest kept for validation: the last ones, at most a tenth of it."""
+    batch_per_chip: int = 1
+    """Examples a step on each device; the global batch is this times the devices."""
+    extract_batch: int = 8
+    """Examples that go through the frozen encoders at once."""
+    workers: int = 0
+    """Reading processes; 0 reads in threads of the main process."""
+    cache_in_memory: bool = False
+    """Keep all decoded records in memory: for data sets of a few GB."""
+    system_text: str | None = None
+    """System turn of the MLLM's chat; None leaves it out, as the published `-hf` files do (our decision)."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How times are drawn and which distilled guidance value the transformer is told."""
+
+    time_sampling: TimeSampling = "shifted_uniform"
+    """Our decision: the sampler's shift of uniform times; `logit_normal` looks at the middle more often."""
+    guidance: float = 1.0
+    """FLUX.1-dev's distilled guidance input, in training and sampling (our decision)."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage. The paper: 25,000 steps with the MLLM alone, then 10,000 with both conditions."""
+
+    steps: int
+    references: bool
+    """Whether reference tokens take part."""
+    dropout: ConditionDropout = field(default_factory=ConditionDropout)
+    """Which conditions a sample keeps; without references `both` and `mllm` together are the share that keeps it."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and clipping (our decision throughout: PAPER, decision 8)."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    """Linear warm-up at the start of each stage."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """What the rate does after the warm-up, over each stage; cosine ends at a twentieth of the peak."""
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one update."""
+    ema: float = 0.0
+    """Decay of the running average of trained weights that sampling uses; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What a run does from start to end."""
+
+    stages: tuple[StageConfig, ...] = (StageConfig(steps=10_000, references=True),)
+    """Stages in order; a run goes through all of them."""
+    seed: int = 0
+    """Decides initial weights, data order, noise, times and dropout."""
+    validate_every: int = 500
+    sample_every: int = 1000
+    """Steps between grids of sampled pictures; 0 draws none before the end."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Defaults of `sample.py` for checkpoints of this config."""
+
+    steps: int = 25
+    tau1: float = 0.95
+    """At t ≥ τ1 the MLLM's tokens alone (paper)."""
+    tau2: float = 0.85
+    """At t < τ2 the references' tokens alone (paper)."""
+    cfg_scale: float = 2.5
+    """Classifier-free guidance (paper); 1 is off."""
+    shifted: bool = True
+    """FLUX.1's shifted schedule; schnell's is not."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Mesh and memory."""
+
+    data: int = 1
+    fsdp: int = -1
+    """-1: all the devices that the other axes leave."""
+    tensor: int = 1
+    remat: Remat = "none"
+    """What the backward pass keeps: `layers.stack.scan_blocks` explains the names."""
+    unroll: int = 1
+    """Blocks of a stack unrolled in the scan: more compile time for fewer copies; pays on CPUs."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500
+    """Steps between saves; the last step of a run is saved always."""
+    keep: int = 2
+    """The newest checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 20
+    """Steps between lines of metrics.jsonl and TensorBoard."""
+    tensorboard: bool = True
+    grid: int = 8
+    """Held-out pairs in a sample grid."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
+    lora: LoRAConfig | None = field(default_factory=LoRAConfig)
+    """None trains the whole transformer: for small ones."""
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        problems = list(_impossible(self))
+        if problems:
+            raise InputError("impossible configuration: " + "; ".join(problems))
+
+    @property
+    def target_grid(self) -> tuple[int, int]:
+        """Rows and columns of target tokens (8 x downsampling, then 2 x 2 patches)."""
+        return self.data.height // 16, self.data.width // 16
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.training.stages)
+
+
+def _impossible(config: Config):
+    """Yields one sentence for every combination that cannot work."""
+    dit, aggregator, data, sampling = config.model.dit, config.aggregator, config.data, config.sampling
+    if aggregator.out_width != dit.context_width:
+        yield (
+            f"aggregator.out_width {aggregator.out_width} must equal model.dit.context_width {dit.context_width}, "
+            "since the aggregator's tokens enter the transformer there"
+        )
+    for name in ("height", "width", "reference_long_side"):
+        value = getattr(data, name)
+        if value < 16 or value % 16:
+            yield f"data.{name} {value} must be a positive multiple of 16 (8x autoencoder, 2x2 patches)"
+    if data.critters is not None and data.manifest is not None:
+        yield "data.critters and data.manifest are both set; choose one source of examples"
+    if data.critters is not None and data.critters.size != data.height:
+        yield f"data.critters.size {data.critters.size} must equal data.height {data.height}: they are drawn at that size"
+    if sampling.tau2 > sampling.tau1:
+        yield f"sampling.tau2 {sampling.tau2} must not be larger than sampling.tau1 {sampling.tau1}"
+    if not config.training.stages:
+        yield "training.stages is empty; give at least one stage"
+    for i, stage in enumerate(config.training.stages):
+        if stage.steps < 1:
+            yield f"training.stages.{i}.steps is {stage.steps}; it must be at least 1"
+    for path, low, high in (
+        ("optimizer.ema", 0.0, 0.999999),
+        ("optimizer.b1", 0.0, 0.999999),
+        ("optimizer.b2", 0.0, 0.999999),
+        ("sampling.tau1", 0.0, 1.0),
+        ("sampling.tau2", 0.0, 1.0),
+    ):
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if not low <= value <= high:
+            yield f"{path} is {value}; it must be between {low:g} and {high:g}"
+    for path in (
+        "optimizer.learning_rate",
+        "optimizer.clip_norm",
+        "optimizer.accumulate",
+        "data.batch_per_chip",
+        "data.extract_batch",
+        "sampling.steps",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "log.every",
+        "training.validate_every",
+    ):
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if value <= 0:
+            yield f"{path} is {value}; it must be larger than 0"
+    if config.parallel.remat not in REMAT:
+        yield f"parallel.remat is {config.parallel.remat!r}; choose one of {', '.join(REMAT)}"
+    if config.model.dtype not in get_args(Precision) or config.model.frozen_dtype not in get_args(Precision):
+        yield f"model.dtype and model.frozen_dtype must each be one of {', '.join(get_args(Precision))}"
+
+
+def load_preset(path: str | Path) -> Config:
+    """The `config` of a preset file. Raises InputError if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        nearby = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise InputError(f"no preset {path}" + (f"; there are {', '.join(nearby)}" if nearby else ""))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise InputError(f"{path} must define `config`, a squeeze_jax.config.Config; it has {type(config).__name__}")
+    return config
+
+
+def override(config: Config, arguments: list[str], prog: str) -> Config:
+    """`config` with `--path.to.field value` applied; tyro prints an unknown field with the nearest ones and exits 2."""
+    return tyro.cli(Config, default=config, args=arguments, prog=prog)
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON, fields in order."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; unknown and missing fields raise InputError."""
+    return _build(Config, json.loads(text), "config")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A value of the annotated type from JSON, dataclasses and tuples of them included."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} must be an object, it is {value!r}")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = sorted(set(value) - set(fields))
+        if unknown:
+            raise InputError(f"{where} has unknown fields {', '.join(unknown)}: it was written by another version")
+        return kind(**{name: _build(fields[name].type, item, f"{where}.{name}") for name, item in value.items()})  # type: ignore
+    arguments = get_args(kind)
+    if value is None or not arguments:
+        return value
+    if getattr(kind, "__origin__", None) is tuple:
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_build(k, v, where) for k, v in zip(inner, value))
+    for option in arguments:  # X | None: the first dataclass that it can be
+        if dataclasses.is_dataclass(option):
+            return _build(option, value, where)
+    return value
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`path: old → new` for every field that differs."""
+
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, item in value.items() for k, v in flat(f"{prefix}.{name}".lstrip("."), item).items()}
+        return {prefix: value}
+
+    a, b = flat("", dataclasses.asdict(old)), flat("", dataclasses.asdict(new))
+    return [f"{k}: {a.get(k)} → {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]

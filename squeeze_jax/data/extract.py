@@ -1,0 +1,182 @@
+"""From examples to feature records: the frozen encoders run once over everything, shard by shard.
+
+Each shard is a fixed slice of the rows, written whole. A killed extraction, started again, continues at the first shard
+that is missing or damaged; several machines share the work with `shard=(i, n)`, and whoever finishes last writes the
+metadata.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Float32, Int32
+from PIL import Image
+
+from squeeze_jax.data.features import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
+from squeeze_jax.data.images import resize_for_reference, resize_for_target
+from squeeze_jax.errors import InputError
+
+SETTINGS_FILE = "extraction.json"
+Progress = Callable[[int, int], None]
+"""Called with the rows done so far and the rows in all."""
+
+
+class Example(NamedTuple):
+    """One row: RGB pictures, the references in the order the prompt speaks of them."""
+
+    prompt: str
+    references: list[Image.Image]
+    target: Image.Image
+
+
+class Rows(Protocol):
+    """Examples by number, so that an extraction can go on where it was killed. A list of `Example` will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class EncodedPrompt(NamedTuple):
+    """What the MLLM makes of one sample; floats are float32 or bf16."""
+
+    text: Float[np.ndarray, "M Lt C"]
+    text_positions: Int32[np.ndarray, " Lt"]
+    image: Float[np.ndarray, "M Li C"]
+    image_positions: Int32[np.ndarray, " Li"]
+
+
+class Encoders(Protocol):
+    """The frozen encoders as extraction needs them."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values that decide what comes out: names, digests of the weights, chat-template settings."""
+        ...
+
+    def hidden_states(self, prompts: list[str], images: list[list[Image.Image]]) -> list[EncodedPrompt]:
+        """One result a sample, from its prompt and its references as they are (not yet resized)."""
+        ...
+
+    def latents(self, images: list[Float32[np.ndarray, "height width 3"]]) -> list[np.ndarray]:
+        """Latents [height / 8, width / 8, 16] after shift and scale of pictures in [-1, 1], all of one size."""
+        ...
+
+
+def extract(
+    rows: Rows,
+    encoders: Encoders,
+    out_dir: str | epath.Path,
+    *,
+    target_size: tuple[int, int],
+    reference_long_side: int,
+    examples_per_shard: int = 1024,
+    batch: int = 32,
+    shard: tuple[int, int] = (0, 1),
+    source: str = "",
+    progress: Progress | None = None,
+) -> Metadata | None:
+    """Writes the feature records of all rows into `out_dir`.
+
+    target_size: (height, width) of every target in pixels. source: a fingerprint of the rows (a manifest's digest, a
+    generator's seed), kept so that a folder is never continued with other rows. shard: (i, n) does every n-th shard
+    from i. Returns the metadata, or None while other parts are missing.
+    Raises InputError where `out_dir` holds an extraction of other rows or other settings.
+    """
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise InputError(f"shard {part}/{parts}: the first number must be from 0 to {parts - 1}")
+    if len(rows) == 0:
+        raise InputError("nothing to extract: there are no rows")
+    folder = epath.Path(out_dir)
+    settings = {
+        "rows": len(rows),
+        "source": source,
+        "target_size": list(target_size),
+        "reference_long_side": reference_long_side,
+        "examples_per_shard": examples_per_shard,
+        "encoders": encoders.settings,
+    }
+    _claim(folder, settings)
+
+    shards = -(-len(rows) // examples_per_shard)
+    done = 0
+    for number in range(part, shards, parts):
+        first, last = number * examples_per_shard, min((number + 1) * examples_per_shard, len(rows))
+        if shard_summary(folder, number, shards) is None:
+            records = _records(rows, range(first, last), encoders, target_size, reference_long_side, batch)
+            write_shard(folder, number, shards, _counted(records, done, len(rows), progress))
+        done += last - first
+        if progress:
+            progress(done, len(rows))
+    if any(shard_summary(folder, number, shards) is None for number in range(shards)):
+        return None
+    return write_metadata(folder, shards, settings)
+
+
+def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in a new folder, or checks that they are those of the extraction it holds."""
+    path = folder / SETTINGS_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+        part.replace(path)
+        return
+    there, wanted = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    differing = [key for key in wanted if there.get(key) != wanted[key]]
+    if differing:
+        listed = ", ".join(f"{key} {there.get(key)!r} there and {wanted[key]!r} now" for key in differing)
+        raise InputError(f"{folder} holds an extraction with {listed}; choose another folder or delete it")
+
+
+def _records(
+    rows: Rows,
+    numbers: range,
+    encoders: Encoders,
+    target_size: tuple[int, int],
+    reference_long_side: int,
+    batch: int,
+) -> Iterator[FeatureRecord]:
+    for start in range(0, len(numbers), batch):
+        examples = [rows[number] for number in numbers[start : start + batch]]
+        references = [list(example.references) for example in examples]
+        encoded = encoders.hidden_states([example.prompt for example in examples], references)
+        pictures = [resize_for_target(example.target, *target_size) for example in examples]
+        pictures += [resize_for_reference(r, reference_long_side) for sample in references for r in sample]
+        latents = _latents(encoders, pictures, batch)
+        of_references = iter(latents[len(examples) :])
+        for example, prompt, target, sample in zip(examples, encoded, latents, references):
+            yield FeatureRecord(
+                prompt=example.prompt,
+                text=prompt.text,
+                text_positions=prompt.text_positions,
+                image=prompt.image,
+                image_positions=prompt.image_positions,
+                target=target,
+                references=tuple(next(of_references) for _ in sample),
+            )
+
+
+def _latents(encoders: Encoders, pictures: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
+    """Latents of pictures of any sizes, in order: those of one size together, at most `batch` at once."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for place, picture in enumerate(pictures):
+        by_size.setdefault(picture.shape, []).append(place)
+    latents: dict[int, np.ndarray] = {}
+    for places in by_size.values():
+        for start in range(0, len(places), batch):
+            some = places[start : start + batch]
+            latents.update(zip(some, encoders.latents([pictures[place] for place in some]), strict=True))
+    return [latents[place] for place in range(len(pictures))]
+
+
+def _counted(
+    records: Iterator[FeatureRecord], done: int, total: int, progress: Progress | None
+) -> Iterator[FeatureRecord]:
+    for count, record in enumerate(records, 1):
+        yield record
+        if progress:
+            progress(done + count, total)

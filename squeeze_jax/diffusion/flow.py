@@ -1,0 +1,60 @@
+"""Rectified flow: the path, the velocity, the loss, and how times are drawn.
+
+x_t = (1 − t)·x_0 + t·ε with t in [0, 1], 1 = pure noise; the model predicts v = ε − x_0 (PAPER, "Training").
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax.array_types import Array, Float, Key
+
+TimeSampling = Literal["shifted_uniform", "logit_normal"]
+
+BASE_TOKENS, BASE_SHIFT = 256, 0.5
+MAX_TOKENS, MAX_SHIFT = 4096, 1.15  # FLUX.1's scheduler
+
+
+def schedule_shift(target_tokens: int) -> float:
+    """FLUX.1's μ for a picture of that many target tokens: 0.5 at 256, 1.15 at 4,096, linear and extrapolated."""
+    slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
+    return BASE_SHIFT + slope * (target_tokens - BASE_TOKENS)
+
+
+def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
+    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise; 0 stays 0 and 1 stays 1."""
+    return math.exp(mu) * s / (math.exp(mu) * s + 1.0 - s)
+
+
+def sample_times(key: Key, batch: int, sampling: TimeSampling, mu: float) -> Float[Array, " B"]:
+    """Training times: the schedule's shift of uniform times (PAPER, decision 8), or of logit-normal ones."""
+    if sampling == "shifted_uniform":
+        s = jax.random.uniform(key, (batch,))
+    else:
+        s = jax.nn.sigmoid(jax.random.normal(key, (batch,)))
+    return shift_time(s, mu)
+
+
+def noisy(
+    clean: Float[Array, "B N c"], noise: Float[Array, "B N c"], t: Float[Array, " B"]
+) -> Float[Array, "B N c"]:
+    """x_t on the straight path from x_0 to ε."""
+    t = t[:, None, None]
+    return (1.0 - t) * clean + t * noise
+
+
+def loss_per_sample(
+    velocity: Float[Array, "B N c"], clean: Float[Array, "B N c"], noise: Float[Array, "B N c"]
+) -> Float[Array, " B"]:
+    """Mean squared error of the velocity against ε − x_0, in float32."""
+    error = velocity.astype(jnp.float32) - (noise - clean).astype(jnp.float32)
+    return jnp.mean(jnp.square(error), axis=(1, 2))
+
+
+def euler_step(
+    x: Float[Array, "B N c"], velocity: Float[Array, "B N c"], t: Float[Array, ""], t_next: Float[Array, ""]
+) -> Float[Array, "B N c"]:
+    """x + (t_next − t)·v."""
+    return x + (t_next - t).astype(x.dtype) * velocity.astype(x.dtype)

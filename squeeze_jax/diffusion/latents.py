@@ -1,0 +1,74 @@
+"""Latents as tokens: 2x2 patches in diffusers' channel order, and the tokens' places on the rotary grid (UNO).
+
+Everything here is shape arithmetic and takes NumPy and JAX arrays alike (the data workers use it without JAX).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int32
+
+PATCH = 2
+"""Latent pixels that a token covers in each direction, so a token covers 16 x 16 pixels of the picture."""
+
+Grid = tuple[int, int]
+"""Rows and columns of tokens."""
+
+
+def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:
+    """Latents [*B, h, w, 16] to tokens [*B, (h/2)(w/2), 64], row by row.
+
+    A token's channels are ordered (channel, dy, dx), as diffusers packs them, so that weights load unchanged.
+    Raises ValueError where h or w is odd.
+    """
+    *batch, height, width, channels = latents.shape
+    if height % PATCH or width % PATCH:
+        raise ValueError(f"latents of {height}x{width} do not divide into {PATCH}x{PATCH} patches")
+    rows, columns, b = height // PATCH, width // PATCH, len(batch)
+    patches = latents.reshape(*batch, rows, PATCH, columns, PATCH, channels)
+    patches = patches.transpose(*range(b), b, b + 2, b + 4, b + 1, b + 3)
+    return patches.reshape(*batch, rows * columns, channels * PATCH * PATCH)
+
+
+def unpack(tokens: Float[Any, "*B N patch"], grid: Grid) -> Float[Any, "*B height width c"]:
+    """The inverse of `pack` for a grid of (rows, columns) tokens: [*B, N, 64] to [*B, 2 rows, 2 columns, 16]."""
+    rows, columns = grid
+    *batch, count, width = tokens.shape
+    if count != rows * columns:
+        raise ValueError(f"{count} tokens do not fill a grid of {rows}x{columns}")
+    channels, b = width // (PATCH * PATCH), len(batch)
+    patches = tokens.reshape(*batch, rows, columns, channels, PATCH, PATCH)
+    patches = patches.transpose(*range(b), b, b + 3, b + 1, b + 4, b + 2)
+    return patches.reshape(*batch, rows * PATCH, columns * PATCH, channels)
+
+
+def latent_grid(latents: Float[Any, "*B height width c"]) -> Grid:
+    """Rows and columns of tokens that `pack` makes of latents."""
+    return latents.shape[-3] // PATCH, latents.shape[-2] // PATCH
+
+
+def grid_positions(rows: int, columns: int, origin: Grid = (0, 0)) -> Int32[np.ndarray, "N 2"]:
+    """Row and column of every token of a grid, row by row, counted from `origin`."""
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    return (np.stack([row, column], axis=-1).reshape(-1, 2) + np.asarray(origin)).astype(np.int32)
+
+
+def reference_origins(target_grid: Grid, reference_grids: Sequence[Grid]) -> list[Grid]:
+    """Where each reference's grid begins: diagonally past the target and past all references before it (UNO).
+
+    A 4x4 target and a 2x3 reference put the references at (4, 4) and (6, 7): no two pictures share a row or a column.
+    """
+    row, column = target_grid
+    origins = []
+    for rows, columns in reference_grids:
+        origins.append((row, column))
+        row, column = row + rows, column + columns
+    return origins
+
+
+def reference_positions(target_grid: Grid, reference_grids: Sequence[Grid]) -> Int32[np.ndarray, "R 2"]:
+    """`grid_positions` of all references in a row, each from its origin of `reference_origins`."""
+    origins = reference_origins(target_grid, reference_grids)
+    parts = [grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)]
+    return np.concatenate([np.zeros((0, 2), np.int32), *parts])

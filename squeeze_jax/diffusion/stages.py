@@ -1,0 +1,72 @@
+"""When which condition is on: condition dropout in training, and the (τ1, τ2) stages of sampling."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax.array_types import Array, Bool, Key
+from squeeze_jax.diffusion.flow import schedule_shift, shift_time
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Probabilities of one categorical draw a sample: which conditions it keeps (AMENDMENTS, "Condition dropout").
+
+    Without references (stage 1, text only) the outcomes fold: `both` and `mllm` keep the MLLM, the others drop it.
+    """
+
+    both: float = 0.6
+    mllm: float = 0.1
+    vae: float = 0.2
+    neither: float = 0.1
+
+    def __post_init__(self) -> None:
+        values = (self.both, self.mllm, self.vae, self.neither)
+        if min(values) < 0 or abs(sum(values) - 1.0) > 1e-6:
+            raise ValueError(f"diffusion.dropout {values} must be probabilities that sum to 1")
+
+    def draw(self, key: Key, batch: int) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+        """For each sample, whether the MLLM's tokens and whether the references' tokens stay."""
+        edges = np.cumsum([self.both, self.mllm, self.vae])
+        outcome = jnp.searchsorted(jnp.asarray(edges, jnp.float32), jax.random.uniform(key, (batch,)), side="right")
+        return (outcome == 0) | (outcome == 1), (outcome == 0) | (outcome == 2)
+
+
+class Stage(NamedTuple):
+    """Consecutive sampling steps with the same conditions."""
+
+    mllm: bool
+    vae: bool
+    steps: tuple[int, int]
+    """First step, and the one after the last."""
+
+
+def time_steps(steps: int, target_tokens: int, shifted: bool = True) -> np.ndarray:
+    """The sampler's times, float32 [steps + 1] from 1 to 0: FLUX.1's schedule, shifted by the target's tokens.
+
+    `shifted=False` is schnell's: evenly spaced.
+    """
+    s = 1.0 - np.arange(steps + 1, dtype=np.float64) / steps
+    return (shift_time(s, schedule_shift(target_tokens)) if shifted else s).astype(np.float32)
+
+
+def plan_stages(times: np.ndarray, tau1: float, tau2: float, references: bool = True) -> tuple[Stage, ...]:
+    """The stages of a run (PAPER, "Multi-stage denoising"); a stage without steps is left out.
+
+    A step belongs to the stage of the time at its start: t ≥ τ1 MLLM alone, τ2 ≤ t < τ1 both, t < τ2 VAE alone.
+    Without references the MLLM stays on throughout.
+    """
+    if tau2 > tau1:
+        raise ValueError(f"tau2 is {tau2} and tau1 is {tau1}: tau2 must not be larger than tau1")
+    starts = times[:-1]
+    first = int(np.sum(starts >= tau1)) if references else len(starts)
+    second = int(np.sum(starts >= tau2)) if references else len(starts)
+    stages = (
+        Stage(mllm=True, vae=False, steps=(0, first)),
+        Stage(mllm=True, vae=True, steps=(first, second)),
+        Stage(mllm=False, vae=True, steps=(second, len(starts))),
+    )
+    return tuple(stage for stage in stages if stage.steps[0] < stage.steps[1])

@@ -1,0 +1,130 @@
+"""The autoencoder's table: diffusers' AutoencoderKL, tensor by tensor, and its `config.json`.
+
+Module names are diffusers' but for two: an up- or downsampler is `conv` of its level, and the middle's attention
+is `attention`. Published folders and ours hold the same two files, so that each side reads the other's.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from squeeze_jax.array_types import DType
+from squeeze_jax.interop.mapping import Entry, Layout, export_entries
+from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def entries(config: AutoencoderConfig) -> list[Entry]:
+    """Every tensor of an AutoencoderKL without quant convolutions (244 for FLUX.1's)."""
+    widths = config.block_out_channels
+    table = [*_coder("encoder", "down", widths, config.layers_per_block)]
+    table += _coder("decoder", "up", widths[::-1], config.layers_per_block + 1)
+    return table
+
+
+def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:
+    """The config of a diffusers folder; what this model does not do (quant convolutions, others blocks) is refused."""
+    fixed = _fixed(len(values["block_out_channels"]))
+    for name, want in fixed.items():
+        # diffusers' defaults where a field is absent: quant convolutions on, everything else as here.
+        found = values.get(name, True if name.startswith("use_") else want)
+        if found != want and name != "_class_name":
+            raise ValueError(f"the autoencoder's config.json has {name} = {found!r}; only {want!r} is supported")
+    if values.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise ValueError(f"config.json describes a {values['_class_name']}, not an AutoencoderKL")
+    return AutoencoderConfig(
+        in_channels=values.get("in_channels", 3),
+        latent_channels=values.get("latent_channels", 4),
+        block_out_channels=tuple(values["block_out_channels"]),
+        layers_per_block=values.get("layers_per_block", 1),
+        norm_groups=values.get("norm_num_groups", 32),
+        scaling_factor=values.get("scaling_factor", 0.18215),
+        shift_factor=values.get("shift_factor") or 0.0,
+    )
+
+
+def config_to_json(config: AutoencoderConfig, sample_size: int = 1024) -> dict[str, Any]:
+    """The `config.json` that diffusers reads; `sample_size` is the side of the pictures trained on (it only informs)."""
+    return {
+        **_fixed(len(config.block_out_channels)),
+        "block_out_channels": list(config.block_out_channels),
+        "force_upcast": True,
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_groups,
+        "out_channels": config.in_channels,
+        "sample_size": sample_size,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+    }
+
+
+def save_autoencoder(
+    autoencoder: Autoencoder, directory: Path, *, dtype: DType | None = None, sample_size: int = 1024
+) -> None:
+    """Writes `config.json` and the weights as diffusers lays them out; each file is whole or absent.
+
+    `dtype` converts the weights (default: as they are).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = export_entries(autoencoder, entries(autoencoder.config))
+    if dtype is not None:
+        tensors = {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()}
+    aside = directory / (WEIGHTS_FILE + ".partial")
+    save_file(tensors, aside, metadata={"format": "pt"})
+    os.replace(aside, directory / WEIGHTS_FILE)
+    aside = directory / (CONFIG_FILE + ".partial")
+    aside.write_text(json.dumps(config_to_json(autoencoder.config, sample_size), indent=2, sort_keys=True) + "\n")
+    os.replace(aside, directory / CONFIG_FILE)
+
+
+def _coder(coder: str, direction: str, widths: tuple[int, ...], depth: int) -> list[Entry]:
+    table = _conv(f"{coder}.conv_in") + _norm(f"{coder}.conv_norm_out") + _conv(f"{coder}.conv_out")
+    for level, width in enumerate(widths):
+        ours = f"{coder}.{direction}_blocks.{level}"
+        for block in range(depth):
+            widened = block == 0 and level > 0 and widths[level - 1] != width
+            table += _resnet(f"{ours}.resnets.{block}", shortcut=widened)
+        if level < len(widths) - 1:
+            table += _conv(f"{ours}.conv", theirs=f"{ours}.{direction}samplers.0.conv")
+    middle = f"{coder}.mid_block"
+    table += _resnet(f"{middle}.resnets.0", shortcut=False) + _resnet(f"{middle}.resnets.1", shortcut=False)
+    ours, theirs = f"{middle}.attention", f"{middle}.attentions.0"
+    table += _norm(f"{ours}.group_norm", theirs=f"{theirs}.group_norm")
+    for name, source in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
+        table += _conv(f"{ours}.{name}", theirs=f"{theirs}.{source}", layout="linear")
+    return table
+
+
+def _resnet(path: str, *, shortcut: bool) -> list[Entry]:
+    table = _norm(f"{path}.norm1") + _conv(f"{path}.conv1") + _norm(f"{path}.norm2") + _conv(f"{path}.conv2")
+    return table + _conv(f"{path}.conv_shortcut") if shortcut else table
+
+
+def _conv(ours: str, *, theirs: str | None = None, layout: Layout = "conv") -> list[Entry]:
+    theirs = theirs or ours
+    return [Entry((f"{theirs}.weight",), f"{ours}.kernel", layout), Entry((f"{theirs}.bias",), f"{ours}.bias")]
+
+
+def _norm(ours: str, *, theirs: str | None = None) -> list[Entry]:
+    theirs = theirs or ours
+    return [Entry((f"{theirs}.weight",), f"{ours}.scale"), Entry((f"{theirs}.bias",), f"{ours}.bias")]
+
+
+def _fixed(levels: int) -> dict[str, Any]:
+    """What FLUX.1's file says and this model does not vary."""
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "mid_block_add_attention": True,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }

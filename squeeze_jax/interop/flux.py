@@ -1,0 +1,132 @@
+"""FLUX.1's transformer in its two published layouts: diffusers', and Black Forest Labs' single file."""
+
+from typing import Any
+
+from squeeze_jax.interop.mapping import Entry, Layout
+from squeeze_jax.models.dit import DiTConfig
+
+
+def diffusers_entries(config: DiTConfig) -> list[Entry]:
+    """The table for diffusers' `FluxTransformer2DModel`."""
+    width, table = config.width, []
+
+    def linear(path: str, *names: str, layer: int | None = None, sizes: tuple[int, ...] = ()) -> None:
+        table.append(Entry(tuple(f"{n}.weight" for n in names), f"{path}.kernel", "linear", layer, sizes))
+        table.append(Entry(tuple(f"{n}.bias" for n in names), f"{path}.bias", "same", layer, sizes))
+
+    linear("img_in", "x_embedder")
+    linear("txt_in", "context_embedder")
+    embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
+    if config.guidance:
+        embedders["guidance_in"] = "guidance_embedder"
+    for ours, theirs in embedders.items():
+        linear(f"{ours}.in_layer", f"time_text_embed.{theirs}.linear_1")
+        linear(f"{ours}.out_layer", f"time_text_embed.{theirs}.linear_2")
+
+    for i in range(config.double_blocks):
+        block = f"transformer_blocks.{i}"
+        streams = {
+            "img": ("norm1", ("to_q", "to_k", "to_v"), "to_out.0", "norm_q", "norm_k", "ff"),
+            "txt": (
+                "norm1_context",
+                ("add_q_proj", "add_k_proj", "add_v_proj"),
+                "to_add_out",
+                "norm_added_q",
+                "norm_added_k",
+                "ff_context",
+            ),
+        }
+        for stream, (mod, qkv, out, norm_q, norm_k, ff) in streams.items():
+            ours = f"double_blocks.{stream}"
+            linear(f"{ours}_mod.lin", f"{block}.{mod}.linear", layer=i)
+            linear(f"{ours}_attn.qkv", *(f"{block}.attn.{n}" for n in qkv), layer=i, sizes=(width,) * 3)
+            linear(f"{ours}_attn.proj", f"{block}.attn.{out}", layer=i)
+            linear(f"{ours}_mlp.in_layer", f"{block}.{ff}.net.0.proj", layer=i)
+            linear(f"{ours}_mlp.out_layer", f"{block}.{ff}.net.2", layer=i)
+            for norm, name in (("query_norm", norm_q), ("key_norm", norm_k)):
+                table.append(Entry((f"{block}.attn.{name}.weight",), f"{ours}_attn.norm.{norm}.scale", layer=i))
+
+    for i in range(config.single_blocks):
+        block = f"single_transformer_blocks.{i}"
+        parts = (*(f"{block}.attn.{n}" for n in ("to_q", "to_k", "to_v")), f"{block}.proj_mlp")
+        linear("single_blocks.modulation.lin", f"{block}.norm.linear", layer=i)
+        linear("single_blocks.linear1", *parts, layer=i, sizes=(width, width, width, config.mlp_ratio * width))
+        linear("single_blocks.linear2", f"{block}.proj_out", layer=i)
+        for norm, name in (("query_norm", "norm_q"), ("key_norm", "norm_k")):
+            table.append(Entry((f"{block}.attn.{name}.weight",), f"single_blocks.norm.{norm}.scale", layer=i))
+
+    # diffusers keeps (scale, shift) where FLUX.1 keeps (shift, scale).
+    for leaf, ours in (("weight", "kernel"), ("bias", "bias")):
+        table.append(Entry((f"norm_out.linear.{leaf}",), f"final_layer.adaLN_modulation.lin.{ours}", "swap_halves"))
+    linear("final_layer.linear", "proj_out")
+    return table
+
+
+def original_entries(config: DiTConfig) -> list[Entry]:
+    """The table for Black Forest Labs' own file; names are ours but for the spelling of lists."""
+    table = []
+
+    def leaf(name: str, path: str, layout: Layout = "same", layer: int | None = None) -> None:
+        table.append(Entry((name,), path, layout, layer))
+
+    def linear(name: str, path: str, layer: int | None = None) -> None:
+        leaf(f"{name}.weight", f"{path}.kernel", "linear", layer)
+        leaf(f"{name}.bias", f"{path}.bias", "same", layer)
+
+    linear("img_in", "img_in")
+    linear("txt_in", "txt_in")
+    for embedder in ("time_in", "vector_in", *(["guidance_in"] if config.guidance else [])):
+        for layer in ("in_layer", "out_layer"):
+            linear(f"{embedder}.{layer}", f"{embedder}.{layer}")
+    for i in range(config.double_blocks):
+        for stream in ("img", "txt"):
+            theirs, ours = f"double_blocks.{i}.{stream}", f"double_blocks.{stream}"
+            linear(f"{theirs}_mod.lin", f"{ours}_mod.lin", i)
+            linear(f"{theirs}_attn.qkv", f"{ours}_attn.qkv", i)
+            linear(f"{theirs}_attn.proj", f"{ours}_attn.proj", i)
+            linear(f"{theirs}_mlp.0", f"{ours}_mlp.in_layer", i)
+            linear(f"{theirs}_mlp.2", f"{ours}_mlp.out_layer", i)
+            for norm in ("query_norm", "key_norm"):
+                leaf(f"{theirs}_attn.norm.{norm}.scale", f"{ours}_attn.norm.{norm}.scale", layer=i)
+    for i in range(config.single_blocks):
+        theirs = f"single_blocks.{i}"
+        linear(f"{theirs}.modulation.lin", "single_blocks.modulation.lin", i)
+        for name in ("linear1", "linear2"):
+            linear(f"{theirs}.{name}", f"single_blocks.{name}", i)
+        for norm in ("query_norm", "key_norm"):
+            leaf(f"{theirs}.norm.{norm}.scale", f"single_blocks.norm.{norm}.scale", layer=i)
+    linear("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.lin")
+    linear("final_layer.linear", "final_layer.linear")
+    return table
+
+
+def config_from_json(values: dict[str, Any]) -> DiTConfig:
+    """Our config from diffusers' `config.json` of a FluxTransformer2DModel."""
+    return DiTConfig(
+        in_channels=values["in_channels"],
+        context_width=values["joint_attention_dim"],
+        pooled_width=values["pooled_projection_dim"],
+        heads=values["num_attention_heads"],
+        head_width=values["attention_head_dim"],
+        double_blocks=values["num_layers"],
+        single_blocks=values["num_single_layers"],
+        rope_axes=tuple(values.get("axes_dims_rope", (16, 56, 56))),
+        guidance=values["guidance_embeds"],
+    )
+
+
+def config_to_json(config: DiTConfig) -> dict[str, Any]:
+    """diffusers' `config.json` for our config."""
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": config.in_channels,
+        "joint_attention_dim": config.context_width,
+        "pooled_projection_dim": config.pooled_width,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_width,
+        "num_layers": config.double_blocks,
+        "num_single_layers": config.single_blocks,
+        "axes_dims_rope": list(config.rope_axes),
+        "guidance_embeds": config.guidance,
+    }

@@ -1,0 +1,47 @@
+"""A linear layer that can carry a low-rank adapter."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from squeeze_jax.array_types import Array, DType, Float
+from squeeze_jax.layers.norm import per_channel
+
+
+class Linear(nnx.Module):
+    """y = x·kernel + bias (+ the adapter's delta).
+
+    `kernel` is [in, out]: the transpose of PyTorch's `weight`. Initial values: normal with standard deviation
+    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        gain: float = 1.0,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = nnx.initializers.normal(gain * in_features**-0.5) if gain else nnx.initializers.zeros
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.adapter = nnx.data(None)
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + per_channel(self.bias[...].astype(self.dtype), y)
+        if self.adapter is not None:
+            y = self.adapter(x, y)
+        return y
+
+
+def swish(x: jax.Array) -> jax.Array:
+    """x · sigmoid(x) (SiLU)."""
+    return x * jax.nn.sigmoid(x)

@@ -1,0 +1,175 @@
+"""Low-rank adapters on the transformer's linear layers (LoRA, arXiv 2106.09685).
+
+An adapter adds scale · (x·down)·up to chosen output channels of a `Linear`, scale = alpha / rank. `up` starts at zero,
+so a fresh adapter has exactly no effect. Inside a stack of blocks the adapter is stacked too, and the base is left
+where it is: adapters are parameters of their own kind (`LoRAParam`), so filters tell them from the base.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from squeeze_jax.array_types import Array, DType, Float
+from squeeze_jax.layers.linear import Linear
+
+QKVLayout = Literal["shared", "separate"]
+
+UNO = r"double_blocks\.(img|txt)_attn\.(qkv|proj)|single_blocks\.linear[12]"
+"""UNO's placement (arXiv 2504.02160), whose rank 512 the paper shares (PAPER, decision 9)."""
+
+
+class LoRAParam(nnx.Param):
+    """A trained leaf of an adapter."""
+
+
+class LoRAScale(nnx.Variable):
+    """alpha / rank, one a layer of the stack; never trained."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which linear layers carry an adapter; the defaults are the paper's rank with UNO's placement."""
+
+    rank: int = 512
+    alpha: float | None = None
+    """The delta is scaled by alpha / rank; None means alpha = rank."""
+    target: str = UNO
+    """Regular expression that a layer's dotted path must match from start to end."""
+    qkv: QKVLayout = "shared"
+    """`shared`: one down-projection for q, k and v together; `separate`: one each, as PEFT files have them."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
+        if self.qkv not in get_args(QKVLayout):
+            raise ValueError(f"lora.qkv is {self.qkv!r}; choose one of {', '.join(get_args(QKVLayout))}")
+        try:
+            re.compile(self.target)
+        except re.error as error:
+            raise ValueError(f"lora.target {self.target!r} is not a regular expression: {error}") from None
+
+
+class LowRank(nnx.Module):
+    """scale · (x·down)·up for output channels start .. start + size. Leaves may have a leading depth axis."""
+
+    def __init__(self, down: jax.Array, up: jax.Array, scale: jax.Array, start: int) -> None:
+        self.down, self.up, self.scale = LoRAParam(down), LoRAParam(up), LoRAScale(scale)
+        self.start = start
+
+    @property
+    def size(self) -> int:
+        return self.up.shape[-1]
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
+        delta = (x @ self.down[...].astype(x.dtype)) @ self.up[...].astype(x.dtype)
+        return delta * self.scale[...].astype(x.dtype)
+
+    def matrix(self) -> Float[Array, "*depth C _"]:
+        """The delta of the kernel, in float32."""
+        down, up = self.down[...].astype(jnp.float32), self.up[...].astype(jnp.float32)
+        return (down @ up) * self.scale[...].astype(jnp.float32)[..., None, None]
+
+
+class Adapter(nnx.Module):
+    """What a `Linear` carries: one low-rank delta for each range of output channels."""
+
+    def __init__(self, parts: list[LowRank]) -> None:
+        self.parts = nnx.List(parts)
+
+    def __call__(self, x: Float[Array, "*B C"], y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+        for part in self.parts:
+            after = y.shape[-1] - part.start - part.size
+            delta = part(x)
+            if part.start or after:
+                delta = jnp.pad(delta, [(0, 0)] * (y.ndim - 1) + [(part.start, after)])
+            y = y + delta
+        return y
+
+    def matrix(self, out_features: int) -> Float[Array, "*depth C F"]:
+        """The whole delta of the kernel, in float32."""
+        total: jax.Array | float = 0.0
+        for part in self.parts:
+            matrix = part.matrix()
+            after = out_features - part.start - part.size
+            total = total + jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(part.start, after)])
+        return jnp.asarray(total)
+
+
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """Every linear layer of a model under its dotted path."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            yield ".".join(map(str, path)), module
+
+
+def add_lora(
+    model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs, param_dtype: DType = jnp.float32
+) -> list[str]:
+    """Attaches fresh adapters to every linear layer that `config.target` matches; returns their paths.
+
+    `down` is normal with standard deviation in^-1/2 and `up` zero (our decision; the paper is silent). Raises ValueError
+    if nothing matches or a layer already carries an adapter.
+    """
+    pattern, chosen = re.compile(config.target), []
+    for path, linear in sorted(linears(model), key=lambda item: item[0]):
+        if not pattern.fullmatch(path):
+            continue
+        if linear.adapter is not None:
+            raise ValueError(f"{path} already carries an adapter; merge or remove it first")
+        *depth, fan_in, fan_out = linear.kernel.shape
+        scale = jnp.full(tuple(depth), (config.alpha or config.rank) / config.rank, jnp.float32)
+        parts = []
+        for start, size in qkv_ranges(path, fan_in, fan_out, config.qkv):
+            down = jax.random.normal(rngs.params(), (*depth, fan_in, config.rank), param_dtype) * fan_in**-0.5
+            parts.append(LowRank(down, jnp.zeros((*depth, config.rank, size), param_dtype), scale, start))
+        linear.adapter = Adapter(parts)
+        chosen.append(path)
+    if not chosen:
+        raise ValueError(f"lora.target {config.target!r} matches no linear layer of the transformer")
+    return chosen
+
+
+def qkv_ranges(path: str, fan_in: int, fan_out: int, layout: QKVLayout) -> list[tuple[int, int]]:
+    """(start, size) of the output channels that each low-rank part covers.
+
+    In a single block's `linear1`, whose rows are q, k, v and the feed-forward's, only q, k and v are adapted (UNO).
+    """
+    if path.endswith("_attn.qkv") or path.endswith("single_blocks.linear1"):
+        return [(0, 3 * fan_in)] if layout == "shared" else [(i * fan_in, fan_in) for i in range(3)]
+    return [(0, fan_out)]
+
+
+def remove_lora(model: nnx.Module) -> None:
+    """Takes every adapter off; the base is untouched."""
+    for _, linear in linears(model):
+        linear.adapter = nnx.data(None)
+
+
+def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
+    """Adds every adapter's delta to its kernel, in float32 and rounded once, and takes the adapters off.
+
+    Returns the kernels as they were, by path: `unmerge_lora` puts these back bit for bit (subtracting the delta again
+    would drift in bfloat16).
+    """
+    before = {}
+    for path, linear in linears(model):
+        if linear.adapter is None:
+            continue
+        kernel = linear.kernel[...]
+        before[path] = kernel
+        merged = kernel.astype(jnp.float32) + linear.adapter.matrix(kernel.shape[-1])
+        linear.kernel.set_value(merged.astype(kernel.dtype))
+        linear.adapter = nnx.data(None)
+    return before
+
+
+def unmerge_lora(model: nnx.Module, before: dict[str, jax.Array]) -> None:
+    """Puts back the kernels that `merge_lora` returned."""
+    for path, linear in linears(model):
+        if path in before:
+            linear.kernel.set_value(before[path])

@@ -1,0 +1,57 @@
+"""What the noise level does to a transformer: embeddings of scalars, and shift, scale and gate (AdaLN)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from squeeze_jax.array_types import Array, DType, Float
+from squeeze_jax.layers.linear import Linear, swish
+from squeeze_jax.layers.norm import layer_norm
+
+NORM_EPS = 1e-6  # FLUX.1: every LayerNorm and q/k RMSNorm
+
+
+def sinusoidal(x: Float[Array, " B"], width: int = 256) -> Float[Array, "B {width}"]:
+    """cos then sin of 1000·x·10000^(−i/(width/2)), in float32. `x` is a time or guidance value as the user gives it."""
+    half = width // 2
+    # The exponent is rounded to float32 before exp, as the published model does: phases reach 1000 radians, where the
+    # rounding of a frequency is visible.
+    exponent = np.float32(-np.log(10_000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angles = 1000.0 * x.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Embedder(nnx.Module):
+    """Linear, SiLU, linear in float32 (FLUX.1's MLPEmbedder)."""
+
+    def __init__(self, in_features: int, width: int, *, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        self.in_layer = Linear(in_features, width, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+        self.out_layer = Linear(width, width, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B _"]) -> Float[Array, "B C"]:
+        return self.out_layer(swish(self.in_layer(x)))
+
+
+class Modulation(nnx.Module):
+    """`count` vectors a sample from the conditioning vector: lin(silu(vec)), in float32; zero at the start."""
+
+    def __init__(self, width: int, count: int, *, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        self.lin = Linear(width, count * width, gain=0.0, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+        self.count = count
+
+    def __call__(self, vec: Float[Array, "B C"]) -> tuple[Float[Array, "B 1 C"], ...]:
+        return tuple(jnp.split(self.lin(swish(vec))[:, None, :], self.count, axis=-1))
+
+
+def modulate(
+    x: Float[Array, "B T C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"]
+) -> Float[Array, "B T C"]:
+    """(1 + scale)·layer_norm(x) + shift in float32, returned in the dtype of `x`."""
+    return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), NORM_EPS) + shift).astype(x.dtype)
+
+
+def gated(x: Float[Array, "B T C"], gate: Float[Array, "B 1 C"], update: Float[Array, "B T C"]) -> jax.Array:
+    """x + gate·update, the residual step, in the dtype of `x`."""
+    return x + gate.astype(x.dtype) * update

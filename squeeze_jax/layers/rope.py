@@ -1,0 +1,35 @@
+"""Rotary position embedding over several axes, as FLUX.1 uses it (neighbouring channels form a pair)."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax.array_types import Array, Float, Int
+
+Rotation = tuple[Float[Array, "#B S 1 D"], Float[Array, "#B S 1 D"]]
+"""Cosine and sine of every token's angles, float32, each angle twice in a row."""
+
+
+def rotation(positions: Int[Array, "#B S A"], axes: Sequence[int], theta: float = 10_000.0) -> Rotation:
+    """Angles of tokens at integer `positions` on A axes; axis a rotates `axes[a]` channels, sum(axes) = D.
+
+    Channel pair i of an axis of width n turns by position · theta^(−2i/n). Phases are float32 whatever the
+    activations' dtype, so that neighbouring positions stay apart in bfloat16.
+    """
+    angles = []
+    for axis, width in enumerate(axes):
+        frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+        frequencies = np.repeat(frequencies, 2).astype(np.float32)
+        angles.append(positions[..., axis, None].astype(jnp.float32) * frequencies[None, None])
+    angle = jnp.concatenate(angles, axis=-1)[:, :, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B S H D"], by: Rotation) -> Float[Array, "B S H D"]:
+    """Turns each channel pair (a, b) to (a·cos − b·sin, b·cos + a·sin), in float32."""
+    cos, sin = by
+    y = x.astype(jnp.float32)
+    first = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
+    partner = jnp.where(first, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
+    return (y * cos + partner * sin).astype(x.dtype)

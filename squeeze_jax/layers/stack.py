@@ -1,0 +1,73 @@
+"""One block, stacked: parameters with a leading depth axis, applied by a scan.
+
+Compile time and program size do not grow with depth, and the same stack serves training and sampling.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import jax
+from flax import nnx
+
+Remat = Literal["none", "block", "save_attention", "offload_attention"]
+REMAT = get_args(Remat)
+ATTENTION = "attention"
+"""The `checkpoint_name` tag that blocks put on the output of their attention."""
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+def stacked(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+    """`depth` independently initialised blocks as one module whose every parameter has a leading axis [depth]."""
+    init = nnx.vmap(make_block, in_axes=(0,), out_axes=0)
+    return cast(Block, init(rngs.split(depth)))
+
+
+def scan_blocks(
+    blocks: Block,
+    apply: Callable[..., Any],
+    carry: Any,
+    per_block: Any = None,
+    *,
+    remat: Remat = "none",
+    unroll: int | bool = 1,
+) -> tuple[Any, Any]:
+    """Runs `apply(block, carry, per_block[i]) -> (carry, output)` over the blocks in order.
+
+    Returns the last carry and the outputs stacked on a leading axis [depth]. Everything else that a block needs
+    (masks, positions, modulation input) is closed over by `apply`. `remat` names what a backward pass keeps:
+
+    - `none`: everything that it needs;
+    - `block`: only each block's input, the block is run again;
+    - `save_attention`: as `block`, but attention outputs are kept;
+    - `offload_attention`: as `save_attention`, kept in host memory.
+    """
+    graph, parameters = nnx.split(blocks)
+
+    def body(carry: Any, leaves: tuple[Any, Any]) -> tuple[Any, Any]:
+        parameters, inputs = leaves
+        return apply(nnx.merge(graph, parameters), carry, inputs)
+
+    return jax.lax.scan(rematerialised(body, remat), carry, (parameters, per_block), unroll=unroll)
+
+
+def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`function` wrapped in `jax.checkpoint` under the named policy (see `scan_blocks`)."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return function
+        case "block":
+            policy = policies.nothing_saveable
+        case "save_attention":
+            policy = policies.save_only_these_names(ATTENTION)
+        case "offload_attention":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[ATTENTION],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case _:
+            raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)

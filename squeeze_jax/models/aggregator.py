@@ -1,0 +1,173 @@
+"""From all hidden states of the MLLM to the transformer's context: LAP, DLA, and the ablation's simpler ways.
+
+Layerwise attention pooling (LAP, from UniFusion, arXiv 2510.12789) lets every token attend across the layer axis of its
+own stack of hidden states, then pools that axis to one vector. The Dual Layer Aggregator (DLA, arXiv 2605.26111) has one
+LAP for text tokens and one for image tokens. The inside follows Krea 2's `text_fusion` (PAPER, decision 1).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from squeeze_jax.array_types import Array, Bool, DType, Float
+from squeeze_jax.batch import Context, HiddenStates
+from squeeze_jax.layers.attention import attention
+from squeeze_jax.layers.linear import Linear, swish
+from squeeze_jax.layers.norm import RMSNorm
+from squeeze_jax.layers.stack import Remat, scan_blocks, stacked
+
+Kind = Literal["last_layer", "last_layer_vit", "lap", "dla"]
+KINDS = get_args(Kind)
+EPS = 1e-5  # Krea 2's
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    """How hidden states become context tokens; the defaults are PAPER's decision 1 for InternVL3-8B."""
+
+    kind: Kind = "dla"
+    """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last hidden state;
+    `last_layer_vit`: the same, image tokens blended with the vision tower's features by a learned weight."""
+    layers: tuple[int, ...] = tuple(range(29))
+    """Which hidden states the pooling sees, 0 = input embeddings; the record must hold them."""
+    width: int = 3584
+    """Width of the MLLM's hidden states."""
+    out_width: int = 4096
+    """Width of a context token: the transformer's `context_width`."""
+    heads: int = 28
+    mlp_width: int = 9728
+    layer_blocks: int = 1
+    """Attention blocks over the layer axis in each LAP."""
+    refiner_blocks: int = 2
+    """Attention blocks over the token axis after the join; they undo the MLLM's causal bias."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"aggregator.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.width % self.heads:
+            raise ValueError(f"aggregator.width {self.width} must be a multiple of aggregator.heads {self.heads}")
+        if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
+            raise ValueError(f"aggregator.layers {self.layers} must be distinct, ascending and not negative")
+
+
+class Aggregator(nnx.Module):
+    """Hidden states of the MLLM to context tokens, in the order of the MLLM's sequence."""
+
+    def __init__(
+        self,
+        config: AggregatorConfig,
+        *,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        remat: Remat = "none",
+        unroll: int | bool = 1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        pools = {"dla": ("text", "image"), "lap": ("shared",)}.get(config.kind, ())
+        self.pools = nnx.Dict({name: LayerPool(config, **kinds, remat=remat, rngs=rngs) for name in pools})
+        if config.kind == "last_layer_vit":
+            self.vision_weight = nnx.Param(jnp.zeros((), param_dtype))
+        refiner = config.refiner_blocks
+        self.refiner_blocks = stacked(lambda r: FusionBlock(config, **kinds, rngs=r), refiner, rngs) if refiner else None
+        self.out = Linear(config.width, config.out_width, **kinds, rngs=rngs)
+
+    def __call__(self, states: HiddenStates) -> Context:
+        """Context tokens [B, Lt + Li, out_width]; tokens of padding come last and are masked out."""
+        text, image = self._pool(states)
+        mask = jnp.concatenate([states.text_mask, states.image_mask], axis=1)
+        position = jnp.concatenate([states.text_positions, states.image_positions], axis=1)
+        order = jnp.argsort(jnp.where(mask, position, mask.shape[1] + position), axis=1)
+        tokens = jnp.take_along_axis(jnp.concatenate([text, image], axis=1), order[..., None], axis=1)
+        mask = jnp.take_along_axis(mask, order, axis=1)
+        return Context(self.out(self.refine(tokens, mask)), mask)
+
+    def refine(self, tokens: Float[Array, "B L C"], mask: Bool[Array, "B L"]) -> Float[Array, "B L C"]:
+        """Attention over the token axis, in both directions."""
+        if self.refiner_blocks is None:
+            return tokens
+        tokens, _ = scan_blocks(
+            self.refiner_blocks,
+            lambda block, x, _: (block(x, mask), None),
+            tokens,
+            remat=self.remat,
+            unroll=self.unroll,
+        )
+        return tokens
+
+    def _pool(self, states: HiddenStates) -> tuple[Float[Array, "B Lt C"], Float[Array, "B Li C"]]:
+        layers = list(self.config.layers)
+        available = states.text.shape[1]
+        if layers[-1] >= available:
+            raise ValueError(f"aggregator.layers asks for layer {layers[-1]}, the hidden states have {available}")
+        whole = layers == list(range(available))
+        text, image = ((x if whole else x[:, jnp.array(layers)]).astype(self.dtype) for x in (states.text, states.image))
+        match self.config.kind:
+            case "dla":
+                return self.pools["text"](text), self.pools["image"](image)
+            case "lap":
+                both = self.pools["shared"](jnp.concatenate([text, image], axis=2))
+                return both[:, : text.shape[2]], both[:, text.shape[2] :]
+            case "last_layer":
+                return text[:, -1], image[:, -1]
+            case "last_layer_vit":
+                weight = jax.nn.sigmoid(self.vision_weight[...].astype(self.dtype))
+                vision = states.image[:, 0].astype(self.dtype)  # input embeddings: the tower's projected features
+                return text[:, -1], image[:, -1] * (1 - weight) + vision * weight
+
+
+class LayerPool(nnx.Module):
+    """LAP: attention across the layer axis of every token, then a learned, bias-free mix of the layers."""
+
+    def __init__(
+        self,
+        config: AggregatorConfig,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ) -> None:
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        count, self.remat = config.layer_blocks, remat
+        self.layer_blocks = stacked(lambda r: FusionBlock(config, **kinds, rngs=r), count, rngs) if count else None
+        # Starts as the mean over layers, so that no layer is preferred.
+        self.projector = nnx.Param(jnp.full((len(config.layers),), 1.0 / len(config.layers), param_dtype))
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, states: Float[Array, "B M L C"]) -> Float[Array, "B L C"]:
+        batch, layers, length, width = states.shape
+        x = states.swapaxes(1, 2).reshape(batch * length, layers, width)
+        if self.layer_blocks is not None:
+            x, _ = scan_blocks(self.layer_blocks, lambda block, x, _: (block(x), None), x, remat=self.remat)
+        pooled = jnp.einsum("TMC,M->TC", x, self.projector[...].astype(self.dtype))
+        return pooled.reshape(batch, length, width)
+
+
+class FusionBlock(nnx.Module):
+    """Pre-norm transformer block: q/k-normed attention with a sigmoid output gate, then SwiGLU; no biases."""
+
+    def __init__(self, config: AggregatorConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        width, kinds = config.width, {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm = {"eps": EPS, "zero_centred": True, "param_dtype": param_dtype}
+        self.norm1, self.norm2 = RMSNorm(width, **norm), RMSNorm(width, **norm)
+        self.norm_q, self.norm_k = (RMSNorm(width // config.heads, **norm) for _ in "qk")
+        self.to_qkv = Linear(width, 3 * width, **kinds)
+        self.to_gate = Linear(width, width, **kinds)
+        self.to_out = Linear(width, width, **kinds)
+        self.ff_gate = Linear(width, config.mlp_width, **kinds)
+        self.ff_up = Linear(width, config.mlp_width, **kinds)
+        self.ff_down = Linear(config.mlp_width, width, **kinds)
+        self.heads = config.heads
+
+    def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T C"]:
+        y = self.norm1(x)
+        q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in jnp.split(self.to_qkv(y), 3, axis=-1))
+        mixed = attention(self.norm_q(q), self.norm_k(k), v, mask=mask).reshape(y.shape)
+        x = x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y)))
+        y = self.norm2(x)
+        return x + self.ff_down(swish(self.ff_gate(y)) * self.ff_up(y))

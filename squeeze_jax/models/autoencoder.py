@@ -1,0 +1,306 @@
+"""The autoencoder: AutoencoderKL as FLUX.1 uses it (diffusers 0.42.1), channels last.
+
+Pictures [B, height, width, 3] in [-1, 1] become latents [B, h, w, 16] and back. Latents leave `encode` shifted and
+scaled, (z − shift_factor) · scaling_factor, so that they have about zero mean and unit variance; `decode` undoes it.
+There are no convolutions between the moments and the latents (`use_quant_conv` is false in FLUX's file).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from squeeze_jax.array_types import Array, DType, Float, Key
+from squeeze_jax.layers.attention import attention
+from squeeze_jax.layers.linear import Linear, swish
+
+NORM_EPS = 1e-6
+LOG_VARIANCE = (-30.0, 20.0)
+"""diffusers' limits on the posterior's log variance."""
+ATTENTION_TOKENS = 4096
+"""Up to this many latents attend all at once (512 x 512 pixels: 64 MB of scores a picture in float32); more of them
+go one row of the grid after the other, so that 1024 x 1024 needs 8 MB at a time and not 1 GB (our decision)."""
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """FLUX.1's autoencoder by default; the field names are those of diffusers' `config.json`."""
+
+    in_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Width of each resolution, from the pictures' to the latents'; each step halves height and width."""
+    layers_per_block: int = 2
+    """Residual blocks a resolution in the encoder; the decoder has one more."""
+    norm_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        if not self.block_out_channels or self.layers_per_block < 1:
+            raise ValueError("the autoencoder needs at least one width and one residual block a resolution")
+        for width in self.block_out_channels:
+            if width % self.norm_groups:
+                raise ValueError(f"width {width} does not divide into {self.norm_groups} groups (norm_groups)")
+        if self.scaling_factor <= 0:
+            raise ValueError(f"scaling_factor is {self.scaling_factor}; it must be positive")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a latent stands for, along one side (8 for FLUX)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class Autoencoder(nnx.Module):
+    """Encoder, decoder, and the shift and scale between them.
+
+    `dtype` is what convolutions are computed in, `param_dtype` what is stored; group norms and the softmax are float32
+    always, moments and latents come out as float32.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        *,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.encoder = Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def posterior(
+        self, images: Float[Array, "B height width 3"]
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        """Mean and log variance of q(z | image) as the encoder gives them: neither shifted nor scaled."""
+        self._check_size(images.shape[1], images.shape[2])
+        moments = self.encoder(images).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, *LOG_VARIANCE)
+
+    def encode(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w C"]:
+        """The shifted and scaled mean of the posterior: what features and references are made of."""
+        return self.normalise(self.posterior(images)[0])
+
+    def sample(self, images: Float[Array, "B height width 3"], key: Key) -> Float[Array, "B h w C"]:
+        """A draw from the posterior, shifted and scaled."""
+        mean, log_variance = self.posterior(images)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        return self.normalise(mean + jnp.exp(0.5 * log_variance) * noise)
+
+    def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B height width 3"]:
+        """Pictures of shifted and scaled latents; about [-1, 1], not clipped."""
+        return self.decoder(self.denormalise(latents.astype(jnp.float32))).astype(jnp.float32)
+
+    def normalise(self, raw: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        """(z − shift_factor) · scaling_factor."""
+        return (raw - self.config.shift_factor) * self.config.scaling_factor
+
+    def denormalise(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        """The inverse of `normalise`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor
+
+    def _check_size(self, height: int, width: int) -> None:
+        factor = self.config.downsampling
+        if height % factor or width % factor or not height or not width:
+            raise ValueError(
+                f"the autoencoder got pictures of {height} x {width} (height x width); both sides must be multiples of "
+                f"{factor}: resize them before encoding, for instance to {_nearest(height, factor)} x "
+                f"{_nearest(width, factor)}"
+            )
+
+
+class Encoder(nnx.Module):
+    """Pictures to moments (mean and log variance side by side on the last axis)."""
+
+    def __init__(self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        widths, groups = config.block_out_channels, config.norm_groups
+        self.conv_in = Conv(config.in_channels, widths[0], **how)
+        blocks = []
+        for level, width in enumerate(widths):
+            widths_in = [widths[max(level - 1, 0)]] + [width] * (config.layers_per_block - 1)
+            last = level == len(widths) - 1
+            blocks.append(Level(widths_in, width, groups, resample=None if last else "down", **how))
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(widths[-1], groups, **how)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, param_dtype=param_dtype)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, **how)
+
+    def __call__(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w C"]:
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(swish(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Raw latents to pictures."""
+
+    def __init__(self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        widths, groups = config.block_out_channels[::-1], config.norm_groups
+        self.conv_in = Conv(config.latent_channels, widths[0], **how)
+        self.mid_block = MidBlock(widths[0], groups, **how)
+        blocks = []
+        for level, width in enumerate(widths):
+            widths_in = [widths[max(level - 1, 0)]] + [width] * config.layers_per_block
+            last = level == len(widths) - 1
+            blocks.append(Level(widths_in, width, groups, resample=None if last else "up", **how))
+        self.up_blocks = nnx.List(blocks)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, param_dtype=param_dtype)
+        self.conv_out = Conv(widths[-1], config.in_channels, **how)
+
+    def __call__(self, raw: Float[Array, "B h w C"]) -> Float[Array, "B height width 3"]:
+        x = self.mid_block(self.conv_in(raw))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(swish(self.conv_norm_out(x)))
+
+
+class Level(nnx.Module):
+    """The residual blocks of one resolution, then half or twice the size."""
+
+    def __init__(
+        self,
+        widths_in: list[int],
+        width: int,
+        groups: int,
+        *,
+        resample: str | None,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
+    ) -> None:
+        how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.resnets = nnx.List([ResidualBlock(before, width, groups, **how) for before in widths_in])
+        self.resample = resample
+        self.conv = Conv(width, width, stride=2 if resample == "down" else 1, **how) if resample else None
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 F"]:
+        for block in self.resnets:
+            x = block(x)
+        if self.resample == "up":
+            x = upsample(x)
+        return x if self.conv is None else self.conv(x)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention over all latents, residual block."""
+
+    def __init__(self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.resnets = nnx.List([ResidualBlock(width, width, groups, **how) for _ in range(2)])
+        self.attention = SpatialAttention(width, groups, **how)
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        return self.resnets[1](self.attention(self.resnets[0](x)))
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    def __init__(
+        self, width_in: int, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
+        how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.norm1 = GroupNorm(width_in, groups, param_dtype=param_dtype)
+        self.conv1 = Conv(width_in, width, **how)
+        self.norm2 = GroupNorm(width, groups, param_dtype=param_dtype)
+        self.conv2 = Conv(width, width, **how)
+        self.conv_shortcut = Conv(width_in, width, size=1, **how) if width_in != width else None
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w F"]:
+        y = self.conv1(swish(self.norm1(x)))
+        y = self.conv2(swish(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class SpatialAttention(nnx.Module):
+    """x + single-head attention over all places of the grid."""
+
+    def __init__(self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.group_norm = GroupNorm(width, groups, param_dtype=param_dtype)
+        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(width, width, **how) for _ in range(4))
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        batch, height, width, channels = x.shape
+        y = self.group_norm(x)
+        query = self.to_q(y)
+        key, value = (to(y).reshape(batch, height * width, 1, channels) for to in (self.to_k, self.to_v))
+        if height * width <= ATTENTION_TOKENS:
+            y = attention(query.reshape(batch, height * width, 1, channels), key, value)
+        else:
+            rows = query.swapaxes(0, 1)[:, :, :, None, :]
+            y = jax.lax.map(lambda row: attention(row, key, value), rows).swapaxes(0, 1)
+        return x + self.to_out(y.reshape(x.shape))
+
+
+class Conv(nnx.Module):
+    """A convolution with bias; `kernel` is [h, w, in, out]. Initial values as `Linear`'s.
+
+    With stride 1 the size stays; with stride 2 it halves, padded below and on the right only, as the original does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        size: int = 3,
+        stride: int = 1,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = nnx.initializers.normal((size * size * in_channels) ** -0.5)
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_channels, out_channels), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype))
+        self.stride = stride
+        self.padding = (0, 1) if stride == 2 else (size // 2, size // 2)
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 F"]:
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...].astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises groups of neighbouring channels over the whole picture; statistics in float32."""
+
+    def __init__(self, features: int, groups: int, *, param_dtype: DType) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        self.groups = groups
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        y = x.astype(jnp.float32)
+        y = y - self._group_mean(y)
+        multiplier = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + NORM_EPS) * self.scale[...].astype(jnp.float32)
+        return (y * multiplier + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+    def _group_mean(self, x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
+        batch, channels = x.shape[0], x.shape[-1]
+        means = x.mean(axis=(1, 2)).reshape(batch, self.groups, -1).mean(axis=-1)
+        return jnp.repeat(means, channels // self.groups, axis=-1)[:, None, None, :]
+
+
+def upsample(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+    """Twice the size, nearest neighbour."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _nearest(size: int, factor: int) -> int:
+    return max(round(size / factor), 1) * factor

@@ -1,0 +1,309 @@
+"""FLUX.1's diffusion transformer with a context stream, target tokens and reference tokens.
+
+The context (aggregated MLLM tokens) and the image stream (target tokens, then reference tokens) meet in the attention
+of double-stream blocks and flow as one sequence through single-stream blocks. Module names are FLUX.1's own.
+Source: the published FLUX.1 architecture; references follow UNO (arXiv 2504.02160).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from squeeze_jax.array_types import Array, Bool, DType, Float, Int
+from squeeze_jax.batch import References
+from squeeze_jax.diffusion.latents import grid_positions, reference_origins
+from squeeze_jax.layers.attention import attention
+from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.modulation import NORM_EPS, Embedder, Modulation, gated, modulate, sinusoidal
+from squeeze_jax.layers.norm import RMSNorm
+from squeeze_jax.layers.rope import Rotation, rotate, rotation
+from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stacked
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the transformer; the defaults are FLUX.1-dev's."""
+
+    in_channels: int = 64
+    """Channels of a packed latent token: 2 x 2 latents of 16 channels."""
+    context_width: int = 4096
+    """Width of a context token (the aggregator's output takes the place of the T5 features)."""
+    pooled_width: int = 768
+    """Width of the pooled text vector; this system feeds zeros (PAPER, decision 2)."""
+    heads: int = 24
+    head_width: int = 128
+    double_blocks: int = 19
+    single_blocks: int = 38
+    mlp_ratio: int = 4
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    """Channels of a head that turn with (unused index, row, column)."""
+    guidance: bool = True
+    """Whether the model takes the distilled guidance value (dev: yes, schnell: no)."""
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_width
+
+    def __post_init__(self) -> None:
+        if sum(self.rope_axes) != self.head_width:
+            raise ValueError(f"dit.rope_axes {self.rope_axes} must sum to dit.head_width {self.head_width}")
+        if any(axis % 2 for axis in self.rope_axes):
+            raise ValueError(f"dit.rope_axes {self.rope_axes} must be even: channels turn in pairs")
+
+
+class DiT(nnx.Module):
+    """Predicts the velocity ε − x_0 of the target tokens."""
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        remat: Remat = "none",
+        unroll: int | bool = 1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        width = config.width
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        self.img_in = Linear(config.in_channels, width, **kinds, rngs=rngs)
+        self.txt_in = Linear(config.context_width, width, **kinds, rngs=rngs)
+        self.time_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs)
+        self.vector_in = Embedder(config.pooled_width, width, param_dtype=param_dtype, rngs=rngs)
+        self.guidance_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs) if config.guidance else None
+        self.double_blocks = stacked(lambda r: DoubleBlock(config, **kinds, rngs=r), config.double_blocks, rngs)
+        self.single_blocks = stacked(lambda r: SingleBlock(config, **kinds, rngs=r), config.single_blocks, rngs)
+        self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
+
+    def __call__(
+        self,
+        target: Float[Array, "B N c"],
+        context: Float[Array, "B L C"],
+        t: Float[Array, " B"],
+        guidance: Float[Array, " B"] | None = None,
+        pooled: Float[Array, "B P"] | None = None,
+        *,
+        target_grid: tuple[int, int],
+        references: Sequence[tuple[Float[Array, "B _ c"], tuple[int, int]]] = (),
+        context_mask: Bool[Array, "B L"] | None = None,
+    ) -> Float[Array, "B N c"]:
+        """The velocity of noisy `target` tokens at time `t`, with references of known sizes.
+
+        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the distilled guidance
+        value as a user gives it (3.5, say), needed where the model takes one. `pooled=None` means zeros. The context
+        may have length 0.
+        """
+        origins = reference_origins(target_grid, [grid for _, grid in references])
+        rows = [grid_positions(*grid, origin=origin) for (_, grid), origin in zip(references, origins)]
+        batch = None
+        if references:
+            tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
+            positions = jnp.broadcast_to(jnp.concatenate(rows)[None], (*tokens.shape[:2], 2))
+            batch = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
+        vec = self.vector(t, guidance, pooled)
+        return self.velocity(target, target_grid, vec, context, context_mask, batch, references_full=True)
+
+    def vector(
+        self,
+        t: Float[Array, " B"],
+        guidance: Float[Array, " B"] | None = None,
+        pooled: Float[Array, "B P"] | None = None,
+    ) -> Float[Array, "B C"]:
+        """What modulates every block: embedded time, guidance and pooled vector, summed, in float32."""
+        if (guidance is None) == self.config.guidance:
+            raise ValueError(
+                "this transformer takes a guidance value: pass guidance=[B]"
+                if self.config.guidance
+                else "this transformer takes no guidance value: leave guidance out"
+            )
+        vec = self.time_in(sinusoidal(t))
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(sinusoidal(guidance))
+        if pooled is None:
+            pooled = jnp.zeros((t.shape[0], self.config.pooled_width), jnp.float32)
+        return vec + self.vector_in(pooled)
+
+    def velocity(
+        self,
+        target: Float[Array, "B N c"],
+        target_grid: tuple[int, int],
+        vec: Float[Array, "B C"],
+        context: Float[Array, "B L W"],
+        context_mask: Bool[Array, "B L"] | None = None,
+        references: References | None = None,
+        *,
+        references_full: bool = False,
+    ) -> Float[Array, "B N c"]:
+        """The velocity with references as one padded, masked row of tokens; the form that training and sampling use.
+
+        `references_full` says that no reference token is padding, so that no mask is needed.
+        """
+        batch, length = target.shape[0], target.shape[1]
+        positions = jnp.asarray(grid_positions(*target_grid))[None]
+        tokens, image_mask = target, None
+        if references is not None:
+            tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
+            positions = jnp.broadcast_to(positions, (batch, length, 2))
+            positions = jnp.concatenate([positions, references.positions], axis=1)
+            if not references_full:
+                image_mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
+        mask = _join_masks(context_mask, image_mask, (batch, context.shape[1], tokens.shape[1]))
+        by = self._rotation(positions, context.shape[1])
+
+        vec = vec.astype(jnp.float32)
+        txt, img = self.txt_in(context), self.img_in(tokens)
+        (txt, img), _ = scan_blocks(
+            self.double_blocks,
+            lambda block, streams, _: (block(*streams, vec, by, mask), None),
+            (txt, img),
+            remat=self.remat,
+            unroll=self.unroll,
+        )
+        x, _ = scan_blocks(
+            self.single_blocks,
+            lambda block, x, _: (block(x, vec, by, mask), None),
+            jnp.concatenate([txt, img], axis=1),
+            remat=self.remat,
+            unroll=self.unroll,
+        )
+        start = context.shape[1]
+        return self.final_layer(x[:, start : start + length], vec)
+
+    def _rotation(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
+        """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""
+        positions = jnp.pad(positions, ((0, 0), (context_length, 0), (1, 0)))
+        return rotation(positions, self.config.rope_axes)
+
+
+def _join_masks(
+    context: jax.Array | None, image: jax.Array | None, sizes: tuple[int, int, int]
+) -> Bool[Array, "B S"] | None:
+    if context is None and image is None:
+        return None
+    batch, context_length, image_length = sizes
+    context = jnp.ones((batch, context_length), bool) if context is None else context
+    image = jnp.ones((batch, image_length), bool) if image is None else image
+    return jnp.concatenate([context, image], axis=1)
+
+
+class SelfAttention(nnx.Module):
+    """Fused q/k/v projection, q/k RMSNorm and output projection of one stream."""
+
+    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        width = config.width
+        self.qkv = Linear(width, 3 * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
+        self.proj = Linear(width, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.heads = config.heads
+
+    def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k, v, each [B T H D], q and k normalised."""
+        return self.norm(*split_heads(self.qkv(x), self.heads))
+
+
+class QKNorm(nnx.Module):
+    def __init__(self, head_width: int, *, param_dtype: DType) -> None:
+        self.query_norm = RMSNorm(head_width, eps=NORM_EPS, param_dtype=param_dtype)
+        self.key_norm = RMSNorm(head_width, eps=NORM_EPS, param_dtype=param_dtype)
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class MLP(nnx.Module):
+    """Linear, GELU (tanh form, as FLUX.1 has it), linear."""
+
+    def __init__(self, width: int, hidden: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        self.in_layer = Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.out_layer = Linear(hidden, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
+
+
+class DoubleBlock(nnx.Module):
+    """Context and image stream with weights of their own, joined in attention."""
+
+    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.img_mod = Modulation(width, 6, param_dtype=param_dtype, rngs=rngs)
+        self.img_attn = SelfAttention(config, **kinds)
+        self.img_mlp = MLP(width, config.mlp_ratio * width, **kinds)
+        self.txt_mod = Modulation(width, 6, param_dtype=param_dtype, rngs=rngs)
+        self.txt_attn = SelfAttention(config, **kinds)
+        self.txt_mlp = MLP(width, config.mlp_ratio * width, **kinds)
+
+    def __call__(
+        self,
+        txt: Float[Array, "B L C"],
+        img: Float[Array, "B T C"],
+        vec: Float[Array, "B C"],
+        by: Rotation,
+        mask: Bool[Array, "B S"] | None,
+    ) -> tuple[Float[Array, "B L C"], Float[Array, "B T C"]]:
+        img_shift, img_scale, img_gate, img_shift_mlp, img_scale_mlp, img_gate_mlp = self.img_mod(vec)
+        txt_shift, txt_scale, txt_gate, txt_shift_mlp, txt_scale_mlp, txt_gate_mlp = self.txt_mod(vec)
+        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
+        img_qkv = self.img_attn.project(modulate(img, img_shift, img_scale))
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv))
+        mixed = joint_attention(q, k, v, by, mask)
+        length = txt.shape[1]
+        txt = gated(txt, txt_gate, self.txt_attn.proj(mixed[:, :length]))
+        img = gated(img, img_gate, self.img_attn.proj(mixed[:, length:]))
+        txt = gated(txt, txt_gate_mlp, self.txt_mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
+        img = gated(img, img_gate_mlp, self.img_mlp(modulate(img, img_shift_mlp, img_scale_mlp)))
+        return txt, img
+
+
+class SingleBlock(nnx.Module):
+    """One stream; attention and feed-forward in parallel, between two fused linear layers."""
+
+    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        width, hidden = config.width, config.mlp_ratio * config.width
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.modulation = Modulation(width, 3, param_dtype=param_dtype, rngs=rngs)
+        self.linear1 = Linear(width, 3 * width + hidden, **kinds)
+        self.linear2 = Linear(width + hidden, width, **kinds)
+        self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
+        self.heads, self.width = config.heads, width
+
+    def __call__(
+        self, x: Float[Array, "B S C"], vec: Float[Array, "B C"], by: Rotation, mask: Bool[Array, "B S"] | None
+    ) -> Float[Array, "B S C"]:
+        shift, scale, gate = self.modulation(vec)
+        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
+        mixed = joint_attention(*self.norm(*split_heads(qkv, self.heads)), by, mask)
+        hidden = jax.nn.gelu(hidden, approximate=True)
+        return gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1)))
+
+
+class FinalLayer(nnx.Module):
+    """Modulated norm and the projection back to latent tokens."""
+
+    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+        self.adaLN_modulation = Modulation(config.width, 2, param_dtype=param_dtype, rngs=rngs)
+        self.linear = Linear(
+            config.width, config.in_channels, gain=0.0, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "B N C"], vec: Float[Array, "B C"]) -> Float[Array, "B N c"]:
+        shift, scale = self.adaLN_modulation(vec)
+        return self.linear(modulate(x, shift, scale))
+
+
+def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fused [q; k; v] channels as three arrays [B T H D]."""
+    return tuple(part.reshape(*part.shape[:2], heads, -1) for part in jnp.split(qkv, 3, axis=-1))  # type: ignore
+
+
+def joint_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, by: Rotation, mask: Bool[Array, "B S"] | None
+) -> Float[Array, "B S C"]:
+    """Attention of rotated q and k over the joint sequence, heads merged."""
+    mixed = attention(rotate(q, by), rotate(k, by), v, mask=mask)
+    return checkpoint_name(mixed.reshape(*mixed.shape[:2], -1), ATTENTION)

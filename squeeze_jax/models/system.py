@@ -1,0 +1,39 @@
+"""The trained system: aggregator and transformer. The frozen encoders (MLLM, autoencoder) stay outside."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from squeeze_jax.array_types import Array, Float
+from squeeze_jax.batch import Context, HiddenStates, References
+from squeeze_jax.models.aggregator import Aggregator
+from squeeze_jax.models.dit import DiT
+
+
+class System(nnx.Module):
+    """Hidden states and references in, velocity out."""
+
+    def __init__(self, aggregator: Aggregator, dit: DiT) -> None:
+        self.aggregator = aggregator
+        self.dit = dit
+
+    def context(self, states: HiddenStates) -> Context:
+        """Aggregates a prompt's hidden states: once a prompt, whatever the number of steps."""
+        return self.aggregator(states)
+
+    def velocity(
+        self,
+        target: Float[Array, "B N c"],
+        target_grid: tuple[int, int],
+        t: Float[Array, " B"],
+        context: Context,
+        references: References | None,
+        guidance: float = 1.0,
+    ) -> Float[Array, "B N c"]:
+        """Velocity of noisy target tokens; masked context and reference tokens have no influence.
+
+        `references=None` leaves reference tokens out. `guidance` is the distilled value (PAPER, decision 5: 1.0), unused
+        by a transformer that takes none; the pooled vector is zero (decision 2).
+        """
+        value = jnp.full(t.shape, guidance, jnp.float32) if self.dit.config.guidance else None
+        vec = self.dit.vector(t, value)
+        return self.dit.velocity(target, target_grid, vec, context.tokens, context.mask, references)
