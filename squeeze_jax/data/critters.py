@@ -1,9 +1,9 @@
 """Critters: the demo's data, drawn instead of downloaded.
 
-A pair is a reference (the subject alone, in one pose) and a target (the same subject in the scene that the prompt names,
-in another pose). Everything follows from (seed, index): no order, no global random state, no files. Subjects are split
-into train and held-out by a hash of their factors, so that no held-out subject is ever seen in training, whatever the
-seed. This module imports no JAX, so data workers stay light.
+A pair is a reference (the subject alone, in one pose) and a target (the same subject in the scene that the prompt
+names, in another pose). Everything follows from (seed, index): no order, no global random state, no files. Subjects
+are split into train and held-out by a hash of their factors, so that no held-out subject is ever seen in training,
+whatever the seed. This module imports no JAX, so data workers stay light.
 """
 
 import json
@@ -74,11 +74,11 @@ class Pair(NamedTuple):
     """Index into `POSES`, never the scene's."""
     scene: Scene
     prompt: str
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (a tuple has a method of that name)
 
 
 def is_held_out(subject: Subject) -> bool:
-    """Whether the subject is one of the twentieth kept from training: a hash (splitmix64) of its factors, nothing else."""
+    """Whether the subject is one of the twentieth kept from training: a hash (splitmix64) of its factors alone."""
     mask = (1 << 64) - 1
     z = (subject_number(subject) + 1) * 0x9E3779B97F4A7C15 & mask
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
@@ -123,7 +123,7 @@ def pairs(
 def _one_factor_changed(
     factors: tuple[int, ...], sizes: tuple[int, ...], count: int, rng: np.random.Generator
 ) -> list[tuple[int, ...]]:
-    """`count` distinct neighbours of `factors`, the factors taken in turn so that each is covered as evenly as it can be."""
+    """`count` distinct neighbours of `factors`; the factors take turns, so that each is covered as evenly as can be."""
     changes = [
         [(factor, value) for value in rng.permutation(size).tolist() if value != factors[factor]]
         for factor, size in enumerate(sizes)

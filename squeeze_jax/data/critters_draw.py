@@ -1,9 +1,8 @@
 """Drawing critters: flat cartoon shapes, antialiased, the same picture at every size.
 
-A picture is a stack of masks, each filled with one colour. A mask (one part, in one pose, at one scale) is drawn once at
-four times the size, reduced, cropped and kept; after that a picture costs about twenty small pastes, a fraction of a
-millisecond. Coordinates: parts live in *critter units*, body of radius 1 around (0, 0), x forward, y down; the pose turns
-them into the frame, whose sides are 1.
+A picture is a stack of masks, each filled with one colour. A mask (one part, in one pose, at one scale) is drawn once
+at four times the size, reduced, cropped and kept; after that a picture costs about twenty small pastes, a fraction of
+a millisecond. The shapes (`critters_shapes`) are in critter units; a pose turns them into the frame, whose sides are 1.
 """
 
 from collections.abc import Callable
@@ -13,27 +12,43 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from squeeze_jax.data.critters_factors import POSES, SCENE_FACTORS, SUBJECT_FACTORS, Scene, Subject
+from squeeze_jax.data.critters_shapes import (
+    EYE_RADIUS,
+    FACE_Y,
+    Number,
+    body_outline,
+    ear_shapes,
+    ellipse,
+    eye_centres,
+    limb_shapes,
+    pattern_shapes,
+    pupil_shapes,
+    rectangle,
+    rotation,
+    tail_shapes,
+)
 
 _SUPERSAMPLE = 4
+Colour = tuple[int, int, int]
+
 _INK = (40, 30, 48)
 _INK_WIDTH = 0.09  # critter units
-_EYE_RADIUS = 0.40
 
 _COLOUR = {
-    "red": (226, 38, 44),
-    "orange": (255, 146, 24),
-    "green": (38, 166, 66),
-    "blue": (44, 92, 236),
-    "purple": (140, 56, 196),
-    "pink": (255, 138, 196),
-    "grey": (150, 158, 170),
+    "red": (224, 26, 40),
+    "orange": (255, 140, 0),
+    "green": (30, 168, 56),
+    "blue": (30, 80, 245),
+    "purple": (148, 40, 200),
+    "pink": (255, 150, 205),
+    "grey": (112, 120, 132),
 }
 _SECOND = {
     "white": (255, 255, 255),
-    "black": (34, 30, 40),
-    "yellow": (255, 230, 40),
+    "black": (26, 22, 30),
+    "yellow": (255, 240, 70),
     "aqua": (72, 228, 226),
-    "brown": (116, 62, 26),
+    "brown": (156, 84, 28),
 }
 _ACCESSORY_COLOUR = {
     "balloon": (240, 30, 60),
@@ -51,158 +66,10 @@ _POSE = {
     "jumping": (1, -26.0, 0.06, 1.24, 0.30),
     "lying": (1, 90.0, 0.0, 1.10, -0.22),
 }
-_UNIT = {"big": 0.30, "small": 0.24}  # length of a critter unit in frame units
+_UNIT = {"big": 0.285, "small": 0.235}  # length of a critter unit in frame units
 _SHIFT = {"left": -6 / 64, "middle": 0.0, "right": 6 / 64}  # whole pixels at 64, so that masks only move
 _GROUND = 0.93  # where feet stand, in frame units
 _HORIZON = 0.60
-
-
-# --- geometry, in critter units -------------------------------------------------------------------------------------
-
-
-def _ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> np.ndarray:
-    """Polygon [48, 2] of an ellipse turned by `turn` degrees clockwise."""
-    angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    points = np.stack([rx * np.cos(angle), ry * np.sin(angle)], axis=1)
-    return points @ _rotation(turn).T + (x, y)
-
-
-def _rotation(degrees: float) -> np.ndarray:
-    angle = np.deg2rad(degrees)
-    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-
-
-def _rectangle(left: float, top: float, right: float, bottom: float) -> np.ndarray:
-    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
-
-
-@lru_cache(maxsize=None)
-def _body(shape: str) -> np.ndarray:
-    angle = np.linspace(0, 2 * np.pi, 180, endpoint=False)
-    cos, sin = np.cos(angle), np.sin(angle)
-    if shape == "round":
-        return _ellipse(0, 0, 1.02, 1.02)
-    if shape == "tall":
-        return _ellipse(0, -0.06, 0.72, 1.10)
-    if shape == "wide":
-        return _ellipse(0, 0.24, 1.26, 0.78)
-    if shape == "square":
-        power = 2 / 7
-        return np.stack([np.sign(cos) * abs(cos) ** power, np.sign(sin) * abs(sin) ** power], axis=1) * 0.94
-    if shape == "pear":
-        return np.stack([cos * (0.86 + 0.34 * sin), sin], axis=1)
-    radius = 0.98 + 0.20 * np.abs(((angle / (2 * np.pi) * 10) % 1) * 2 - 1) - 0.1
-    return np.stack([radius * cos, radius * sin], axis=1) * 1.04
-
-
-_FACE_Y = {"round": -0.20, "tall": -0.36, "square": -0.22, "pear": -0.30, "wide": 0.06, "spiky": -0.20}
-
-
-def _anchor(shape: str, degrees: float) -> np.ndarray:
-    """The point of the body's edge in that direction, clockwise from the top."""
-    edge = _body(shape)
-    direction = np.deg2rad(degrees)
-    return edge[np.argmax(edge @ (np.sin(direction), -np.cos(direction)) / np.linalg.norm(edge, axis=1))]
-
-
-def _ears(value: str, shape: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Outer and inner polygons of both ears."""
-    outer, inner = [], []
-    for side in (-1, 1):
-        x, y = _anchor(shape, 38 * side)
-        if value == "pointed":
-            ear = np.array([(-0.46, 0.10), (0.36, 0.46), (0.22, -0.74)]) * (side, 1)
-            outer.append(ear + (x, y))
-            inner.append(ear * 0.56 + (x + 0.03 * side, y - 0.06))
-        elif value == "round":
-            outer.append(_ellipse(x + 0.14 * side, y - 0.18, 0.46, 0.46))
-            inner.append(_ellipse(x + 0.16 * side, y - 0.20, 0.27, 0.27))
-        elif value == "long":
-            outer.append(_ellipse(x - 0.12 * side, y - 0.32, 0.24, 0.66, 6 * side))
-            inner.append(_ellipse(x - 0.12 * side, y - 0.38, 0.12, 0.46, 6 * side))
-        elif value == "floppy":
-            outer.append(_ellipse(x + 0.42 * side, y + 0.24, 0.32, 0.72, -32 * side))
-            inner.append(_ellipse(x + 0.52 * side, y + 0.38, 0.18, 0.46, -32 * side))
-        else:
-            tip = np.array([x + 0.22 * side, y - 0.50])
-            across = np.array([0.07, 0.03 * side])
-            outer.append(np.stack([(x, y) - across * 1.2, (x, y + 0.1) + across * 1.2, tip + across, tip - across]))
-            outer.append(_ellipse(*tip, 0.30, 0.30))
-            inner.append(_ellipse(*tip, 0.30, 0.30))
-    return outer, inner
-
-
-def _tail(value: str, shape: str) -> list[np.ndarray]:
-    x, y = _anchor(shape, -112)
-    if value == "pompom":
-        return [_ellipse(x - 0.36, y + 0.06, 0.48, 0.48)]
-    if value == "bushy":
-        return [_ellipse(x - 0.30, y - 0.52, 0.36, 0.86, -8)]
-    if value == "fish":
-        return [np.array([(0.25, 0.0), (-0.78, -0.66), (-0.46, 0.02), (-0.78, 0.70)]) + (x, y)]
-    if value == "spike":
-        return [np.array([(0.30, -0.26), (0.30, 0.46), (-0.86, 0.86)]) + (x, y)]
-    bolt = [(0.2, 0.20), (-0.50, 0.26), (-0.30, -0.22), (-0.86, -0.18), (-0.62, -1.02), (-0.02, -0.62), (-0.22, -0.5),
-            (0.2, -0.28)]  # fmt: skip
-    return [np.array(bolt) + (x, y)]
-
-
-def _pattern(value: str) -> list[np.ndarray]:
-    """Polygons over the whole body, later cut to it; each covers about half, so that a thumbnail sees one mean colour."""
-    period = 0.56
-    lines = [_rectangle(-1.5, k * period - period / 4, 1.5, k * period + period / 4) for k in range(-4, 5)]
-    if value == "bands":
-        return lines
-    if value == "stripes":
-        return [line[:, ::-1] for line in lines]
-    if value == "diagonals":
-        return [line * (1.5, 1) @ _rotation(45).T for line in lines]
-    if value == "dots":
-        return [
-            _ellipse((i + (j % 2) / 2) * 0.62, j * 0.54, 0.22, 0.22) for j in range(-3, 4) for i in range(-3, 4)
-        ]
-    cell = 0.38
-    return [
-        _rectangle(i * cell, j * cell, (i + 1) * cell, (j + 1) * cell)
-        for j in range(-4, 4)
-        for i in range(-4, 4)
-        if (i + j) % 2
-    ]
-
-
-def _eye_centres(shape: str) -> list[tuple[float, float]]:
-    return [(0.14 - 0.44, _FACE_Y[shape]), (0.14 + 0.44, _FACE_Y[shape])]
-
-
-def _pupil(value: str, x: float, y: float) -> list[np.ndarray]:
-    radius = _EYE_RADIUS
-    if value == "round":
-        return [_ellipse(x, y, 0.25, 0.25)]
-    if value == "slit":
-        return [_ellipse(x, y, 0.12, radius)]
-    if value == "sleepy":
-        half = _ellipse(x, y, radius, radius)
-        return [half[half[:, 1] <= y + 1e-6]]
-    if value == "ring":
-        ring, hole = _ellipse(x, y, radius, radius), _ellipse(x, y, 0.20, 0.20)
-        return [np.concatenate([ring, ring[:1], hole[:1], hole[::-1]])]
-    bar = _rectangle(-0.38, -0.09, 0.38, 0.09)
-    return [bar @ _rotation(turn).T + (x, y) for turn in (45, -45)]
-
-
-def _limbs(pose: str, shape: str) -> list[np.ndarray]:
-    bottom = _body(shape)[:, 1].max()
-    left, right = _anchor(shape, -100)[0], _anchor(shape, 100)[0]
-    if pose == "running":
-        feet = [_ellipse(-0.62, bottom + 0.02, 0.34, 0.19, 24), _ellipse(0.62, bottom + 0.02, 0.34, 0.19, -24)]
-        hands = [_ellipse(left, 0.25, 0.34, 0.17, 30), _ellipse(right, 0.25, 0.34, 0.17, -30)]
-    elif pose == "jumping":
-        feet = [_ellipse(-0.5, bottom + 0.02, 0.20, 0.26, 20), _ellipse(0.5, bottom + 0.02, 0.20, 0.26, -20)]
-        hands = [_ellipse(left, -0.12, 0.36, 0.17, 45), _ellipse(right, -0.12, 0.36, 0.17, -45)]
-    else:
-        feet = [_ellipse(-0.42, bottom + 0.08, 0.34, 0.18), _ellipse(0.46, bottom + 0.08, 0.34, 0.18)]
-        hands = [_ellipse(left, 0.36, 0.30, 0.17, -50), _ellipse(right, 0.36, 0.30, 0.17, 50)]
-    return feet + hands
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -218,7 +85,7 @@ def _centre(pose: str, scale: str) -> tuple[float, float]:
 
 def _to_frame(pose: str, scale: str) -> Callable[[np.ndarray], np.ndarray]:
     facing, turn, *_ = _POSE[pose]
-    matrix = (_rotation(turn) @ np.diag([facing, 1])).T * _UNIT[scale]
+    matrix = (rotation(turn) @ np.diag([facing, 1])).T * _UNIT[scale]
     centre = _centre(pose, scale)
     return lambda points: points @ matrix + centre
 
@@ -238,17 +105,20 @@ class _Canvas:
         self.image = Image.new("L", (side, side), 0)
         self.draw = ImageDraw.Draw(self.image)
 
-    def polygon(self, points: np.ndarray, grow: float = 0.0) -> None:
+    def polygon(self, points: np.ndarray, grow: Number = 0, fill: int = 255) -> None:
         """Fill a polygon given in frame units; `grow` widens it all around, in frame units."""
         pixels = (points * self.size + self.margin) * _SUPERSAMPLE - 0.5
         flat = pixels.ravel().tolist()
-        self.draw.polygon(flat, fill=255)
+        self.draw.polygon(flat, fill=fill)
         if grow:
             width = max(1, round(2 * grow * self.size * _SUPERSAMPLE))
-            self.draw.line(flat + flat[:4], fill=255, width=width, joint="curve")
+            self.draw.line(flat + flat[:4], fill=fill, width=width, joint="curve")
 
     def cut(self, other: "_Canvas") -> None:
         self.image = ImageChops.darker(self.image, other.image)
+
+    def remove(self, other: "_Canvas") -> None:
+        self.image = ImageChops.subtract(self.image, other.image)
 
     def mask(self) -> Mask:
         small = self.image.reduce(_SUPERSAMPLE)
@@ -258,7 +128,9 @@ class _Canvas:
         return small.crop(box), box[0] - self.margin, box[1] - self.margin
 
 
-def _filled(polygons: list[np.ndarray], place: Callable[[np.ndarray], np.ndarray], size: int, grow: float = 0) -> _Canvas:
+def _filled(
+    polygons: list[np.ndarray], place: Callable[[np.ndarray], np.ndarray], size: int, grow: Number = 0
+) -> _Canvas:
     canvas = _Canvas(size)
     for polygon in polygons:
         canvas.polygon(place(polygon), grow)
@@ -269,30 +141,35 @@ def _filled(polygons: list[np.ndarray], place: Callable[[np.ndarray], np.ndarray
 def _part(kind: str, value: str, shape: str, pose: str, scale: str, size: int) -> tuple[Mask, ...]:
     """Masks of one part: the inked outline first where it has one, then its fills from back to front."""
     place, ink = _to_frame(pose, scale), _INK_WIDTH * _UNIT[scale]
-    body = [_body(shape)]
+    body = [body_outline(shape)]
     if kind == "body":
         canvases = [_filled(body, place, size, ink), _filled(body, place, size)]
     elif kind == "limbs":
-        limbs = _limbs(pose, shape)
+        limbs = limb_shapes(pose, shape)
         canvases = [_filled(limbs, place, size, ink), _filled(limbs, place, size)]
     elif kind == "ears":
-        outer, inner = _ears(value, shape)
+        outer, inner = ear_shapes(value, shape)
         canvases = [_filled(outer, place, size, ink), _filled(outer, place, size), _filled(inner, place, size)]
     elif kind == "tail":
-        tail = _tail(value, shape)
+        tail = tail_shapes(value, shape)
         canvases = [_filled(tail, place, size, ink), _filled(tail, place, size)]
     elif kind == "pattern":
-        canvases = [_filled(_pattern(value), place, size)]
+        canvases = [_filled(pattern_shapes(value), place, size)]
         canvases[0].cut(_filled(body, place, size))
     elif kind == "eyes":
-        centres = _eye_centres(shape)
-        whites = [_ellipse(x, y, _EYE_RADIUS, _EYE_RADIUS) for x, y in centres]
-        pupils = [polygon for x, y in centres for polygon in _pupil(value, x, y)]
-        canvases = [_filled(whites, place, size, ink), _filled(whites, place, size), _filled(pupils, place, size)]
-        canvases[2].cut(canvases[1])
+        centres = eye_centres(shape)
+        eyes = [ellipse(x, y, EYE_RADIUS, EYE_RADIUS) for x, y in centres]
+        canvases = [_filled(eyes, place, size, ink), _filled(eyes, place, size)]
+        # The pupil is left out of the white, so that the ink below shows: a dark layer on top would leave a pale rim.
+        for x, y in centres:
+            dark, holes = pupil_shapes(value, x, y)
+            pupil = _filled(dark, place, size)
+            for hole in holes:
+                pupil.polygon(place(hole), fill=0)
+            canvases[1].remove(pupil)
     else:  # mouth: a smile below the eyes
         angle = np.linspace(0, np.pi, 16)
-        y = _FACE_Y[shape] + 0.52
+        y = FACE_Y[shape] + 0.52
         smile = np.stack([0.14 + 0.26 * np.cos(angle), y + 0.2 * np.sin(angle)], axis=1)
         canvases = [_filled([smile], place, size, ink * 0.4)]
     return tuple(canvas.mask() for canvas in canvases)
@@ -305,19 +182,19 @@ def _accessory(value: str, pose: str, scale: str, size: int) -> tuple[Mask, ...]
     floor = _POSE[pose][3]
     place, trim = upright, []
     if value == "balloon":
-        shapes = [_ellipse(1.12, -1.0, 0.52, 0.58)]
+        shapes = [ellipse(1.12, -1.0, 0.52, 0.58)]
         trim = [np.array([(1.08, -0.5), (1.16, -0.5), (0.84, 0.5), (0.76, 0.5)])]
     elif value == "flag":
-        shapes = [np.array([(0.98, -1.45), (1.72, -1.1), (0.98, -0.55)]), _rectangle(0.98, -1.45, 1.1, floor)]
+        shapes = [np.array([(0.98, -1.45), (1.72, -1.1), (0.98, -0.55)]), rectangle(0.98, -1.45, 1.1, floor)]
     elif value == "box":
-        shapes = [_rectangle(0.62, floor - 0.98, 1.56, floor)]
-        trim = [_rectangle(1.1, floor - 0.98, 1.28, floor), _rectangle(0.62, floor - 0.6, 1.56, floor - 0.42)]
+        shapes = [rectangle(0.62, floor - 0.98, 1.56, floor)]
+        trim = [rectangle(1.1, floor - 0.98, 1.28, floor), rectangle(0.62, floor - 0.6, 1.56, floor - 0.42)]
     elif value == "cape":
         place = turned
         shapes = [np.array([(-0.6, -0.8), (0.6, -0.8), (1.42, 1.18), (0.5, 1.0), (-0.3, 1.2), (-1.46, 1.1)])]
     else:
-        shapes = [_rectangle(-1.35, floor - 0.04, 1.35, floor + 0.2)]
-        trim = [_ellipse(x, floor + 0.22, 0.18, 0.18) for x in (-0.9, 0.9)]
+        shapes = [rectangle(-1.35, floor - 0.04, 1.35, floor + 0.2)]
+        trim = [ellipse(x, floor + 0.22, 0.18, 0.18) for x in (-0.9, 0.9)]
     canvases = [_filled(shapes, place, size, ink), _filled(shapes, place, size), _filled(trim, place, size)]
     return tuple(canvas.mask() for canvas in canvases)
 
@@ -342,16 +219,17 @@ def _background(place: str, time: str, size: int) -> Image.Image:
     image = Image.new("RGB", (big, big), _SKY[time])
     draw = ImageDraw.Draw(image)
 
-    def lit(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-        return tuple(round(c * l) for c, l in zip(colour, _LIGHT[time], strict=True))
+    def lit(colour: Colour) -> Colour:
+        red, green, blue = (round(c * light) for c, light in zip(colour, _LIGHT[time], strict=True))
+        return red, green, blue
 
-    def shape(points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
+    def shape(points: list[tuple[Number, Number]], colour: Colour) -> None:
         draw.polygon([(x * big, y * big) for x, y in points], fill=lit(colour))
 
-    def disc(x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+    def disc(x: Number, y: Number, r: Number, colour: Colour) -> None:
         draw.ellipse([(x - r) * big, (y - r) * big, (x + r) * big, (y + r) * big], fill=colour)
 
-    def band(top: float, bottom: float, colour: tuple[int, int, int]) -> None:
+    def band(top: Number, bottom: Number, colour: Colour) -> None:
         draw.rectangle([0, top * big, big, bottom * big], fill=lit(colour))
 
     if time == "day":
@@ -372,7 +250,13 @@ def _background(place: str, time: str, size: int) -> Image.Image:
             shape([(x - 0.17, 0.7), (x, top), (x + 0.17, 0.7)], (66, 112, 80))
         band(0.66, 1, ground)
     elif place == "city":
-        for left, top, right in ((0.0, 0.2, 0.2), (0.22, 0.34, 0.36), (0.38, 0.1, 0.58), (0.6, 0.3, 0.74), (0.76, 0.16, 1)):
+        for left, top, right in (
+            (0.0, 0.2, 0.2),
+            (0.22, 0.34, 0.36),
+            (0.38, 0.1, 0.58),
+            (0.6, 0.3, 0.74),
+            (0.76, 0.16, 1),
+        ):
             shape([(left, 0.7), (left, top), (right, top), (right, 0.7)], (186, 164, 176))
         band(0.68, 1, ground)
     elif place == "snow":
@@ -394,13 +278,14 @@ def _background(place: str, time: str, size: int) -> Image.Image:
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def _paste(image: Image.Image, mask: Mask, colour: tuple[int, int, int], shift: int) -> None:
+def _paste(image: Image.Image, mask: Mask, colour: Colour, shift: int) -> None:
     pixels, x, y = mask
     image.paste(colour, (x + shift, y, x + shift + pixels.width, y + pixels.height), pixels)
 
 
-def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
-    return tuple(round(channel * factor) for channel in colour)
+def _shade(colour: Colour, factor: float) -> Colour:
+    red, green, blue = (round(channel * factor) for channel in colour)
+    return red, green, blue
 
 
 def _draw_critter(image: Image.Image, subject: Subject, pose: str, scale: str, size: int, shift: int) -> None:
@@ -413,7 +298,7 @@ def _draw_critter(image: Image.Image, subject: Subject, pose: str, scale: str, s
         "body": (_INK, colour),
         "pattern": (second,),
         "mouth": (_INK,),
-        "eyes": (_INK, (255, 255, 255), (20, 16, 24)),
+        "eyes": (_INK, (255, 255, 255)),
     }
     for kind, colours in fills.items():
         masks = _part(kind, names.get(kind, ""), shape, pose, scale, size)
@@ -421,8 +306,14 @@ def _draw_critter(image: Image.Image, subject: Subject, pose: str, scale: str, s
             _paste(image, mask, fill, shift)
 
 
+def _check(size: int) -> None:
+    if size < 64:
+        raise ValueError(f"size is {size} pixels; a critter needs at least 64")
+
+
 def draw_reference(subject: Subject, pose: int, size: int = 64) -> np.ndarray:
     """The subject alone, big, in the middle of a plain light ground: uint8 [size, size, 3]. `size` >= 64."""
+    _check(size)
     image = Image.new("RGB", (size, size), (236, 234, 240))
     _draw_critter(image, subject, POSES[pose], "big", size, 0)
     return np.asarray(image)
@@ -430,6 +321,7 @@ def draw_reference(subject: Subject, pose: int, size: int = 64) -> np.ndarray:
 
 def draw_scene(subject: Subject, scene: Scene, size: int = 64) -> np.ndarray:
     """The subject in the scene: uint8 [size, size, 3]. `size` >= 64; another size is the same picture, scaled."""
+    _check(size)
     names = {factor: SCENE_FACTORS[factor][index] for factor, index in zip(Scene._fields, scene, strict=True)}
     image = _background(names["place"], names["time"], size).copy()
     shift = round(_SHIFT[names["position"]] * size)

@@ -1,8 +1,8 @@
 """What a critter and its scene can be: the factors, their values and their words.
 
-A subject is what a picture must keep (eight in ten of its pixels come from these tables), a scene what the prompt says.
-Every value is a small index into its table, so a subject or a scene is a tuple that can be stored, hashed and redrawn.
-The tables are our decision: few values, each changing many pixels, so that a small model can be judged by its pictures.
+A subject is what a picture must keep, a scene what the prompt says. Every value is a small index into its table, so a
+subject or a scene is a tuple that can be stored, hashed and redrawn. The tables are our decision: few values, each
+changing many pixels, so that a small model can be judged by its pictures.
 """
 
 from typing import NamedTuple

@@ -73,8 +73,8 @@ def caption(subject: Subject, pose: int, rng: np.random.Generator | None = None)
 def questions(subject: Subject, shown: int | Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions with short answers, in random order.
 
-    With a pose (an int), they are about the reference picture in that pose. With a scene, they are about the reference
-    picture and the scene's prompt together: what the picture to be made should show (any pose of the reference will do).
+    With a pose (an int), they are about the reference picture in that pose. With a scene, they are about a reference
+    picture (in whatever pose) and the scene's prompt together: what the picture to be made should show.
     """
     words = _subject_words(subject)
     if isinstance(shown, Scene):

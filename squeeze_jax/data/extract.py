@@ -7,7 +7,7 @@ metadata.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -15,7 +15,8 @@ from jaxtyping import Float, Float32, Int32
 from PIL import Image
 
 from squeeze_jax.data.features import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
-from squeeze_jax.data.images import resize_for_reference, resize_for_target
+from squeeze_jax.data.images import load_image, resize_for_reference, resize_for_target
+from squeeze_jax.data.manifest import Row
 from squeeze_jax.errors import InputError
 
 SETTINGS_FILE = "extraction.json"
@@ -31,12 +32,31 @@ class Example(NamedTuple):
     target: Image.Image
 
 
+@runtime_checkable
 class Rows(Protocol):
-    """Examples by number, so that an extraction can go on where it was killed. A list of `Example` will do."""
+    """Examples by number, so that an extraction can go on where it was killed: `ManifestRows`, or a list."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+class ManifestRows:
+    """The rows of a manifest as examples, decoded when asked for. Raises InputError for a row without a target."""
+
+    def __init__(self, rows: Sequence[Row]):
+        for row in rows:
+            if row.target is None:
+                raise InputError(f'row {row.number}: "image_tgt_path" is missing; training needs the picture to learn')
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        assert row.target is not None
+        return Example(row.prompt, [load_image(path) for path in row.references], load_image(row.target))
 
 
 class EncodedPrompt(NamedTuple):
@@ -48,6 +68,7 @@ class EncodedPrompt(NamedTuple):
     image_positions: Int32[np.ndarray, " Li"]
 
 
+@runtime_checkable
 class Encoders(Protocol):
     """The frozen encoders as extraction needs them."""
 
@@ -68,7 +89,7 @@ class Encoders(Protocol):
 def extract(
     rows: Rows,
     encoders: Encoders,
-    out_dir: str | epath.Path,
+    out_dir: epath.PathLike,
     *,
     target_size: tuple[int, int],
     reference_long_side: int,

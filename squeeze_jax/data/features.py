@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 from jaxtyping import Float, Int32
 
@@ -48,7 +48,7 @@ class FeatureRecord(NamedTuple):
     """Latent of the target after shift and scale, float32, 8 pixels of the picture a side."""
     references: tuple[Float[np.ndarray, "_ _ 16"], ...]
     """Latents of the references, each of its own size, float32."""
-    index: int = -1
+    number: int = -1
     """The record's place in the data set; set by reading."""
 
 
@@ -132,7 +132,7 @@ def encode(record: FeatureRecord) -> dict[str, Any]:
     }
 
 
-def decode(example: dict[str, Any], index: int) -> FeatureRecord:
+def decode(example: dict[str, Any], number: int) -> FeatureRecord:
     """The inverse of `encode`; arrays are views of the bytes read and must not be written to."""
     sizes = example["reference_sizes"].tolist()
     channels = example["target"].shape[-1]
@@ -146,7 +146,7 @@ def decode(example: dict[str, Any], index: int) -> FeatureRecord:
         image_positions=example["image_positions"],
         target=example["target"],
         references=tuple(part.reshape(h, w, channels) for part, (h, w) in zip(flat, sizes, strict=True)),
-        index=index,
+        number=number,
     )
 
 
@@ -259,7 +259,7 @@ def _read_summary(value: dict[str, Any]) -> ShardSummary:
 # Reading
 
 
-def read_metadata(folder: str | epath.Path) -> Metadata:
+def read_metadata(folder: epath.PathLike) -> Metadata:
     """The metadata of a finished folder. Raises InputError where it is missing, unfinished or of another codec."""
     folder = epath.Path(folder)
     path = folder / METADATA_FILE
@@ -277,13 +277,14 @@ def read_metadata(folder: str | epath.Path) -> Metadata:
 
 
 class FeatureSource:
-    """The records of a folder by index, for Grain: `len(source)`, `source[i]`; picklable, opened where it is used.
+    """The records of a folder by index: `len(source)`, `source[i]`.
 
+    Threads may share it; a pickled copy opens its files anew.
     Opening checks that every shard is there, has its number of records and that its last record can be read
     (a truncated shard cannot); raises InputError naming the shard.
     """
 
-    def __init__(self, folder: str | epath.Path):
+    def __init__(self, folder: epath.PathLike):
         self.folder = epath.Path(folder)
         self.metadata = read_metadata(self.folder)
         for shard, count in enumerate(self.metadata.shards):
@@ -294,17 +295,14 @@ class FeatureSource:
         return self.metadata.summary.records
 
     def __getitem__(self, index: int) -> FeatureRecord:
-        return self._getitems([index])[0]
-
-    def _getitems(self, indices: Sequence[int]) -> list[FeatureRecord]:
-        """Several records in one read (Grain's name for it)."""
         if self._records is None:
-            self._records = tfds.builder_from_directory(self.folder).as_data_source(split="train")
+            builder = tfds.builder_from_directory(self.folder)
+            self._records = builder.as_data_source(split="train")  # pyright: ignore[reportCallIssue]
         try:
-            examples = self._records.__getitems__(list(indices))
+            # One by one: TFDS's batched read starts a thread a shard every time, which costs more than it saves.
+            return decode(self._records[index], index)
         except RuntimeError as error:
-            raise InputError(f"{self.folder}: a record among {list(indices)} cannot be read ({error})") from error
-        return [decode(example, index) for example, index in zip(examples, indices, strict=True)]
+            raise InputError(f"{self.folder}: record {index} cannot be read ({error}); extract again") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": None}

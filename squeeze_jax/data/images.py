@@ -34,9 +34,9 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         found = "a folder, not a picture" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}; give the path of a picture")
     try:
-        # Pillow warns of large pictures while it opens them; ours is the limit, and it is an error.
+        # Pillow warns of large pictures (here an error with a limit of ours) and of junk in EXIF (which harms nobody).
         with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 if image.width * image.height > max_pixels:
                     raise InputError(
@@ -156,9 +156,10 @@ def save_png(path: str | Path, array: Any, text: Mapping[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(beside, format="PNG", pnginfo=info)
-        beside.replace(path)
+        try:
+            picture.save(beside, format="PNG", pnginfo=info)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        beside.unlink(missing_ok=True)

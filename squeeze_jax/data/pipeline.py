@@ -4,8 +4,10 @@ The order of records is a function of (seed, process, batch number) alone, so an
 """
 
 import json
+import weakref
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import lru_cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -34,7 +36,7 @@ def collate(records: Sequence[FeatureRecord], sizes: ShardSummary) -> Arrays:
     lt, li, r = sizes.max_text, sizes.max_image, sizes.max_reference_tokens
     channels = 4 * sizes.shape.target[-1]
     arrays = {
-        "index": np.array([record.index for record in records], np.int32),
+        "index": np.array([record.number for record in records], np.int32),
         "target": pack(np.stack([record.target for record in records])),
         "text": np.zeros((count, m, lt, c), np.uint16),
         "text_mask": np.zeros((count, lt), bool),
@@ -66,7 +68,7 @@ def collate(records: Sequence[FeatureRecord], sizes: ShardSummary) -> Arrays:
     return arrays
 
 
-_positions = cache(reference_positions)
+_positions = lru_cache(maxsize=4096)(reference_positions)
 
 
 def to_batch(arrays: Arrays) -> "TrainingBatch":
@@ -91,32 +93,65 @@ def to_batch(arrays: Arrays) -> "TrainingBatch":
     )
 
 
+class _ReadBatch:
+    """Record numbers to their padded arrays."""
+
+    def __init__(self, source: FeatureSource):
+        self.source = source
+
+    def __call__(self, numbers: np.ndarray) -> Arrays:
+        return collate([self.source[number] for number in numbers.tolist()], self.source.metadata.summary)
+
+
+class _CachedBatch:
+    """The same from memory: all of this process's records, padded once."""
+
+    def __init__(self, source: FeatureSource, numbers: range):
+        self.numbers = numbers
+        self.arrays: Arrays = {}
+        read = _ReadBatch(source)
+        for start in range(0, len(numbers), 256):
+            part = read(np.array(numbers[start : start + 256]))
+            for name, array in part.items():
+                if not start:
+                    self.arrays[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
+                self.arrays[name][start : start + len(array)] = array
+
+    def __call__(self, numbers: np.ndarray) -> Arrays:
+        rows = (numbers - self.numbers.start) // self.numbers.step
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+
 class BatchIterator:
     """Training batches for ever. `get_state` and `set_state` continue exactly, also with other numbers of workers."""
 
-    def __init__(self, source: FeatureSource, batches: grain.MapDataset, identity: dict[str, Any], workers: int):
+    def __init__(
+        self, source: FeatureSource, batches: grain.MapDataset, identity: dict[str, Any], prefetch: int, workers: int
+    ):
         self.source = source
         self._batches = batches
         self._identity = identity
+        self._prefetch = prefetch
         self._workers = workers
         self._drawn = 0
-        self._iterator: Any = None
+        self._running: list[grain.DatasetIterator] = []
+        # Also at the interpreter's exit: Grain's iterators complain when they outlive Grain's modules.
+        weakref.finalize(self, _end, self._running)
 
     def __iter__(self) -> Iterator["TrainingBatch"]:
         return self
 
     def __next__(self) -> "TrainingBatch":
-        if self._iterator is None:
-            self._iterator = self._start()
-        arrays = next(self._iterator)
+        if not self._running:
+            self._running.append(self._start())
+        arrays = next(self._running[0])
         if self._workers:  # out of the workers' shared memory, which goes away with them
             arrays = {name: np.array(array) for name, array in arrays.items()}
         self._drawn += 1
         return to_batch(arrays)
 
-    def _start(self) -> Any:
-        # One thread a buffered batch.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    def _start(self) -> grain.DatasetIterator:
+        options = grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
         dataset = self._batches[self._drawn :].to_iter_dataset(options)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # Grain asks for flags that only absl.app would parse
@@ -135,8 +170,11 @@ class BatchIterator:
         Raises InputError where the state belongs to another data set, seed, batch size or number of processes, since
         records would then be left out or repeated.
         """
-        there = json.loads(state)
-        drawn = there.pop("batches")
+        try:
+            there = json.loads(state)
+            drawn = there.pop("batches")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"not the state of a data iterator: {state[:80]!r}") from error
         differing = [key for key in self._identity | there if there.get(key) != self._identity.get(key)]
         if differing:
             listed = ", ".join(f"{key} was {there.get(key)!r}, is {self._identity.get(key)!r}" for key in differing)
@@ -146,38 +184,51 @@ class BatchIterator:
 
     def close(self) -> None:
         """Ends threads and workers; drawing again starts them."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        _end(self._running)
+
+
+def _end(running: list[grain.DatasetIterator]) -> None:
+    while running:
+        running.pop().close()
 
 
 def make_dataset(
-    feature_dir: str | epath.Path,
+    feature_dir: epath.PathLike,
     *,
     batch: int,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    prefetch: int = 2,
     workers: int = 0,
+    cache: bool = False,
 ) -> BatchIterator:
     """Batches of `batch` records (on this process) from a folder of feature records, reshuffled every epoch.
 
-    Epochs run into each other, so every batch is full however few records there are. workers: processes that decode
-    (0: threads of this one); they are spawned, so the main script needs `if __name__ == "__main__"`.
-    Raises InputError where the folder is unfinished or damaged or has fewer records than processes.
+    Epochs run into each other, so every batch is full however few records there are. prefetch: batches made ahead, each
+    by a thread. workers: processes that make them instead; they are spawned, so the main script needs
+    `if __name__ == "__main__"`. cache: reads all of this process's records into memory first.
+    Raises InputError where the folder is unfinished or damaged, has fewer records than processes, or where workers
+    would each need the cache.
     """
     source = FeatureSource(feature_dir)
     if len(source) < process_count:
         raise InputError(f"{feature_dir}: {len(source)} records are too few for {process_count} processes")
+    if cache and workers:
+        raise InputError(f"records cached in memory are not for {workers} workers to copy; use one or the other")
     # Slice before the shuffle: after it, each epoch's shuffle would hand this process other records.
-    dataset = grain.MapDataset.source(source)[process_index::process_count]
-    dataset = dataset.shuffle(seed=seed).repeat()
-    batches = dataset.batch(batch, batch_fn=partial(collate, sizes=source.metadata.summary))
+    numbers = grain.MapDataset.range(len(source))[process_index::process_count]
+    # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's. Nothing remains to be
+    # dropped, but without saying so Grain computes the endless length in floating point, which overflows at batch 1.
+    own = range(process_index, len(source), process_count)
+    read = _CachedBatch(source, own) if cache else _ReadBatch(source)
+    batches = numbers.shuffle(seed=seed).repeat().batch(batch, drop_remainder=True).map(read)
     identity = {
         "version": 1,
         "records": len(source),
+        "data": sha256(repr(source.metadata).encode()).hexdigest()[:16],
         "seed": seed,
         "batch": batch,
         "process_count": process_count,
     }
-    return BatchIterator(source, batches, identity, workers)
+    return BatchIterator(source, batches, identity, prefetch, workers)

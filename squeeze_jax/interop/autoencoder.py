@@ -5,7 +5,6 @@ is `attention`. Published folders and ours hold the same two files, so that each
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def entries(config: AutoencoderConfig) -> list[Entry]:
 
 
 def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:
-    """The config of a diffusers folder; what this model does not do (quant convolutions, others blocks) is refused."""
+    """The config of a diffusers folder; what this model does not do (quant convolutions, other blocks) is refused."""
     fixed = _fixed(len(values["block_out_channels"]))
     for name, want in fixed.items():
         # diffusers' defaults where a field is absent: quant convolutions on, everything else as here.
@@ -49,7 +48,7 @@ def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:
 
 
 def config_to_json(config: AutoencoderConfig, sample_size: int = 1024) -> dict[str, Any]:
-    """The `config.json` that diffusers reads; `sample_size` is the side of the pictures trained on (it only informs)."""
+    """The `config.json` that diffusers reads; `sample_size`, the side of the pictures trained on, only informs."""
     return {
         **_fixed(len(config.block_out_channels)),
         "block_out_channels": list(config.block_out_channels),
@@ -78,10 +77,10 @@ def save_autoencoder(
         tensors = {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()}
     aside = directory / (WEIGHTS_FILE + ".partial")
     save_file(tensors, aside, metadata={"format": "pt"})
-    os.replace(aside, directory / WEIGHTS_FILE)
+    aside.replace(directory / WEIGHTS_FILE)
     aside = directory / (CONFIG_FILE + ".partial")
     aside.write_text(json.dumps(config_to_json(autoencoder.config, sample_size), indent=2, sort_keys=True) + "\n")
-    os.replace(aside, directory / CONFIG_FILE)
+    aside.replace(directory / CONFIG_FILE)
 
 
 def _coder(coder: str, direction: str, widths: tuple[int, ...], depth: int) -> list[Entry]:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from squeeze_jax.diffusion.latents import (
@@ -15,6 +15,8 @@ from squeeze_jax.diffusion.latents import (
     unpack,
 )
 
+# Other work on the machine must not fail a test: no time limits on single examples.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SIDES = st.integers(1, 5)
 
 
@@ -31,6 +33,7 @@ def test_pack_equals_diffusers():
     np.testing.assert_array_equal(pack(jnp.asarray(latents)), theirs)
 
 
+@UNHURRIED
 @given(rows=SIDES, columns=SIDES, batch=st.lists(st.integers(1, 3), max_size=2))
 def test_unpack_is_the_inverse(rows, columns, batch):
     latents = some_latents(*batch, 2 * rows, 2 * columns, 3)
@@ -58,6 +61,7 @@ def test_references_shift_diagonally_and_add_up():
     assert reference_positions((4, 4), [(1, 2), (1, 1)]).tolist() == [[4, 4], [4, 5], [5, 6]]
 
 
+@UNHURRIED
 @given(st.tuples(SIDES, SIDES), st.lists(st.tuples(SIDES, SIDES), max_size=4))
 def test_no_two_pictures_share_a_row_or_a_column(target, references):
     grids = [grid_positions(*target)]

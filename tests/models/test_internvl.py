@@ -139,7 +139,7 @@ def test_vision_equals_transformers(original, pictures):
     assert relative(np.asarray(model.vision(pictures)), expected.numpy()) <= 1e-5
 
 
-def test_bfloat16_stays_near_transformers(original, pictures):
+def test_bfloat16_stays_near_transformers(original, forward, pictures):
     import torch
 
     model, theirs = original
@@ -147,7 +147,7 @@ def test_bfloat16_stays_near_transformers(original, pictures):
     half = InternVL(model.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     load_entries(half, entries(model.config), weights, weights.__getitem__)
     ids, mask = padded("right")
-    ours = half(jnp.asarray(ids), jnp.asarray(pictures), jnp.asarray(mask))
+    ours = forward(half, ids, pictures, mask)
     assert ours.dtype == jnp.bfloat16
     with torch.no_grad():
         output = theirs(
@@ -168,7 +168,7 @@ def test_valid_tokens_equal_the_prompt_alone(model, forward, pictures, side, pad
     assert np.isfinite(together).all()
     own = [pictures[:2], pictures[2:], None]
     for row, sample in enumerate(SAMPLES):
-        alone = np.asarray(model(jnp.asarray([sample]), None if own[row] is None else jnp.asarray(own[row])))
+        alone = np.asarray(forward(model, np.asarray([sample]), own[row]))
         assert relative(together[row][:, mask[row]], alone[0]) <= 1e-5
 
 
@@ -187,22 +187,30 @@ def test_swapping_pictures_swaps_their_spans(model, forward, pictures):
     after = np.asarray(forward(model, ids, pictures[[1, 0, 2]], mask))[0, 0]
     np.testing.assert_array_equal(before[2:6], after[9:13])
     np.testing.assert_array_equal(before[9:13], after[2:6])
-    np.testing.assert_array_equal(np.delete(before, [*range(2, 6), *range(9, 13)], 0), np.delete(after, [*range(2, 6), *range(9, 13)], 0))
+    text = [0, 1, 6, 7, 8, *range(13, 20)]
+    np.testing.assert_array_equal(before[text], after[text])
 
 
-def test_spare_pictures_do_nothing_and_missing_ones_are_loud(model, pictures):
-    ids, mask = (jnp.asarray(x) for x in padded("right"))
-    spare = jnp.concatenate([jnp.asarray(pictures), jnp.ones((1, 16, 16, 3))])
-    np.testing.assert_allclose(model(ids, spare, mask), model(ids, jnp.asarray(pictures), mask), rtol=1e-5, atol=1e-5)
-    missing = model(ids, jnp.asarray(pictures[:2]), mask)
+def test_spare_pictures_do_nothing_and_missing_ones_are_loud(model, forward, pictures):
+    ids, mask = padded("right")
+    spare = np.concatenate([pictures, np.ones((1, 16, 16, 3), np.float32)])
+    np.testing.assert_allclose(
+        forward(model, ids, spare, mask), forward(model, ids, pictures, mask), rtol=1e-5, atol=1e-5
+    )
+    missing = forward(model, ids, pictures[:2], mask)
     assert np.isnan(missing[1, 0, 1:5]).all()
 
 
 def test_bf16_gradients_are_finite_where_padding_attends_to_nothing(pictures):
     half = InternVL(TINY, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    ids, mask = (jnp.asarray(x) for x in padded("left"))
-    loss = nnx.grad(lambda m: jnp.square(m(ids, jnp.asarray(pictures), mask).astype(jnp.float32)).mean())
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(loss(half)))
+    ids, mask = padded("left")
+
+    @nnx.jit
+    @nnx.grad
+    def gradients(model: InternVL) -> jax.Array:
+        return jnp.square(model(ids, pictures, mask).astype(jnp.float32)).mean()
+
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients(half)))
 
 
 def test_pixel_shuffle_joins_neighbourhoods():

@@ -1,0 +1,195 @@
+"""The manifest: a JSON list of examples as UNO writes it, with paths relative to the file.
+
+    [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "cat_on_sofa.png"}, …]
+
+`image_paths` may be empty (text only) and `image_tgt_path` left out where nothing is learned from it. Further keys are
+ignored if they are named `critter` or begin with `x_`; any other is taken for a misspelling.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from squeeze_jax.data.images import load_image
+from squeeze_jax.errors import InputError
+
+FIELDS = ("prompt", "image_paths", "image_tgt_path")
+
+
+class Row(NamedTuple):
+    """One example; paths are absolute and lie inside the manifest's folder."""
+
+    number: int
+    """Place in the file, from 1."""
+    prompt: str
+    references: tuple[Path, ...]
+    target: Path | None
+    extra: dict[str, Any]
+    """The keys `critter` and `x_…`."""
+
+
+class Manifest(NamedTuple):
+    """A validated manifest."""
+
+    path: Path
+    rows: list[Row]
+    warnings: list[str]
+    """What is allowed but probably not meant, and rows that were skipped; for the command to print."""
+    digest: str
+    """SHA-256 of the file."""
+
+
+def read_manifest(
+    path: str | Path, *, need_targets: bool, check_images: bool = True, skip_bad: bool = False
+) -> Manifest:
+    """Reads and validates a manifest before anything is made of it.
+
+    need_targets: training learns from targets; sampling and evaluation do without. check_images: decodes every picture
+    once, since a truncated file opens without complaint. skip_bad: leaves bad rows out, each with a warning.
+    Raises InputError that lists every bad row with its number, the file or value, and the remedy.
+    """
+    path = Path(path)
+    content = _content(path)
+    rows: list[Row] = []
+    warnings: list[str] = []
+    problems: list[str] = []
+    decoded: dict[Path, str | None] = {}
+    values = _rows(path, content)
+    for number, value in enumerate(values, 1):
+        row, bad = _row(number, value, path.parent, need_targets)
+        if row is not None and check_images:
+            bad = [*bad, *_undecodable(row, decoded)]
+        if bad or row is None:
+            problems += [f"row {number}: {problem}" for problem in bad]
+            continue
+        rows.append(row)
+        if row.target is not None and any(_same_bytes(r, row.target) for r in row.references):
+            warnings.append(
+                f"row {number}: reference and target are the same picture ({row.target.name}); such pairs teach copying"
+            )
+    if problems and not (skip_bad and rows):
+        count = len(values) - len(rows)
+        raise InputError("\n  ".join([f"{path}: {count} of {len(values)} rows cannot be used:", *problems]))
+    if problems:
+        warnings.append(f"skipped {len(values) - len(rows)} of {len(values)} rows")
+        warnings += [f"skipped {problem}" for problem in problems]
+    return Manifest(path, rows, warnings, hashlib.sha256(content).hexdigest())
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {found}; give the path of a manifest (a JSON list)")
+    return path.read_bytes()
+
+
+def _rows(path: Path, content: bytes) -> list[Any]:
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        hint = "write one JSON list, not one object a line" if error.msg == "Extra data" else "correct it there"
+        raise InputError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}; {hint}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply; a manifest is a JSON list of rows") from error
+    if not isinstance(values, list):
+        raise InputError(f"{path}: holds {_kind(values)}; a manifest is a JSON list of rows")
+    if not values:
+        raise InputError(f"{path}: the list is empty; add at least one row")
+    return values
+
+
+def _row(number: int, value: Any, folder: Path, need_target: bool) -> tuple[Row | None, list[str]]:
+    """The row, as far as its paths can be used, and everything that is wrong with it."""
+    if not isinstance(value, dict):
+        return None, [f"is {_kind(value)}; write an object with {', '.join(FIELDS)}"]
+    meant, bad = _unknown_fields(value)
+    prompt = value.get("prompt")
+    if "prompt" not in value:
+        if "prompt" not in meant:
+            bad.append('"prompt" is missing; say what the picture shows')
+    elif not isinstance(prompt, str):
+        bad.append(f'"prompt" is {_kind(prompt)}; write a string')
+    elif not prompt.strip():
+        bad.append('"prompt" is empty; say what the picture shows')
+
+    names = value.get("image_paths")
+    if "image_paths" not in value:
+        if "image_paths" not in meant:
+            bad.append('"image_paths" is missing; write [] for text only')
+    elif not isinstance(names, list):
+        bad.append(f'"image_paths" is {_kind(names)}; write a list of paths, [] for text only')
+    references = names if isinstance(names, list) else []
+    target = value.get("image_tgt_path")
+    if target is None and need_target and "image_tgt_path" not in meant:
+        bad.append('"image_tgt_path" is missing; training needs the picture to learn')
+
+    found: list[Path] = []
+    named = [(f"image_paths[{place}]", name) for place, name in enumerate(references)]
+    named += [] if target is None else [("image_tgt_path", target)]
+    for place, name in named:
+        resolved, problem = _resolve(folder, name)
+        if resolved is None:
+            bad.append(f"{place} {problem}")
+        else:
+            found.append(resolved)
+    if len(found) != len(named) or not isinstance(prompt, str):
+        return None, bad
+    extra = {key: content for key, content in value.items() if key not in FIELDS}
+    pictures = found[: len(references)]
+    return Row(number, prompt, tuple(pictures), found[-1] if target is not None else None, extra), bad
+
+
+def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:
+    """The fields that misspelled ones probably mean, and what is wrong with each unknown one."""
+    meant, bad = set(), []
+    for key in value:
+        if key in FIELDS or key == "critter" or key.startswith("x_"):
+            continue
+        near = get_close_matches(key, FIELDS, n=1)
+        meant.update(near)
+        remedy = f'did you mean "{near[0]}"?' if near else "start the names of your own fields with x_"
+        bad.append(f'unknown field "{key}"; {remedy}')
+    return meant, bad
+
+
+def _resolve(folder: Path, name: Any) -> tuple[Path | None, str]:
+    """The file that a path names, or what is wrong with it."""
+    if not isinstance(name, str) or not name:
+        return None, f"is {_kind(name) if not isinstance(name, str) else 'empty'}; write the path of a picture"
+    try:
+        resolved = (folder / name).resolve()
+        if not resolved.is_relative_to(folder.resolve()):
+            return None, f'"{name}" leads out of the manifest\'s folder {folder}; move the picture into it'
+        if not resolved.is_file():
+            return None, f'"{name}": no such file in {folder}; paths are relative to the manifest'
+    except (OSError, ValueError) as error:  # a null byte, a name that is too long, a loop of links
+        return None, f'"{name}" is not a usable path ({error}); correct it'
+    return resolved, ""
+
+
+def _undecodable(row: Row, decoded: dict[Path, str | None]) -> Iterator[str]:
+    for path in [*row.references, *([row.target] if row.target else [])]:
+        if path not in decoded:
+            try:
+                load_image(path)
+                decoded[path] = None
+            except InputError as error:
+                decoded[path] = str(error)
+        problem = decoded[path]
+        if problem:
+            yield problem
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    same_size = one.stat().st_size == other.stat().st_size
+    return one == other or (same_size and one.read_bytes() == other.read_bytes())
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

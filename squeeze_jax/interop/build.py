@@ -1,0 +1,53 @@
+"""From a config to modules: the trained system, with its frozen base and its adapters, and which leaves are trained."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from squeeze_jax.config import Config
+from squeeze_jax.interop.load import load_dit
+from squeeze_jax.layers.lora import LoRAParam, add_lora
+from squeeze_jax.models.aggregator import Aggregator
+from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.system import System
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_system(config: Config, *, with_base: bool = True) -> System:
+    """The system of a config: random weights from its seed, pre-trained base where `model.dit_weights` names one.
+
+    `with_base=False` leaves a pre-trained base out (its shapes stay): for `nnx.eval_shape`. Trained weights are float32;
+    a base under adapters is kept in `model.frozen_dtype`.
+    """
+    rngs = nnx.Rngs(config.training.seed)
+    dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
+    options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
+    aggregator = Aggregator(config.aggregator, dtype=dtype, rngs=rngs, **options)
+    if config.model.dit_weights and with_base:
+        dit = load_dit(config.model.dit_weights, jnp.float32 if config.lora is None else frozen, **options)
+        dit.dtype = jnp.dtype(dtype)
+    else:
+        dit = DiT(
+            config.model.dit,
+            dtype=dtype,
+            param_dtype=jnp.float32 if config.lora is None else frozen,
+            rngs=rngs,
+            **options,
+        )
+    if config.lora is not None:
+        add_lora(dit, config.lora, rngs=rngs)
+    return System(aggregator, dit)
+
+
+def is_trained(config: Config) -> Callable[[Any, Any], bool]:
+    """A filter for `nnx.split`: the aggregator, and the adapters or (without adapters) the whole transformer."""
+    kind = nnx.Param if config.lora is None else LoRAParam
+
+    def trained(path: tuple[Any, ...], value: Any) -> bool:
+        variable = getattr(value, "type", type(value))
+        return issubclass(variable, nnx.Param if path[0] == "aggregator" else kind)
+
+    return trained

@@ -1,0 +1,60 @@
+"""A run's numbers: lines of metrics.jsonl, TensorBoard, and the progress bar."""
+
+import json
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends rows {"step": …, name: value} to metrics.jsonl, and the same scalars to TensorBoard.
+
+    A resumed run first drops the rows after the step that it continues from, so that every step stands once.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, tensorboard: bool) -> None:
+        path = workdir / FILE
+        if path.exists():
+            rows = path.read_text().splitlines()
+            kept = [row for row in rows if _step(row) <= first_step]
+            if len(kept) < len(rows):
+                path.write_text("".join(f"{row}\n" for row in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, **values: float) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if self._board is not None:
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step(row: str) -> int:
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError):
+        return 1 << 62  # a line cut short by a kill
+
+
+def progress_bar() -> Progress:
+    """What training shows: steps, time left, and a free text of figures."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        refresh_per_second=2,
+    )

@@ -1,0 +1,74 @@
+"""What changes during training, as one pytree; and a system apart into trained and frozen leaves."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from squeeze_jax.array_types import Array, Int
+from squeeze_jax.config import Config
+from squeeze_jax.interop.build import is_trained
+from squeeze_jax.models.system import System
+from squeeze_jax.sharding import parameter_spec
+
+Leaves = dict[str, Any]
+"""Arrays by dotted path, the same names as in checkpoints and in the sharding table."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; all that a checkpoint holds."""
+
+    step: Int[Array, ""]
+    """Steps done, skipped ones included."""
+    trained: Leaves
+    """float32."""
+    moments: optax.OptState
+    """The optimizer's state, float32."""
+    average: Leaves
+    """Running average of `trained`; empty where `optimizer.ema` is 0."""
+    skipped: Int[Array, ""]
+    """Steps whose loss or gradient was not finite: nothing but the step count moved."""
+
+
+class Split(NamedTuple):
+    """A system apart: its structure, where each trained leaf goes, and the frozen leaves."""
+
+    graph: Any
+    slots: dict[str, tuple[tuple[Any, ...], nnx.Variable]]
+    """Dotted path → path and (emptied) variable of each trained leaf."""
+    frozen: nnx.State
+
+    def merge(self, trained: Leaves, frozen: nnx.State | None = None) -> System:
+        """The system with these trained leaves; under `jit`, pass the frozen ones as an argument too."""
+        flat = [(path, variable.replace(trained[name])) for name, (path, variable) in self.slots.items()]
+        return nnx.merge(self.graph, nnx.from_flat_state(flat), self.frozen if frozen is None else frozen)
+
+
+def split_system(system: System, config: Config) -> tuple[Leaves, Split]:
+    """The trained leaves by dotted path, and the rest."""
+    graph, trained, frozen = nnx.split(system, is_trained(config), ...)
+    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(trained)}
+    leaves = {name: variable[...] for name, (_, variable) in flat.items()}
+    empty = {name: (path, variable.replace(None)) for name, (path, variable) in flat.items()}
+    return leaves, Split(graph, empty, frozen)
+
+
+def initial_state(trained: Leaves, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+    """Step 0. The average begins as a copy, so that donating the state never frees it twice."""
+    average = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else {}
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, trained, optimizer.init(trained), average, jnp.copy(zero))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """A sharding for every leaf: moments and average lie as their parameters do, counters everywhere."""
+
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+        name = getattr(path[-1], "key", None)
+        spec = parameter_spec(name, leaf.shape, mesh) if isinstance(name, str) else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -1,0 +1,153 @@
+"""The loss of a batch and the train step. Randomness is a function of (seed, step, row) alone."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from squeeze_jax.array_types import Array, Bool, Float, Key
+from squeeze_jax.batch import Context, References, TrainingBatch
+from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.diffusion.flow import loss_per_sample, noisy, sample_times, schedule_shift
+from squeeze_jax.models.system import System
+from squeeze_jax.sharding import batch_sharding
+from squeeze_jax.training.optimizer import learning_rate
+from squeeze_jax.training.state import Leaves, Split, TrainState
+
+
+class Draws(NamedTuple):
+    """What is random in a step, row by row of the global batch."""
+
+    t: Float[Array, " B"]
+    noise: Float[Array, "B N c"]
+    keep_mllm: Bool[Array, " B"]
+    keep_vae: Bool[Array, " B"]
+
+
+class Metrics(NamedTuple):
+    """Scalars of a step, float32."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    """Before clipping."""
+    learning_rate: Float[Array, ""]
+    skipped: Array
+    """Non-finite steps so far."""
+
+
+def step_key(config: Config, step: int | jax.Array) -> Key:
+    """The key of a step."""
+    return jax.random.fold_in(jax.random.key(config.training.seed), step)
+
+
+def draw(key: Key, shape: tuple[int, int, int], config: Config, stage: StageConfig) -> Draws:
+    """Times, noise and dropped conditions of a batch [B, N, c]; row i is the same whatever B is."""
+    batch, length, channels = shape
+
+    def row(key: Key) -> Draws:
+        times, noise, dropout = jax.random.split(key, 3)
+        t = sample_times(times, 1, config.diffusion.time_sampling, schedule_shift(length))
+        mllm, vae = stage.dropout.draw(dropout, 1)
+        return Draws(t[0], jax.random.normal(noise, (length, channels)), mllm[0], vae[0])
+
+    return jax.vmap(row)(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)))
+
+
+def losses(
+    system: System, batch: TrainingBatch, draws: Draws, config: Config, stage: StageConfig
+) -> Float[Array, " B"]:
+    """Each sample's loss. A dropped condition is masked out of attention, padding likewise: neither changes a loss."""
+    context = system.context(batch.hidden_states)
+    context = Context(context.tokens, context.mask & draws.keep_mllm[:, None])
+    references = None
+    if stage.references and batch.references.tokens.shape[1]:
+        mask = batch.references.mask & draws.keep_vae[:, None]
+        references = References(batch.references.tokens, mask, batch.references.positions)
+    x_t = noisy(batch.target, draws.noise, draws.t)
+    velocity = system.velocity(x_t, config.target_grid, draws.t, context, references, config.diffusion.guidance)
+    return loss_per_sample(velocity, batch.target, draws.noise)
+
+
+TrainStep = Callable[[TrainState, nnx.State, TrainingBatch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    split: Split, optimizer: optax.GradientTransformation, config: Config, stage: StageConfig, mesh: Mesh | None = None
+) -> TrainStep:
+    """The compiled step of a stage: (state, frozen leaves, batch) to (state, metrics); the state is donated.
+
+    Gradients exist for trained leaves only. The batch's rows are cut into `optimizer.accumulate` pieces whose gradients
+    are averaged: the same numbers as one large batch. A non-finite loss or gradient leaves weights, moments and average
+    as they were and is counted.
+    """
+    rate, pieces = learning_rate(config), config.optimizer.accumulate
+
+    def mean_loss(trained: Leaves, frozen: nnx.State, batch: TrainingBatch, draws: Draws) -> jax.Array:
+        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
+
+    def step(state: TrainState, frozen: nnx.State, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
+        draws = draw(step_key(config, state.step), batch.target.shape, config, stage)
+        gradient = jax.value_and_grad(mean_loss)
+        if pieces == 1:
+            loss, grads = gradient(state.trained, frozen, batch, draws)
+        else:
+            cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), (batch, draws))
+            sums, _ = jax.lax.scan(
+                lambda total, piece: (jax.tree.map(jnp.add, total, gradient(state.trained, frozen, *piece)), None),
+                (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained)),
+                cut,
+            )
+            loss, grads = jax.tree.map(lambda x: x / pieces, sums)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, moments = optimizer.update(grads, state.moments, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        average = state.average and moving_average(state.average, trained, state.step, config.optimizer.ema)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(finite, new, old)
+
+        trained, moments, average = jax.tree.map(
+            keep, (trained, moments, average), (state.trained, state.moments, state.average)
+        )
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        return TrainState(state.step + 1, trained, moments, average, skipped), Metrics(
+            loss, norm, jnp.asarray(rate(state.step), jnp.float32), skipped
+        )
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, in_shardings=(None, None, batch_sharding(mesh)))
+
+
+def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: float) -> Leaves:
+    """average + (1 − d)·(trained − average), with d growing from 0.1 to `decay` over the first steps."""
+    count = step.astype(jnp.float32)
+    d = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda a, w: a + (1.0 - d) * (w - a), average, trained)
+
+
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def make_validation(split: Split, config: Config, stage: StageConfig):
+    """The compiled validation: (trained, frozen, batch) to each sample's loss, averaged over fixed times and noise.
+
+    Every condition stays; noise depends on the record's index alone, so that runs can be compared.
+    """
+
+    def validate(trained: Leaves, frozen: nnx.State, batch: TrainingBatch) -> Float[Array, " B"]:
+        system, shape = split.merge(trained, frozen), batch.target.shape
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
+        keep = jnp.ones(shape[0], bool)
+        return sum(
+            losses(system, batch, Draws(jnp.full(shape[0], t), noise, keep, keep), config, stage)
+            for t in VALIDATION_TIMES
+        ) / len(VALIDATION_TIMES)
+
+    return jax.jit(validate)
