@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 from PIL import Image
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
@@ -32,15 +33,17 @@ ANSWER = "assistant\n"
 class MLLMTraining:
     """How the demo's MLLM is trained; the defaults made the shipped weights."""
 
-    steps: int = 2000
+    steps: int = 1000
     batch: int = 32
     """Conversations a step, each about one picture."""
     length: int = 80
     """Tokens a conversation; it holds as many questions as fit."""
-    learning_rate: float = 3e-3
-    """Peak, reached after `warmup` steps, then a cosine to zero."""
-    warmup: int = 100
-    weight_decay: float = 0.05
+    learning_rate: float = 0.02
+    """Muon's peak, for kernels, reached after `warmup` steps, then a cosine to zero."""
+    vector_learning_rate: float = 2e-3
+    """AdamW's peak, for embeddings, norms and biases, on the same schedule."""
+    warmup: int = 50
+    weight_decay: float = 0.01
     prompt_weight: float = 0.2
     """Weight of the loss on a prompt's own tokens beside 1 on answers."""
     spelled: float = 0.1
@@ -185,7 +188,7 @@ def train_mllm(
     training and tokenizer give the same weights on one machine.
     """
     speaker = Speaker(config, tokenizer, training)
-    graph, parameters = nnx.split(InternVL(config, rngs=nnx.Rngs(training.seed)), nnx.Param)
+    graph, parameters = nnx.split(initial_mllm(config, training.seed), nnx.Param)
     optimizer = make_optimizer(training)
     moments = optimizer.init(parameters)
 
@@ -223,10 +226,37 @@ def describing_loss(mllm: InternVL, batch: Conversation) -> tuple[Float[Array, "
     return loss, {"loss": loss, "right": right}
 
 
+def initial_mllm(config: InternVLConfig, seed: int) -> InternVL:
+    """Random weights with five times the usual embeddings and a fifth of the blocks' output.
+
+    So a token's own identity is not drowned in the first block, and looking at the picture is learned in a hundred steps
+    instead of a thousand.
+    """
+    mllm = InternVL(config, rngs=nnx.Rngs(seed))
+    mllm.embedding.set_value(5.0 * mllm.embedding[...])
+    for linear in (mllm.blocks.attention_output, mllm.blocks.down):
+        linear.kernel.set_value(0.2 * linear.kernel[...])
+    return mllm
+
+
 def make_optimizer(training: MLLMTraining) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and a cosine to zero."""
+    """Muon for kernels, AdamW for the rest; clipping, warm-up and a cosine to zero."""
     warmup = min(training.warmup, max(training.steps // 10, 1))
-    rate = optax.warmup_cosine_decay_schedule(0.0, training.learning_rate, warmup, training.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, training.steps)
+
+    def matrices(parameters: nnx.State) -> nnx.State:
+        def dimensions(path: tuple[Any, ...], leaf: Array) -> MuonDimensionNumbers | None:
+            is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)
+            return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if is_kernel else None
+
+        return jax.tree_util.tree_map_with_path(dimensions, parameters)
+
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=training.weight_decay)
+        optax.clip_by_global_norm(1.0),
+        muon(
+            lambda step: schedule(step) * training.learning_rate,
+            muon_weight_dimension_numbers=matrices,
+            adam_learning_rate=lambda step: schedule(step) * training.vector_learning_rate,
+            weight_decay=training.weight_decay,
+        ),
     )
