@@ -107,7 +107,12 @@ class StageConfig:
 class OptimizerConfig:
     """AdamW with warm-up and clipping (our decision throughout: PAPER, decision 8)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of matrices (AdamW moves the rest): fewer, dearer steps, for small models."""
     learning_rate: float = 1e-4
+    """Peak rate; with `muon` that of the matrices."""
+    vector_learning_rate: float = 2e-3
+    """Peak rate of what `muon` leaves to AdamW; unused by `adamw`."""
     warmup_steps: int = 100
     """Linear warm-up at the start of each stage."""
     decay: Literal["constant", "cosine"] = "constant"
@@ -179,6 +184,8 @@ class LogConfig:
     tensorboard: bool = True
     grid: int = 8
     """Held-out pairs in a sample grid."""
+    score: int = 0
+    """Held-out critters to score by retrieval at the end of a run; 0 scores none."""
 
 
 @dataclass(frozen=True)

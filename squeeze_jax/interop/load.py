@@ -61,6 +61,13 @@ def save_dit(folder: Path, dit: DiT, dtype: DType) -> None:
     write_json(folder / "config.json", flux_format.config_to_json(dit.config))
 
 
+def save_internvl(folder: Path, mllm: InternVL, dtype: DType) -> None:
+    """Writes a transformers `-hf` folder: config.json and one safetensors file (the tokenizer is not part of it)."""
+    tensors = export_entries(mllm, internvl_format.entries(mllm.config))
+    write_tensors(folder / "model.safetensors", {k: tensor.astype(np.dtype(dtype)) for k, tensor in tensors.items()})
+    write_json(folder / "config.json", internvl_format.config_to_json(mllm.config))
+
+
 def encoder_folder(folder: str | Path, part: str) -> Path:
     """The folder itself, or the shipped miniature's part where it is called `demo`."""
     path = DEMO / part if str(folder) == "demo" else Path(folder)

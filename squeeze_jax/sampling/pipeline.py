@@ -83,6 +83,11 @@ class Pipeline:
         graph, state = nnx.split(system)
         return cls(config, encoders, graph, (state,), step)
 
+    @property
+    def uses_references(self) -> bool:
+        """Whether reference tokens took part in training."""
+        return any(stage.references for stage in self.config.training.stages)
+
     def resolved(self, settings: Settings) -> Settings:
         """The settings with the config's values filled in."""
         own = self.config.sampling
@@ -128,7 +133,7 @@ class Pipeline:
         grid = (resolved.height // 16, resolved.width // 16)
         references = reference_tokens(latents, grid)
         # A system trained on the MLLM alone has never seen reference tokens (AMENDMENTS): it samples without them.
-        if not any(stage.references for stage in self.config.training.stages):
+        if not self.uses_references:
             references = None
         schedule = make_schedule(
             resolved.steps, grid[0] * grid[1], resolved.tau1, resolved.tau2,

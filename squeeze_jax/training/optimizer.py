@@ -1,29 +1,27 @@
-"""AdamW with clipping, and the learning rate over a run's stages."""
+"""The optimiser, and the learning rate over a run's stages."""
 
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from squeeze_jax.array_types import Array
 from squeeze_jax.config import Config
 
 
-def learning_rate(config: Config) -> optax.Schedule:
-    """The rate at a step of the whole run: each stage warms up anew, then stays or falls along a cosine."""
+def learning_rate(config: Config, peak: float | None = None) -> optax.Schedule:
+    """The rate at a step of the whole run: each stage warms up anew, then stays or falls along a cosine.
+
+    `peak` defaults to `optimizer.learning_rate`.
+    """
     optimizer, pieces, borders, start = config.optimizer, [], [], 0
+    peak = optimizer.learning_rate if peak is None else peak
     for stage in config.training.stages:
-        warmup = min(optimizer.warmup_steps, stage.steps)
+        warmup = min(optimizer.warmup_steps, max(stage.steps - 1, 0))
         if optimizer.decay == "cosine":
-            piece = optax.warmup_cosine_decay_schedule(
-                0.0, optimizer.learning_rate, warmup, stage.steps, end_value=optimizer.learning_rate / 20
-            )
+            piece = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, stage.steps + 1, end_value=peak / 20)
         else:
-            piece = optax.join_schedules(
-                [
-                    optax.linear_schedule(0.0, optimizer.learning_rate, max(warmup, 1)),
-                    optax.constant_schedule(optimizer.learning_rate),
-                ],
-                [warmup],
-            )
+            ramp, flat = optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)
+            piece = optax.join_schedules([ramp, flat], [warmup])
         pieces.append(lambda step, piece=piece: piece(step + 1))  # the first step moves, too
         start += stage.steps
         borders.append(start)
@@ -31,10 +29,24 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by the global norm, Adam moments in float32, decoupled weight decay on matrices only."""
+    """Clipping by the global norm, then AdamW or Muon; moments in float32, weight decay on matrices only."""
     optimizer = config.optimizer
+    clip = optax.clip_by_global_norm(optimizer.clip_norm)
+    if optimizer.kind == "muon":
+        return optax.chain(
+            clip,
+            muon(
+                learning_rate(config),
+                muon_weight_dimension_numbers=_matrix_axes,
+                adam_learning_rate=learning_rate(config, optimizer.vector_learning_rate),
+                adam_b1=optimizer.b1,
+                adam_b2=optimizer.b2,
+                weight_decay=optimizer.weight_decay,
+                mu_dtype=jnp.float32,
+            ),
+        )
     return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
+        clip,
         optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, mu_dtype=jnp.float32),
         optax.add_decayed_weights(optimizer.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(learning_rate(config)),
@@ -44,3 +56,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 def is_matrix(leaves: dict[str, Array]) -> dict[str, bool]:
     """True for kernels and low-rank factors; biases, norms and pooling weights do not decay."""
     return {path: path.rsplit(".", 1)[-1] in ("kernel", "down", "up") for path in leaves}
+
+
+def _matrix_axes(leaves: dict[str, Array]) -> dict[str, MuonDimensionNumbers | None]:
+    """Input and output axis of every matrix; a stack's leading axis is a batch of matrices."""
+    axes = {path: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) for path, leaf in leaves.items()}
+    return {path: axes[path] if matrix else None for path, matrix in is_matrix(leaves).items()}

@@ -1,0 +1,28 @@
+"""`python -m squeeze_jax COMMAND`."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": "train a preset, or resume it",
+    "sample": "draw pictures from a prompt and references",
+    "extract": "run the frozen encoders over a manifest",
+    "evaluate": "score a checkpoint",
+    "demo-encoders": "train the miniature's autoencoder and MLLM",
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: python -m squeeze_jax COMMAND …   (COMMAND --help explains its flags)\n")
+        print("\n".join(f"  {name:15}{what}" for name, what in COMMANDS.items()))
+        return 0 if len(sys.argv) > 1 else 2
+    name, *arguments = sys.argv[1:]
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return import_module(f"squeeze_jax.commands.{name.replace('-', '_')}").main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""`evaluate`: scores of a checkpoint."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from squeeze_jax.commands.run import guarded, setup
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Scores a checkpoint on held-out examples, next to chance, pasted references and the autoencoder's ceiling."""
+
+    suite: Literal["critters"] = "critters"
+    """`critters`: retrieval among redrawn candidates (the miniature's data; no learned judge)."""
+    checkpoint: Path | None = None
+    """Work or weights folder; none: the shipped miniature."""
+    pairs: int = 512
+    """Held-out pairs."""
+    out: Path = Path("scores.json")
+    """JSON report to write."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = tyro.cli(Evaluate, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax evaluate")
+    return guarded(lambda: run(given))
+
+
+def run(given: Evaluate) -> None:
+    setup()
+    from squeeze_jax.commands.grids import score_critters
+    from squeeze_jax.errors import InputError
+    from squeeze_jax.sampling.pipeline import Pipeline
+
+    pipeline = Pipeline.load(given.checkpoint)
+    if pipeline.config.data.critters is None:
+        raise InputError("this checkpoint was not trained on critters: --suite critters cannot score it")
+    score_critters(pipeline, given.out, given.pairs)

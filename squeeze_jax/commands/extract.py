@@ -1,0 +1,43 @@
+"""`extract`: a manifest to feature records."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from squeeze_jax.commands.run import guarded, setup
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Runs the frozen encoders over a manifest and writes feature records; started again, it continues."""
+
+    manifest: Annotated[Path, tyro.conf.Positional]
+    """JSON list of rows with `prompt`, `image_paths`, `image_tgt_path`, relative to the file."""
+    out: Path
+    """Folder for the records: train and held_out below it."""
+    config: Path
+    """Preset whose encoders and sizes to use."""
+    shard: str = "0/1"
+    """i/n: this process does every n-th shard from i."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = tyro.cli(Extract, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax extract")
+    return guarded(lambda: run(given))
+
+
+def run(given: Extract) -> None:
+    setup()
+    from squeeze_jax.commands.features import extract_features
+    from squeeze_jax.config import load_preset
+    from squeeze_jax.errors import InputError
+
+    try:
+        part, parts = (int(number) for number in given.shard.split("/"))
+    except ValueError:
+        raise InputError(f"--shard {given.shard!r} must be i/n, such as 0/4") from None
+    extract_features(load_preset(given.config), given.out, manifest=given.manifest, shard=(part, parts))
+    print(f"records: {given.out}")

@@ -1,0 +1,75 @@
+"""The frozen encoders' pass over a data set: what `extract` does, and `train` before it begins."""
+
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from squeeze_jax.config import Config
+from squeeze_jax.data.encoders import FrozenEncoders
+from squeeze_jax.data.extract import extract
+from squeeze_jax.data.manifest import read_manifest
+from squeeze_jax.data.sources import CritterRows, ManifestRows
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop.build import DTYPES
+
+SHARD = 1024
+
+
+def load_encoders(config: Config) -> FrozenEncoders:
+    """The config's frozen encoders."""
+    return FrozenEncoders(
+        config.model.autoencoder,
+        config.model.mllm,
+        system_text=config.data.system_text,
+        dtype=DTYPES[config.model.dtype],
+    )
+
+
+def row_sources(config: Config, manifest: Path | None = None) -> dict[str, CritterRows | ManifestRows]:
+    """Rows to train on and held-out rows, whichever the config's source is. A bad manifest raises before anything runs."""
+    manifest = manifest or (Path(config.data.manifest) if config.data.manifest else None)
+    if manifest is not None:
+        checked = read_manifest(manifest, need_targets=True)
+        for warning in checked.warnings:
+            print(f"warning: {warning}")
+        held_out = min(config.data.held_out, max(1, len(checked.rows) // 10))
+        if len(checked.rows) <= held_out:
+            raise InputError(f"{manifest}: {len(checked.rows)} row is too few to train on; give at least 2")
+        digest = f"manifest {checked.digest}"
+        return {
+            "train": ManifestRows(checked.rows[:-held_out], f"{digest} but the last {held_out}"),
+            "held_out": ManifestRows(checked.rows[-held_out:], f"{digest} the last {held_out}"),
+        }
+    if config.data.critters is not None:
+        return {
+            "train": CritterRows(config.data.critters, "train"),
+            "held_out": CritterRows(config.data.critters, "held_out"),
+        }
+    raise InputError("no examples: set data.manifest, data.critters or data.features")
+
+
+def extract_features(
+    config: Config, out: Path, *, manifest: Path | None = None, shard: tuple[int, int] = (0, 1)
+) -> None:
+    """Writes `out`/train and `out`/held_out; finished shards are kept, so a killed extraction goes on."""
+    sources = row_sources(config, manifest)
+    encoders = load_encoders(config)
+    with progress() as bar:
+        for split, rows in sources.items():
+            task = bar.add_task(f"extracting {split}", total=len(rows))
+            extract(
+                rows,
+                encoders,
+                out / split,
+                target_size=(config.data.height, config.data.width),
+                reference_long_side=config.data.reference_long_side,
+                examples_per_shard=SHARD,
+                batch=config.data.extract_batch,
+                shard=shard,
+                source=rows.source,
+                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
+            )
+
+
+def progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

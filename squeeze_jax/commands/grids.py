@@ -1,0 +1,156 @@
+"""Pictures and scores of a system in training: what `train` hands to the loop, and what it prints at the end."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from squeeze_jax.batch import HiddenStates
+from squeeze_jax.commands.features import load_encoders, row_sources
+from squeeze_jax.config import Config
+from squeeze_jax.data.critters import Pair
+from squeeze_jax.data.encoders import FrozenEncoders
+from squeeze_jax.data.extract import Example
+from squeeze_jax.data.images import resize_for_reference, resize_for_target, to_uint8
+from squeeze_jax.data.sources import CritterRows
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop.tensors import write_beside, write_json
+from squeeze_jax.sampling.pipeline import Pipeline, Settings
+from squeeze_jax.training.loop import Result, SampleFunction
+from squeeze_jax.training.state import Leaves, Split
+
+CHUNK = 64
+"""Pictures sampled at once."""
+
+
+def grid_sampler(config: Config, folder: Path, features: Path) -> SampleFunction | None:
+    """A function that draws held-out examples: a row of references, of samples, of true targets."""
+    try:
+        rows = row_sources(config)["held_out"]
+    except InputError:
+        print(f"no sample grids: the records in {features} come without their pictures")
+        return None
+    examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
+    encoders = load_encoders(config)
+    pipelines: list[Pipeline] = []
+
+    def sample(split: Split, leaves: Leaves, step: int) -> None:
+        system_leaves = nnx.split(split.merge(leaves))[1]
+        if not pipelines:
+            pipelines.append(Pipeline.of(split.merge(leaves), config, encoders))
+        pipelines[0].leaves = (system_leaves,)
+        drawn = sample_examples(pipelines[0], examples, Settings())
+        size = (config.data.height, config.data.width)
+        grid = np.concatenate(
+            [
+                np.concatenate([_shown(e.references[0], size) if e.references else _blank(size) for e in examples], 1),
+                np.concatenate(list(drawn), 1),
+                np.concatenate([to_uint8(resize_for_target(e.target, *size)) for e in examples], 1),
+            ]
+        )
+        path = folder / "samples" / f"{step:06d}.png"
+        write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
+
+    return sample
+
+
+def sample_examples(pipeline: Pipeline, examples: Sequence[Example], settings: Settings) -> np.ndarray:
+    """uint8 pictures [n, height, width, 3], one an example, each from its own prompt, references and seed (its number)."""
+    pictures = []
+    for start in range(0, len(examples), CHUNK):
+        some = list(examples[start : start + CHUNK])
+        padded = some + some[-1:] * (-len(some) % min(CHUNK, len(examples)))
+        states = pipeline.encoders.read([e.prompt for e in padded], [e.references for e in padded])
+        latents = reference_latents(pipeline.encoders, pipeline.config, padded)
+        tokens = pipeline.sample(states, latents, range(start, start + len(padded)), settings)
+        pictures.append(to_uint8(pipeline.decode(tokens, settings))[: len(some)])
+    return np.concatenate(pictures)
+
+
+def reference_latents(
+    encoders: FrozenEncoders, config: Config, examples: Sequence[Example]
+) -> list[list[np.ndarray]]:
+    """Latents of every example's references, those of one size encoded together."""
+    pictures = [
+        [resize_for_reference(image, config.data.reference_long_side) for image in e.references] for e in examples
+    ]
+    by_size: dict[Any, list[np.ndarray]] = {}
+    for row in pictures:
+        for picture in row:
+            by_size.setdefault(picture.shape, []).append(picture)
+    encoded: dict[Any, Iterator[np.ndarray]] = {size: iter(encoders.latents(some)) for size, some in by_size.items()}
+    return [[next(encoded[picture.shape]) for picture in row] for row in pictures]
+
+
+def critter_scores(config: Config, result: Result, folder: Path, count: int) -> None:
+    """Scores held-out critters by retrieval, prints the table and writes scores.json."""
+    pipeline = Pipeline.of(result.split.merge(result.leaves), config, load_encoders(config), result.step)
+    score_critters(pipeline, folder / "scores.json", count, ("demo",))
+
+
+SETTINGS = ("demo", "mllm", "both", "withheld")
+
+
+def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence[str] = SETTINGS) -> None:
+    """Retrieval scores of `count` held-out pairs beside chance, pasted references and the autoencoder's ceiling.
+
+    settings: `demo` (the checkpoint's τ), `mllm` (τ = 0, 0: the MLLM alone throughout), `both` (τ = 1, 0: both
+    throughout), `withheld` (no reference: text only).
+    """
+    from squeeze_jax.evaluation.critters import paired_difference, references_pasted, render, score_settings, true_targets
+
+    assert pipeline.config.data.critters is not None
+    rows = CritterRows(pipeline.config.data.critters, "held_out")
+    count = min(count, len(rows))
+    pairs: list[Pair] = [rows.pair(i) for i in range(count)]
+    examples = [rows[i] for i in range(count)]
+    bare = [example._replace(references=[]) for example in examples]
+    ways = {
+        "demo": ("staged (the demo's own τ)", examples, Settings()),
+        "mllm": ("MLLM alone throughout", examples, Settings(tau1=0.0, tau2=0.0)),
+        "both": ("both throughout", examples, Settings(tau1=1.0, tau2=0.0)),
+        "withheld": ("references withheld", bare, Settings()),
+    }
+
+    def codec(pictures: np.ndarray) -> np.ndarray:
+        latents = np.stack(pipeline.encoders.latents(list(pictures * 2 - 1)))
+        return np.clip((pipeline.encoders.decode(latents) + 1) / 2, 0, 1)
+
+    images = {ways[s][0]: sample_examples(pipeline, ways[s][1], ways[s][2]) for s in settings}
+    targets = true_targets(pairs)
+    padded = np.concatenate([targets, targets[-1:].repeat(-count % CHUNK, 0)]).astype(np.float32) / 255
+    ceiling = np.concatenate([codec(padded[i : i + CHUNK]) for i in range(0, len(padded), CHUNK)])[:count]
+    images |= {"reference pasted": references_pasted(pairs), "true target through the autoencoder": ceiling}
+    scores = score_settings(images, pairs, seed=0, codec=codec)
+    print(f"retrieval of {count} held-out pairs, step {pipeline.step}:")
+    print(render(scores))
+    report = {
+        "pairs": count,
+        "step": pipeline.step,
+        "sampling": vars(pipeline.resolved(Settings())),
+        "scores": {name: score.to_json() for name, score in scores.items()},
+    }
+    if {"demo", "mllm"} <= set(settings):
+        difference = paired_difference(scores[ways["demo"][0]], scores[ways["mllm"][0]], "subject hard")
+        print(f"subject hard, staged minus MLLM alone: {difference}")
+        report["staged minus MLLM alone, subject hard"] = str(difference)
+    write_json(out, jax.tree.map(lambda x: x, report))
+    print(f"scores: {out}")
+
+
+def _shown(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A reference fitted into a cell, on white."""
+    cell = Image.new("RGB", (size[1], size[0]), "white")
+    fitted = image.copy()
+    fitted.thumbnail((size[1], size[0]))
+    cell.paste(fitted, ((size[1] - fitted.width) // 2, (size[0] - fitted.height) // 2))
+    return np.asarray(cell)
+
+
+def _blank(size: tuple[int, int]) -> np.ndarray:
+    return np.full((*size, 3), 255, np.uint8)

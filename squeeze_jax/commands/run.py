@@ -1,0 +1,31 @@
+"""What every command shares: the compilation cache, and how an error of the user's input ends."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def setup() -> None:
+    """Before the first array: the persistent compilation cache (SQUEEZE_JAX_CACHE, by default in the user's cache)."""
+    import jax
+
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "squeeze_jax"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("SQUEEZE_JAX_CACHE", str(default)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def guarded(main: Callable[[], None]) -> int:
+    """Runs a command; input that cannot be used ends in its one sentence and exit code 2."""
+    from squeeze_jax.errors import InputError
+
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

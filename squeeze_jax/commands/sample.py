@@ -1,0 +1,98 @@
+"""`sample`: a prompt and reference pictures to new pictures."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from squeeze_jax.commands.run import guarded, setup
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draws the references' subjects doing what the prompt says; settings are embedded in the PNG as text."""
+
+    prompt: str
+    """What the picture should show."""
+    out: Path
+    """PNG to write; with several images PATH-0.png, PATH-1.png, …"""
+    reference: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Picture of a subject; may be given several times. None: text only."""
+    checkpoint: Path | None = None
+    """Work or weights folder; none: the shipped miniature."""
+    size: str | None = None
+    """512 or 512x768 (height × width), multiples of 16 pixels; default: the checkpoint's."""
+    steps: int | None = None
+    """Euler steps (FLUX: 25)."""
+    tau1: float | None = None
+    """At t ≥ tau1 the MLLM's tokens alone (FLUX: 0.95); t = 1 is pure noise."""
+    tau2: float | None = None
+    """At t < tau2 the references' tokens alone (FLUX: 0.85)."""
+    cfg_scale: float | None = None
+    """Classifier-free guidance (FLUX: 2.5); 1 is off."""
+    seed: int = 0
+    num_images: int = 1
+    """Image i is what seed + i alone gives."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = tyro.cli(Sample, args=sys.argv[1:] if arguments is None else arguments, prog="sample.py")
+    return guarded(lambda: run(given))
+
+
+def run(given: Sample) -> None:
+    from squeeze_jax.data.images import load_image, parse_size, save_png, to_uint8
+    from squeeze_jax.diffusion.stages import plan_stages, time_steps
+    from squeeze_jax.errors import InputError
+
+    started = time.perf_counter()
+    # Everything that the user may have got wrong is looked at before anything is loaded.
+    if not given.prompt.strip():
+        raise InputError("--prompt is empty; say what the picture should show")
+    if given.num_images < 1:
+        raise InputError(f"--num-images is {given.num_images}; it must be at least 1")
+    if given.out.suffix.lower() != ".png":
+        raise InputError(f"--out {given.out} must end in .png")
+    if given.tau1 is not None and given.tau2 is not None and given.tau2 > given.tau1:
+        raise InputError(f"--tau2 {given.tau2} is larger than --tau1 {given.tau1}; it must not be")
+    height, width = parse_size(given.size) if given.size else (None, None)
+    references = [load_image(path) for path in given.reference]
+
+    setup()
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings
+
+    pipeline = Pipeline.load(given.checkpoint)
+    settings = Settings(
+        height, width, given.steps, given.tau1, given.tau2, given.cfg_scale, given.seed, given.num_images
+    )
+    resolved = pipeline.resolved(settings)
+    used = references if pipeline.uses_references else []
+    for number, (path, image) in enumerate(zip(given.reference, references), 1):
+        print(f"reference {number}: {path} ({image.height}x{image.width})")
+    if not used:
+        why = "no reference" if not references else "this checkpoint was trained on the MLLM alone"
+        print(f"{why}: the MLLM stays on throughout")
+    times = time_steps(resolved.steps, resolved.height * resolved.width // 256, pipeline.config.sampling.shifted)
+    stages = plan_stages(times, resolved.tau1, resolved.tau2, bool(used))
+    names = {(True, False): "MLLM", (True, True): "MLLM + VAE", (False, True): "VAE"}
+    print("stages: " + ", ".join(f"{names[s.mllm, s.vae]} {s.steps[1] - s.steps[0]} steps" for s in stages))
+    pictures = to_uint8(pipeline(given.prompt, references, settings))
+    for i, picture in enumerate(pictures):
+        path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
+        text = {
+            "prompt": given.prompt,
+            "references": [
+                {"path": str(p), "height": r.height, "width": r.width} for p, r in zip(given.reference, references)
+            ],
+            "checkpoint": str(given.checkpoint or "demo"),
+            "checkpoint_step": pipeline.step,
+            **vars(resolved),
+            "seed": resolved.seed + i,
+            "num_images": 1,
+        }
+        save_png(path, picture, text)
+        print(f"picture: {path}")
+    print(f"done in {time.perf_counter() - started:.1f} s")

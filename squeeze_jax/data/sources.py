@@ -1,0 +1,50 @@
+"""What extraction reads: the rows of a manifest, or critters drawn on the spot."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from squeeze_jax.config import CrittersConfig
+from squeeze_jax.data.critters import Pair, Split, draw_reference, draw_scene, pair_at
+from squeeze_jax.data.extract import Example
+from squeeze_jax.data.images import load_image
+from squeeze_jax.data.manifest import Row
+
+
+class CritterRows:
+    """Pairs of the demo data, drawn when they are asked for."""
+
+    def __init__(self, critters: CrittersConfig, split: Split) -> None:
+        self.critters, self.split = critters, split
+        self.count = critters.train if split == "train" else critters.held_out
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pair(self, index: int) -> Pair:
+        return pair_at(self.critters.seed, index, self.split)
+
+    def __getitem__(self, index: int) -> Example:
+        pair, size = self.pair(index), self.critters.size
+        reference = Image.fromarray(draw_reference(pair.subject, pair.reference_pose, size))
+        return Example(pair.prompt, [reference], Image.fromarray(draw_scene(pair.subject, pair.scene, size)))
+
+    @property
+    def source(self) -> str:
+        """What makes these rows these rows."""
+        return f"critters {self.split} seed {self.critters.seed} size {self.critters.size}"
+
+
+class ManifestRows:
+    """Rows of a checked manifest; pictures are read when they are asked for."""
+
+    def __init__(self, rows: Sequence[Row], source: str) -> None:
+        self.rows, self.source = rows, source
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        assert row.target is not None  # the manifest was read with need_targets=True
+        return Example(row.prompt, [load_image(path) for path in row.references], load_image(row.target))
