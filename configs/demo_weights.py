@@ -58,7 +58,7 @@ config = Config(
         kind="muon", learning_rate=0.02, decay="cosine", warmup_steps=100, b2=0.99, ema=0.998
     ),
     training=TrainingConfig(
-        stages=(StageConfig(steps=1_000, references=False), StageConfig(steps=4_000, references=True)),
+        stages=(StageConfig(steps=600, references=False), StageConfig(steps=2_400, references=True)),
         validate_every=250,
         sample_every=1_000,
     ),

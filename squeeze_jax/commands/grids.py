@@ -1,6 +1,5 @@
 """Pictures and scores of a system in training: what `train` hands to the loop, and what it prints at the end."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from squeeze_jax.batch import HiddenStates
 from squeeze_jax.commands.features import load_encoders, row_sources
 from squeeze_jax.config import Config
 from squeeze_jax.data.critters import Pair
@@ -102,7 +100,13 @@ def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence
     settings: `demo` (the checkpoint's τ), `mllm` (τ = 0, 0: the MLLM alone throughout), `both` (τ = 1, 0: both
     throughout), `withheld` (no reference: text only).
     """
-    from squeeze_jax.evaluation.critters import paired_difference, references_pasted, render, score_settings, true_targets
+    from squeeze_jax.evaluation.critters import (
+        paired_difference,
+        references_pasted,
+        render,
+        score_settings,
+        true_targets,
+    )
 
     assert pipeline.config.data.critters is not None
     rows = CritterRows(pipeline.config.data.critters, "held_out")

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -20,7 +19,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from PIL import Image
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
-from squeeze_jax.data.chat import IMAGE, IMAGE_END, IMAGE_START, SPECIAL_TOKENS, Vocabulary, preprocess_image
+from squeeze_jax.data.chat import IMAGE, SPECIAL_TOKENS, Vocabulary, preprocess_image
 from squeeze_jax.data.critters import Pair, Split, draw_reference, pair_at, questions
 from squeeze_jax.data.demo_tokenizer import build_demo_tokenizer
 from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig

@@ -59,6 +59,5 @@ def is_matrix(leaves: dict[str, Array]) -> dict[str, bool]:
 
 
 def _matrix_axes(leaves: dict[str, Array]) -> dict[str, MuonDimensionNumbers | None]:
-    """Input and output axis of every matrix; a stack's leading axis is a batch of matrices."""
-    axes = {path: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) for path, leaf in leaves.items()}
-    return {path: axes[path] if matrix else None for path, matrix in is_matrix(leaves).items()}
+    """Input and output axis of every matrix, from the last (a stack's leading axis is a batch of matrices)."""
+    return {path: MuonDimensionNumbers(-2, -1) if matrix else None for path, matrix in is_matrix(leaves).items()}

@@ -1,6 +1,5 @@
 """The transformer against diffusers' FluxTransformer2DModel, and the properties that sampling relies on."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
