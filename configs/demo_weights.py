@@ -51,7 +51,6 @@ config = Config(
         reference_long_side=64,
         batch_per_chip=64,
         extract_batch=64,
-        cache_in_memory=True,
     ),
     diffusion=DiffusionConfig(time_sampling="logit_normal"),
     optimizer=OptimizerConfig(

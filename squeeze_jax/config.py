@@ -76,8 +76,6 @@ class DataConfig:
     """Examples that go through the frozen encoders at once."""
     workers: int = 0
     """Reading processes; 0 reads in threads of the main process."""
-    cache_in_memory: bool = False
-    """Keep all decoded records in memory: for data sets of a few GB."""
     system_text: str | None = None
     """System turn of the MLLM's chat; None leaves it out, as the published `-hf` files do (our decision)."""
 

@@ -19,8 +19,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def build_system(config: Config, *, with_base: bool = True) -> System:
     """The system of a config: random weights from its seed, pre-trained base where `model.dit_weights` names one.
 
-    `with_base=False` leaves a pre-trained base out (its shapes stay): for `nnx.eval_shape`. Trained weights are float32;
-    a base under adapters is kept in `model.frozen_dtype`.
+    `with_base=False` leaves the pre-trained base out (its shapes stay): for `nnx.eval_shape`. Trained weights are
+    float32; a base under adapters is kept in `model.frozen_dtype`.
     """
     rngs = nnx.Rngs(config.training.seed)
     dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]

@@ -20,7 +20,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
-FREE = r"(sampling|checkpoint|log)\..*|training\.(validate|sample)_every|data\.(workers|cache_in_memory|features)"
+FREE = r"(sampling|checkpoint|log)\..*|training\.(validate|sample)_every|data\.(workers|features)"
 """Fields that a resumed run may change: they decide what is written and shown, not what is learned."""
 
 

@@ -16,7 +16,6 @@ from squeeze_jax.config import Config
 from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.data.images import resize_for_reference
 from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
-from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import DTYPES, build_system, is_trained
 from squeeze_jax.interop.checkpoint import check_leaves, read_weights
 from squeeze_jax.interop.load import DEMO
@@ -59,15 +58,14 @@ class Pipeline:
         """From a work or weights folder; None is the shipped miniature."""
         config, leaves, step = read_weights(DEMO / "system" if checkpoint is None else Path(checkpoint))
         where = Path(checkpoint or DEMO)
-        system = build_system(config) if config.model.dit_weights else nnx.eval_shape(lambda: build_system(config))
+        # A transformer trained whole comes from the folder alone; under adapters lies a base that has to be built.
+        system = nnx.eval_shape(lambda: build_system(config)) if config.lora is None else build_system(config)
         trained = nnx.to_flat_state(nnx.state(system, is_trained(config)))
         variables = {".".join(map(str, path)): variable for path, variable in trained}
         check_leaves(variables, leaves, where)
         for name, variable in variables.items():
             variable.set_value(jnp.asarray(leaves[name], variable.dtype))
         nnx.update(system, nnx.from_flat_state(trained))
-        if config.lora is not None and not config.model.dit_weights:
-            raise InputError(f"{where}: adapters of a transformer whose weights the config does not name")
         return cls.of(system, config, step=step)
 
     @classmethod

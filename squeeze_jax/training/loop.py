@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
 from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.config import Config
@@ -14,7 +16,7 @@ from squeeze_jax.data.pipeline import BatchIterator, make_dataset
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system
 from squeeze_jax.interop.checkpoint import Checkpoints, check_leaves, check_same_run, read_weights, write_config
-from squeeze_jax.sharding import batch_sharding, make_mesh
+from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import Leaves, Split, TrainState, initial_state, split_system, state_shardings
@@ -88,7 +90,7 @@ def train(
         say(f"starting from the weights of {start_from}")
     # 3. From scratch: random weights of the config's seed (and the pre-trained base, which build_system loads).
     state = jax.device_put(state, state_shardings(state, mesh))
-    frozen = split.frozen
+    frozen = place_frozen(split.frozen, mesh)
     write_config(workdir, config)
     writer = MetricsWriter(workdir, int(state.step), config.log.tensorboard)
     trained_count = sum(leaf.size for leaf in trained.values())
@@ -140,6 +142,14 @@ def train(
     if int(state.skipped):
         say(f"{int(state.skipped)} steps had a non-finite loss or gradient and were skipped")
     return Result(split, weights(), step, validation)
+
+
+def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
+    """Frozen leaves where the sharding table puts them."""
+    flat = nnx.to_flat_state(frozen)
+    leaves = {".".join(map(str, path)): variable[...] for path, variable in flat}
+    placed = jax.device_put(leaves, shardings(leaves, mesh))
+    return nnx.from_flat_state([(path, v.replace(placed[".".join(map(str, path))])) for path, v in flat])
 
 
 class Meter:
