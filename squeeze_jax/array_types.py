@@ -14,11 +14,16 @@ The same letters stand in types, einsum strings and comments everywhere:
 Times are in [0, 1] with 1 = pure noise. Masks are boolean, True = attend (or: valid).
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:  # shapes and kinds are checked at run time, by the tests
+    from typing import Any as Array
+else:
+    Array = jax.Array | np.ndarray
 DType = jax.typing.DTypeLike
 Key = jax.Array
 

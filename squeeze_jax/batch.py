@@ -43,5 +43,5 @@ class TrainingBatch(NamedTuple):
     """Packed latents x_0 of the target after shift and scale: about zero mean and unit variance."""
     hidden_states: HiddenStates
     references: References
-    index: Int[Array, " B"]
+    index: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """The record's index in the data set."""

@@ -135,7 +135,7 @@ def preprocess_image(image: Image.Image, size: int) -> Float32[np.ndarray, "size
     if image.mode != "RGB":
         image = image.convert("RGB")
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float64) / 255.0
-    pixels = (pixels.astype(np.float32) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    pixels = (pixels.astype(np.float32) - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
     return pixels.astype(np.float32)
 
 

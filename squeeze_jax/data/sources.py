@@ -15,7 +15,8 @@ class CritterRows:
     """Pairs of the demo data, drawn when they are asked for."""
 
     def __init__(self, critters: CrittersConfig, split: Split) -> None:
-        self.critters, self.split = critters, split
+        self.critters = critters
+        self.split: Split = split
         self.count = critters.train if split == "train" else critters.held_out
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ def attention(
     scores = jnp.einsum("BTHD,BSHD->BHTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * (query.shape[-1] ** -0.5)
     if mask is not None:
-        mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None, :, :]
-        scores = jnp.where(mask, scores, MASKED)
+        allowed = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None, :, :]
+        scores = jnp.where(allowed, scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("BHTS,BSHD->BTHD", weights, value)

@@ -1,5 +1,7 @@
 """A linear layer that can carry a low-rank adapter."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,7 +31,7 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(gain * in_features**-0.5) if gain else nnx.initializers.zeros
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
-        self.adapter = nnx.data(None)
+        self.adapter: Any = nnx.data(None)  # layers.lora.Adapter
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:

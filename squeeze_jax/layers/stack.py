@@ -24,7 +24,7 @@ def stacked(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs)
 
 
 def scan_blocks(
-    blocks: Block,
+    blocks: nnx.Module,
     apply: Callable[..., Any],
     carry: Any,
     per_block: Any = None,

@@ -6,7 +6,7 @@ LAP for text tokens and one for image tokens. The inside follows Krea 2's `text_
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,9 @@ class Aggregator(nnx.Module):
         unroll: int | bool = 1,
         rngs: nnx.Rngs,
     ) -> None:
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
-        self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype, self.unroll = config, jnp.dtype(dtype), unroll
+        self.remat: Remat = remat
         pools = {"dla": ("text", "image"), "lap": ("shared",)}.get(config.kind, ())
         self.pools = nnx.Dict({name: LayerPool(config, **kinds, remat=remat, rngs=rngs) for name in pools})
         if config.kind == "last_layer_vit":
@@ -132,8 +133,9 @@ class LayerPool(nnx.Module):
         remat: Remat = "none",
         rngs: nnx.Rngs,
     ) -> None:
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
-        count, self.remat = config.layer_blocks, remat
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
+        count = config.layer_blocks
+        self.remat: Remat = remat
         self.layer_blocks = stacked(lambda r: FusionBlock(config, **kinds, rngs=r), count, rngs) if count else None
         # Starts as the mean over layers, so that no layer is preferred.
         self.projector = nnx.Param(jnp.full((len(config.layers),), 1.0 / len(config.layers), param_dtype))
@@ -152,8 +154,9 @@ class FusionBlock(nnx.Module):
     """Pre-norm transformer block: q/k-normed attention with a sigmoid output gate, then SwiGLU; no biases."""
 
     def __init__(self, config: AggregatorConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width, kinds = config.width, {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = {"eps": EPS, "zero_centred": True, "param_dtype": param_dtype}
+        width = config.width
+        kinds: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm: Any = {"eps": EPS, "zero_centred": True, "param_dtype": param_dtype}
         self.norm1, self.norm2 = RMSNorm(width, **norm), RMSNorm(width, **norm)
         self.norm_q, self.norm_k = (RMSNorm(width // config.heads, **norm) for _ in "qk")
         self.to_qkv = Linear(width, 3 * width, **kinds)

@@ -7,6 +7,7 @@ Source: the published FLUX.1 architecture; references follow UNO (arXiv 2504.021
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,9 @@ class DiT(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         width = config.width
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
-        self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype, self.unroll = config, jnp.dtype(dtype), unroll
+        self.remat: Remat = remat
         self.img_in = Linear(config.in_channels, width, **kinds, rngs=rngs)
         self.txt_in = Linear(config.context_width, width, **kinds, rngs=rngs)
         self.time_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs)
@@ -230,7 +232,8 @@ class DoubleBlock(nnx.Module):
     """Context and image stream with weights of their own, joined in attention."""
 
     def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width = config.width
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.img_mod = Modulation(width, 6, param_dtype=param_dtype, rngs=rngs)
         self.img_attn = SelfAttention(config, **kinds)
         self.img_mlp = MLP(width, config.mlp_ratio * width, **kinds)
@@ -265,7 +268,7 @@ class SingleBlock(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         width, hidden = config.width, config.mlp_ratio * config.width
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.modulation = Modulation(width, 3, param_dtype=param_dtype, rngs=rngs)
         self.linear1 = Linear(width, 3 * width + hidden, **kinds)
         self.linear2 = Linear(width + hidden, width, **kinds)

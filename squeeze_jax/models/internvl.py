@@ -7,6 +7,7 @@ All that the system wants of it are its hidden states, every layer of them. Numb
 from dataclasses import dataclass, field
 
 import jax
+import jax.core as jax_core
 import jax.numpy as jnp
 from flax import nnx
 
@@ -246,7 +247,7 @@ def split_hidden_states(
     is_image, _ = image_slots(jnp.asarray(input_ids), valid, config.image_token_id)
     is_text = valid & ~is_image
     for name, mask, length in (("text", is_text, text_length), ("image", is_image, image_length)):
-        if not isinstance(mask, jax.core.Tracer) and (most := int(mask.sum(axis=1).max())) > length:
+        if not isinstance(mask, jax_core.Tracer) and (most := int(mask.sum(axis=1).max())) > length:
             raise ValueError(f"a sample has {most} {name} tokens, but {name}_length is {length}")
     places = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 

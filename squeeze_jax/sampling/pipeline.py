@@ -42,6 +42,20 @@ class Settings:
     """Image i is what `seed + i` alone gives."""
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """`Settings` with every value known."""
+
+    height: int
+    width: int
+    steps: int
+    tau1: float
+    tau2: float
+    cfg_scale: float
+    seed: int
+    num_images: int
+
+
 @dataclass
 class Pipeline:
     """A trained system with its encoders. Programs are compiled at first use and kept."""
@@ -86,10 +100,10 @@ class Pipeline:
         """Whether reference tokens took part in training."""
         return any(stage.references for stage in self.config.training.stages)
 
-    def resolved(self, settings: Settings) -> Settings:
+    def resolved(self, settings: Settings) -> Resolved:
         """The settings with the config's values filled in."""
         own = self.config.sampling
-        return Settings(
+        return Resolved(
             height=settings.height or self.config.data.height,
             width=settings.width or self.config.data.width,
             steps=own.steps if settings.steps is None else settings.steps,
@@ -126,8 +140,6 @@ class Pipeline:
     ) -> jax.Array:
         """Latent tokens [len(seeds), N, 64] from hidden states and reference latents of one prompt, or one each a seed."""
         resolved = self.resolved(settings)
-        assert resolved.height and resolved.width and resolved.steps is not None
-        assert resolved.tau1 is not None and resolved.tau2 is not None and resolved.cfg_scale is not None
         grid = (resolved.height // 16, resolved.width // 16)
         references = reference_tokens(latents, grid)
         # A system trained on the MLLM alone has never seen reference tokens (AMENDMENTS): it samples without them.
@@ -149,7 +161,6 @@ class Pipeline:
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
         resolved = self.resolved(settings)
-        assert resolved.height and resolved.width
         latents = unpack(np.asarray(tokens), (resolved.height // 16, resolved.width // 16))
         return np.clip(self.encoders.decode(latents), -1.0, 1.0)
 

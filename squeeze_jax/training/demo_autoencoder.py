@@ -88,9 +88,10 @@ def train_autoencoder(
         recent = [*recent[-63:], pictures]
         pictures = next(images)
         progress(step + 1, {name: float(value) for name, value in metrics.items()})
-        if (step + 1) % checkpoint_every == 0 or step + 1 == training.steps:
-            measured = with_measured_scale(nnx.merge(graph, average), recent)
-            checkpoint(step + 1, measured)
+        if (step + 1) % checkpoint_every == 0 and step + 1 < training.steps:
+            checkpoint(step + 1, with_measured_scale(nnx.merge(graph, average), recent))
+    measured = with_measured_scale(nnx.merge(graph, average), recent)
+    checkpoint(training.steps, measured)
     return measured
 
 
@@ -186,7 +187,7 @@ def redraw(
     parts = []
     for index, start in enumerate(range(0, len(images), batch)):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        parts.append([np.asarray(x) for x in run(autoencoder, images[start : start + batch], key)])
+        parts.append([np.asarray(x) for x in run(autoencoder, jnp.asarray(images[start : start + batch]), key)])
     clean, noisy, latents = (np.concatenate(x) for x in zip(*parts))
     return clean, noisy, latents
 

@@ -254,7 +254,7 @@ def make_optimizer(training: MLLMTraining) -> optax.GradientTransformation:
         optax.clip_by_global_norm(1.0),
         muon(
             lambda step: schedule(step) * training.learning_rate,
-            muon_weight_dimension_numbers=matrices,
+            muon_weight_dimension_numbers=matrices,  # pyright: ignore[reportArgumentType]
             adam_learning_rate=lambda step: schedule(step) * training.vector_learning_rate,
             weight_decay=training.weight_decay,
         ),

@@ -37,7 +37,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             clip,
             muon(
                 learning_rate(config),
-                muon_weight_dimension_numbers=_matrix_axes,
+                muon_weight_dimension_numbers=_matrix_axes,  # pyright: ignore[reportArgumentType]
                 adam_learning_rate=learning_rate(config, optimizer.vector_learning_rate),
                 adam_b1=optimizer.b1,
                 adam_b2=optimizer.b2,

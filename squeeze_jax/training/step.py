@@ -105,7 +105,7 @@ def make_train_step(
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.moments, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained: Leaves = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
         average = state.average and moving_average(state.average, trained, state.step, config.optimizer.ema)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
