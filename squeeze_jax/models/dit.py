@@ -301,7 +301,9 @@ class FinalLayer(nnx.Module):
 
 def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fused [q; k; v] channels as three arrays [B T H D]."""
-    return tuple(part.reshape(*part.shape[:2], heads, -1) for part in jnp.split(qkv, 3, axis=-1))  # type: ignore
+    shape = (*qkv.shape[:2], heads, qkv.shape[-1] // (3 * heads))  # no -1: a context may have length 0
+    q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
+    return q, k, v
 
 
 def joint_attention(

@@ -31,7 +31,7 @@ Two groups of channels a norm: with a group for each of eight channels the last 
 class AutoencoderTraining:
     """How the demo's autoencoder is trained; the defaults made the shipped weights."""
 
-    steps: int = 4000
+    steps: int = 3500
     batch: int = 8
     size: int = 64
     """Side of the square pictures, in pixels."""
