@@ -46,6 +46,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"lora.alpha is {self.alpha}; it must be larger than 0, or None for alpha = rank")
         if self.qkv not in get_args(QKVLayout):
             raise ValueError(f"lora.qkv is {self.qkv!r}; choose one of {', '.join(get_args(QKVLayout))}")
         try:
@@ -72,7 +74,9 @@ class LowRank(nnx.Module):
     def matrix(self) -> Float[Array, "*depth C _"]:
         """The delta of the kernel, in float32."""
         down, up = self.down[...].astype(jnp.float32), self.up[...].astype(jnp.float32)
-        return (down @ up) * self.scale[...].astype(jnp.float32)[..., None, None]
+        # Accelerators multiply float32 in bfloat16 by default, which a merge would keep for ever.
+        delta = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+        return delta * self.scale[...].astype(jnp.float32)[..., None, None]
 
 
 class Adapter(nnx.Module):
@@ -115,23 +119,22 @@ def add_lora(
     `down` is normal with standard deviation in^-1/2 and `up` zero (our decision; the paper is silent). Raises ValueError
     if nothing matches or a layer already carries an adapter.
     """
-    pattern, chosen = re.compile(config.target), []
-    for path, linear in sorted(linears(model), key=lambda item: item[0]):
-        if not pattern.fullmatch(path):
-            continue
-        if linear.adapter is not None:
-            raise ValueError(f"{path} already carries an adapter; merge or remove it first")
+    pattern = re.compile(config.target)
+    chosen = {path: linear for path, linear in sorted(linears(model), key=lambda item: item[0]) if pattern.fullmatch(path)}
+    if not chosen:
+        raise ValueError(f"lora.target {config.target!r} matches no linear layer of the transformer")
+    if carrying := [path for path, linear in chosen.items() if linear.adapter is not None]:
+        raise ValueError(f"{', '.join(carrying)} already carries an adapter; merge or remove it first")
+    alpha = config.rank if config.alpha is None else config.alpha
+    for path, linear in chosen.items():
         *depth, fan_in, fan_out = linear.kernel.shape
-        scale = jnp.full(tuple(depth), (config.alpha or config.rank) / config.rank, jnp.float32)
+        scale = jnp.full(tuple(depth), alpha / config.rank, jnp.float32)
         parts = []
         for start, size in qkv_ranges(path, fan_in, fan_out, config.qkv):
             down = jax.random.normal(rngs.params(), (*depth, fan_in, config.rank), param_dtype) * fan_in**-0.5
             parts.append(LowRank(down, jnp.zeros((*depth, config.rank, size), param_dtype), scale, start))
         linear.adapter = Adapter(parts)
-        chosen.append(path)
-    if not chosen:
-        raise ValueError(f"lora.target {config.target!r} matches no linear layer of the transformer")
-    return chosen
+    return list(chosen)
 
 
 def qkv_ranges(path: str, fan_in: int, fan_out: int, layout: QKVLayout) -> list[tuple[int, int]]:

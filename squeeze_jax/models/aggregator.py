@@ -82,7 +82,7 @@ class Aggregator(nnx.Module):
         text, image = self._pool(states)
         mask = jnp.concatenate([states.text_mask, states.image_mask], axis=1)
         position = jnp.concatenate([states.text_positions, states.image_positions], axis=1)
-        order = jnp.argsort(jnp.where(mask, position, mask.shape[1] + position), axis=1)
+        order = jnp.argsort(jnp.where(mask, position, jnp.iinfo(position.dtype).max), axis=1)
         tokens = jnp.take_along_axis(jnp.concatenate([text, image], axis=1), order[..., None], axis=1)
         mask = jnp.take_along_axis(mask, order, axis=1)
         return Context(self.out(self.refine(tokens, mask)), mask)
@@ -169,7 +169,8 @@ class FusionBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T C"]:
         y = self.norm1(x)
-        q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in jnp.split(self.to_qkv(y), 3, axis=-1))
+        shape = (*y.shape[:2], self.heads, y.shape[-1] // self.heads)  # no -1: there may be no tokens at all
+        q, k, v = (part.reshape(shape) for part in jnp.split(self.to_qkv(y), 3, axis=-1))
         mixed = attention(self.norm_q(q), self.norm_k(k), v, mask=mask).reshape(y.shape)
         x = x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y)))
         y = self.norm2(x)

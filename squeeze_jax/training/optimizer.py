@@ -1,10 +1,11 @@
 """The optimiser, and the learning rate over a run's stages."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from squeeze_jax.array_types import Array
 from squeeze_jax.config import Config
 
 
@@ -53,11 +54,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
-def is_matrix(leaves: dict[str, Array]) -> dict[str, bool]:
+def is_matrix(leaves: dict[str, Any]) -> dict[str, bool]:
     """True for kernels and low-rank factors; biases, norms and pooling weights do not decay."""
     return {path: path.rsplit(".", 1)[-1] in ("kernel", "down", "up") for path in leaves}
 
 
-def _matrix_axes(leaves: dict[str, Array]) -> dict[str, MuonDimensionNumbers | None]:
+def _matrix_axes(leaves: dict[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
     """Input and output axis of every matrix, from the last (a stack's leading axis is a batch of matrices)."""
     return {path: MuonDimensionNumbers(-2, -1) if matrix else None for path, matrix in is_matrix(leaves).items()}

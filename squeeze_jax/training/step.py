@@ -102,7 +102,7 @@ def make_train_step(
                 cut,
             )
             loss, grads = jax.tree.map(lambda x: x / pieces, sums)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.moments, state.trained)
         trained: Leaves = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]

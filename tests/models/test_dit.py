@@ -1,96 +1,142 @@
 """The transformer against diffusers' FluxTransformer2DModel, and the properties that sampling relies on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import randomise, relative_error
+from parity import relative_error
+from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit, run, run_twin, torch_twin
 
-from squeeze_jax.diffusion.latents import grid_positions, reference_origins
-from squeeze_jax.interop.flux import config_to_json, diffusers_entries
-from squeeze_jax.interop.mapping import export_entries, load_entries
-from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.batch import References
+from squeeze_jax.diffusion.latents import reference_positions
+from squeeze_jax.models.dit import DiTConfig
 
-CONFIG = DiTConfig(
-    in_channels=64, context_width=40, pooled_width=24, heads=3, head_width=24, double_blocks=2, single_blocks=3,
-    rope_axes=(4, 8, 12),
-)  # fmt: skip
-
-
-def random_dit(config: DiTConfig = CONFIG, seed: int = 0, **kwargs) -> DiT:
-    """Ours with every leaf random, norms around 1."""
-    dit = DiT(config, rngs=nnx.Rngs(seed), **kwargs)
-    rng = np.random.default_rng(seed)
-    for path, leaf in nnx.to_flat_state(nnx.state(dit, nnx.Param)):
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        small = path[-1] == "bias" or path[-1] == "scale"
-        leaf.set_value(jnp.asarray((path[-1] == "scale") + noise * (0.2 if small else leaf.shape[-2] ** -0.5)))
-    return dit
-
-
-def inputs(batch=2, grid=(4, 6), references=((2, 3), (4, 2)), context=5, seed=1, config=CONFIG):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    return {
-        "target": normal(batch, grid[0] * grid[1], config.in_channels),
-        "context": normal(batch, context, config.context_width),
-        "t": np.linspace(0.3, 0.9, batch).astype(np.float32),
-        "guidance": np.linspace(1.0, 3.5, batch).astype(np.float32) if config.guidance else None,
-        "pooled": normal(batch, config.pooled_width),
-        "target_grid": grid,
-        "references": [(normal(batch, h * w, config.in_channels), (h, w)) for h, w in references],
-    }
-
-
-def torch_twin(config: DiTConfig = CONFIG):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
-    diffusers = pytest.importorskip("diffusers")
-    values = {k: v for k, v in config_to_json(config).items() if not k.startswith("_")}
-    twin = diffusers.FluxTransformer2DModel(**values).eval()
-    randomise(twin)
-    return torch, twin
-
-
-def run_twin(torch, twin, x):
-    """The same call on diffusers' side: references behind the target, positions by hand."""
-    tokens = np.concatenate([x["target"], *(r for r, _ in x["references"])], axis=1)
-    origins = reference_origins(x["target_grid"], [g for _, g in x["references"]])
-    rows = [grid_positions(*x["target_grid"])]
-    rows += [grid_positions(*g, origin=o) for (_, g), o in zip(x["references"], origins)]
-    ids = np.pad(np.concatenate(rows), ((0, 0), (1, 0))).astype(np.float32)
-    out = twin(
-        hidden_states=torch.from_numpy(tokens),
-        encoder_hidden_states=torch.from_numpy(x["context"]),
-        pooled_projections=torch.from_numpy(x["pooled"]),
-        timestep=torch.from_numpy(x["t"]),
-        guidance=None if x["guidance"] is None else torch.from_numpy(x["guidance"]),
-        img_ids=torch.from_numpy(ids),
-        txt_ids=torch.zeros(x["context"].shape[1], 3),
-    ).sample
-    return out[:, : x["target"].shape[1]]
+SCHNELL = DiTConfig(**{**vars(CONFIG), "guidance": False})
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "config"),
     [
-        {"references": ()},
-        {"batch": 3, "grid": (2, 5), "references": ((2, 3),), "context": 9},
-        {"references": ((2, 3), (4, 2), (1, 1))},
+        ({"references": ()}, CONFIG),
+        ({"batch": 3, "grid": (2, 5), "references": ((2, 3),), "context": 9}, CONFIG),
+        ({"references": ((2, 3), (4, 2), (1, 1))}, SCHNELL),
     ],
+    ids=["no reference", "one", "three, schnell"],
 )
-@pytest.mark.parametrize("guidance", [True, False])
-def test_velocity_equals_diffusers(shape, guidance):
-    config = CONFIG if guidance else DiTConfig(**{**vars(CONFIG), "guidance": False})
+def test_velocity_equals_diffusers(shape, config):
     torch, twin = torch_twin(config)
-    dit = DiT(config, rngs=nnx.Rngs(0))
-    weights = {k: v.detach().numpy() for k, v in twin.state_dict().items()}
-    load_entries(dit, diffusers_entries(config), weights, weights.__getitem__)
+    dit, _ = like_twin(twin, config)
     x = inputs(**shape, config=config)
     with torch.no_grad():
         theirs = run_twin(torch, twin, x)
-    assert relative_error(dit(**x), theirs) < 1e-5
-    exported = export_entries(dit, diffusers_entries(config))
-    assert all(np.array_equal(exported[k], weights[k]) for k in weights)
+    assert relative_error(run(dit, x), theirs) < 1e-5
+
+
+def test_gradients_equal_diffusers():
+    torch, twin = torch_twin()
+    x = inputs()
+    function, state = compiled(like_twin(twin)[0], x["target_grid"], [g for _, g in x["references"]])
+    weights = np.random.default_rng(5).standard_normal(x["target"].shape).astype(np.float32)
+    ours = jax.jit(jax.grad(lambda arrays: jnp.sum(function(state, arrays) * weights)))(arrays_of(x))
+
+    leaves = {k: torch.tensor(v, requires_grad=True) for k, v in x.items() if isinstance(v, np.ndarray)}
+    references = [(torch.tensor(tokens, requires_grad=True), grid) for tokens, grid in x["references"]]
+    out = run_twin(torch, twin, {**x, **leaves, "references": references})
+    (out * torch.from_numpy(weights)).sum().backward()
+    for name, leaf in leaves.items():
+        assert relative_error(ours[name], leaf.grad) < 1e-4, name
+    for mine, (theirs, grid) in zip(ours["references"], references, strict=True):
+        assert relative_error(mine, theirs.grad) < 1e-4, grid
+
+
+def test_bfloat16_follows_float32():
+    x = inputs()
+    exact, rounded = run(random_dit(), x), run(random_dit(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16), x)
+    assert rounded.dtype == jnp.bfloat16
+    assert relative_error(rounded.astype(jnp.float32), exact) < 2e-2
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return random_dit()
+
+
+@pytest.fixture(scope="module")
+def velocity(dit):
+    """`DiT.velocity` as one function of arrays, compiled once a shape."""
+    graph, state = nnx.split(dit)
+
+    @jax.jit
+    def run(target, t, context, context_mask, references):
+        dit = nnx.merge(graph, state)
+        vec = dit.vector(t, jnp.full(t.shape, 2.5))
+        return dit.velocity(target, (4, 6), vec, context, context_mask, references)
+
+    return run
+
+
+def padded_references(tokens, grids, extra):
+    """The row of tokens that training and sampling use, with large numbers as padding."""
+    row = np.concatenate([*tokens, np.full((2, extra, 64), 1e4, np.float32)], axis=1)
+    positions = np.zeros((2, row.shape[1], 2), np.int32)
+    positions[:, : row.shape[1] - extra] = reference_positions((4, 6), grids)
+    mask = np.arange(row.shape[1])[None].repeat(2, axis=0) < row.shape[1] - extra
+    return References(row, mask, positions)
+
+
+def test_a_padded_row_of_references_equals_the_call_with_references(dit, velocity):
+    x = inputs()
+    grids = [grid for _, grid in x["references"]]
+    plain = run(dit, {**x, "guidance": np.full(2, 2.5, np.float32), "pooled": None})
+    row = padded_references([tokens for tokens, _ in x["references"]], grids, extra=5)
+    padded = velocity(x["target"], x["t"], x["context"], np.ones((2, 5), bool), row)
+    assert relative_error(padded, plain) < 1e-5
+
+
+def test_masked_conditions_equal_conditions_left_out(velocity):
+    """A sample's masked tokens have no influence, though its neighbour in the batch keeps them."""
+    x = inputs()
+    row = padded_references([tokens for tokens, _ in x["references"]], [grid for _, grid in x["references"]], extra=5)
+    # The first sample keeps three of its five context tokens; of what the second drops large numbers are left.
+    context, tokens = x["context"].copy(), row.tokens.copy()
+    context[0, 3:], context[1], tokens[1] = 1e4, -1e4, 1e4
+    kept = np.array([[True] * 3 + [False] * 2, [False] * 5])
+    mask = row.mask & np.array([[True], [False]])
+    dropped = velocity(x["target"], x["t"], context, kept, row._replace(tokens=tokens, mask=mask))
+    short = velocity(x["target"], x["t"], x["context"][:, :3], np.ones((2, 3), bool), row)
+    nothing = velocity(x["target"], x["t"], x["context"][:, :0], None, None)  # a context of length 0
+    assert relative_error(dropped[0], short[0]) < 1e-5
+    assert relative_error(dropped[1], nothing[1]) < 1e-5
+    assert relative_error(short[1], nothing[1]) > 1e-2  # the conditions did matter
+
+
+def test_batches_are_independent(velocity):
+    x = inputs()
+    both = velocity(x["target"], x["t"], x["context"][:, :0], None, None)
+    order = [1, 0]
+    swapped = velocity(x["target"][order], x["t"][order], x["context"][order, :0], None, None)
+    np.testing.assert_allclose(swapped, both[jnp.array(order)], rtol=1e-5, atol=1e-6)
+
+
+def test_no_pooled_vector_means_zeros_through_the_embedder(dit):
+    t, guidance = np.array([0.3], np.float32), np.array([2.0], np.float32)
+    zeros = dit.vector(t, guidance, np.zeros((1, CONFIG.pooled_width), np.float32))
+    np.testing.assert_array_equal(dit.vector(t, guidance), zeros)
+    skipped = dit.vector(t, guidance) - dit.vector_in(jnp.zeros((1, CONFIG.pooled_width)))
+    assert float(jnp.abs(zeros - skipped).max()) > 1e-2  # the embedder's biases count
+
+
+def test_a_missing_and_an_extra_guidance_value_are_refused(dit):
+    t, value = np.array([0.3], np.float32), np.array([2.0], np.float32)
+    with pytest.raises(ValueError, match="pass guidance"):
+        dit.vector(t)
+    with pytest.raises(ValueError, match="leave guidance out"):
+        random_dit(SCHNELL).vector(t, value)
+
+
+def test_impossible_rotary_axes_are_refused():
+    with pytest.raises(ValueError, match="must sum to"):
+        DiTConfig(rope_axes=(16, 56, 58))
+    with pytest.raises(ValueError, match="even"):
+        DiTConfig(rope_axes=(15, 57, 56))

@@ -1,0 +1,197 @@
+"""The train step's properties: padding, accumulation, meshes, non-finite batches, averages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import STAGE, randomised, row, tiny_batch, tiny_config
+
+from squeeze_jax.batch import Context, HiddenStates, References
+from squeeze_jax.config import OptimizerConfig
+from squeeze_jax.layers.lora import LoRAConfig
+from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
+from squeeze_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
+from squeeze_jax.training.state import initial_state, split_system
+from squeeze_jax.training.step import draw, losses, make_train_step, make_validation, moving_average, step_key
+
+CONFIG = tiny_config()
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes():
+    """Optax itself computes 0.9 ** (an integer count), which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+
+def setup(config=CONFIG):
+    trained, split = split_system(randomised(config), config)
+    optimizer = make_optimizer(config)
+    return split, optimizer, initial_state(jax.tree.map(jnp.copy, trained), optimizer, config)
+
+
+def shorten(batch, i):
+    """Row i alone with its padding cut away."""
+    one, states, references = row(batch, i), row(batch.hidden_states, i), row(batch.references, i)
+    t, m, r = (int(mask.sum()) for mask in (states.text_mask, states.image_mask, references.mask))
+    return one._replace(
+        hidden_states=HiddenStates(
+            states.text[:, :, :t], states.text_mask[:, :t], states.text_positions[:, :t],
+            states.image[:, :, :m], states.image_mask[:, :m], states.image_positions[:, :m],
+        ),
+        references=References(references.tokens[:, :r], references.mask[:, :r], references.positions[:, :r]),
+    )  # fmt: skip
+
+
+def test_a_samples_loss_in_a_mixed_padded_batch_equals_that_of_a_batch_of_one():
+    system, batch = randomised(CONFIG), tiny_batch()
+    draws = draw(jax.random.key(3), batch.target.shape, CONFIG, STAGE)
+    draws = draws._replace(keep_mllm=jnp.ones(4, bool), keep_vae=jnp.ones(4, bool))
+    together = losses(system, batch, draws, CONFIG, STAGE)
+    alone = [losses(system, shorten(batch, i), row(draws, i), CONFIG, STAGE)[0] for i in range(4)]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_dropped_conditions_equal_conditions_left_out():
+    system, batch = randomised(CONFIG), tiny_batch(mixed=False)
+    draws = draw(jax.random.key(3), batch.target.shape, CONFIG, STAGE)
+    off = jnp.zeros(4, bool)
+    dropped = losses(system, batch, draws._replace(keep_mllm=off, keep_vae=off), CONFIG, STAGE)
+    x = (1 - draws.t[:, None, None]) * batch.target + draws.t[:, None, None] * draws.noise
+    empty = Context(jnp.zeros((4, 0, 24)), jnp.zeros((4, 0), bool))
+    velocity = system.velocity(x, (2, 2), draws.t, empty, None, CONFIG.diffusion.guidance)
+    np.testing.assert_allclose(
+        dropped, jnp.mean(jnp.square(velocity - (draws.noise - batch.target)), axis=(1, 2)), rtol=1e-5
+    )
+
+
+def test_draws_of_a_row_do_not_depend_on_the_batch_and_steps_differ():
+    big = draw(step_key(CONFIG, 5), (8, 4, 64), CONFIG, STAGE)
+    small = draw(step_key(CONFIG, 5), (3, 4, 64), CONFIG, STAGE)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[:3], big), small)
+    assert not np.array_equal(draw(step_key(CONFIG, 6), (3, 4, 64), CONFIG, STAGE).noise, small.noise)
+    assert len(np.unique(np.asarray(big.t))) == 8
+
+
+def test_accumulated_gradients_equal_one_large_batch():
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, accumulate=2))
+    batch = tiny_batch()
+    outcomes = []
+    for c in (CONFIG, config):
+        split, _, state = setup(c)
+        sgd = optax.sgd(0.1)
+        state = state._replace(moments=sgd.init(state.trained))
+        outcomes.append(make_train_step(split, sgd, c, STAGE)(state, split.frozen, batch))
+    (one, m1), (two, m2) = outcomes
+    np.testing.assert_allclose(m1.loss, m2.loss, rtol=1e-5)
+    for name in one.trained:
+        np.testing.assert_allclose(one.trained[name], two.trained[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("axes", [(2, 4, 1)])
+def test_one_device_equals_eight(axes):
+    batch = tiny_batch(rows=8)
+    split, _, state = setup()
+    sgd = optax.sgd(0.1)
+    state = state._replace(moments=sgd.init(state.trained))
+    copy = jax.tree.map(jnp.copy, state)
+    one, metrics = make_train_step(split, sgd, CONFIG, STAGE)(state, split.frozen, batch)
+    mesh = make_mesh(*axes)
+    placed = copy._replace(trained=jax.device_put(copy.trained, shardings(copy.trained, mesh)))
+    step = make_train_step(split, sgd, CONFIG, STAGE, mesh)
+    eight, on_mesh = step(placed, split.frozen, jax.device_put(batch, batch_sharding(mesh)))
+    np.testing.assert_allclose(metrics.loss, on_mesh.loss, rtol=1e-5)
+    for name in one.trained:
+        np.testing.assert_allclose(one.trained[name], eight.trained[name], rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def test_a_non_finite_batch_changes_nothing_and_is_counted():
+    split, optimizer, state = setup()
+    before = jax.tree.map(np.asarray, (state.trained, state.moments, state.average))
+    batch = tiny_batch()
+    bad = batch._replace(target=np.full_like(batch.target, np.nan))
+    step = make_train_step(split, optimizer, CONFIG, STAGE)
+    state, metrics = step(state, split.frozen, bad)
+    jax.tree.map(np.testing.assert_array_equal, before, (state.trained, state.moments, state.average))
+    assert (int(state.step), int(state.skipped), int(metrics.skipped)) == (1, 1, 1)
+    state, metrics = step(state, split.frozen, batch)
+    assert int(state.skipped) == 1
+    assert np.isfinite(metrics.loss)
+    assert any(not np.array_equal(before[0][k], state.trained[k]) for k in before[0])
+
+
+def test_average_follows_its_closed_form_and_differs_from_the_weights():
+    split, optimizer, state = setup()
+    first = np.asarray(next(iter(state.trained.values())))
+    step, seen = make_train_step(split, optimizer, CONFIG, STAGE), [first]
+    for _ in range(2):
+        state, _ = step(state, split.frozen, tiny_batch())
+        seen.append(np.asarray(next(iter(state.trained.values()))))
+    wanted = seen[0]
+    for count, weights in enumerate(seen[1:]):
+        decay = min(0.9, (1 + count) / (10 + count))
+        wanted = decay * wanted + (1 - decay) * weights
+    got = np.asarray(next(iter(state.average.values())))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+    assert not np.array_equal(got, seen[-1])
+
+
+def test_moments_and_accumulators_are_float32():
+    values = {"a": jnp.full(1, 1.0)}
+    for _ in range(64):
+        values = jax.tree.map(lambda x: x + jnp.float32(0.001), values)
+    np.testing.assert_allclose(values["a"], 1.064, rtol=1e-5)
+    _, _, state = setup(tiny_config(lora=LoRAConfig(rank=2)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.moments) if leaf.ndim} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in state.trained.values()} == {jnp.dtype("float32")}
+    assert all(".adapter." in name or name.startswith("aggregator") for name in state.trained)
+
+
+def test_learning_rate_warms_up_in_every_stage():
+    stages = (dataclasses.replace(STAGE, steps=10), dataclasses.replace(STAGE, steps=20))
+    config = tiny_config(
+        training=dataclasses.replace(CONFIG.training, stages=stages),
+        optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=4),
+    )
+    rates = [float(learning_rate(config)(step)) for step in range(30)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(rates[9:15], [1, 0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
+
+
+def test_only_matrices_decay():
+    names = ("dit.img_in.kernel", "dit.img_in.bias", "x.adapter.parts.0.down", "aggregator.scale")
+    assert is_matrix(dict.fromkeys(names, np.zeros(1))) == {
+        "dit.img_in.kernel": True,
+        "dit.img_in.bias": False,
+        "x.adapter.parts.0.down": True,
+        "aggregator.scale": False,
+    }
+
+
+def test_muon_moves_every_leaf():
+    config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(kind="muon", learning_rate=0.02, warmup_steps=1))
+    split, optimizer, state = setup(config)
+    before = {name: np.asarray(leaf) for name, leaf in state.trained.items()}
+    stage = dataclasses.replace(STAGE)
+    state, _ = make_train_step(split, optimizer, config, stage)(state, split.frozen, tiny_batch())
+    still = [name for name in before if np.array_equal(before[name], state.trained[name])]
+    # The pooled vector is zero, so its first layer's kernel has no gradient and moves by weight decay alone.
+    assert not still, still
+
+
+def test_validation_is_the_same_whatever_the_step():
+    split, _, state = setup()
+    validate = make_validation(split, CONFIG, STAGE)
+    batch = tiny_batch()
+    a = validate(state.trained, split.frozen, batch)
+    b = validate(state.trained, split.frozen, row(batch, 2))
+    np.testing.assert_allclose(a[2], b[0], rtol=1e-5)
+
+
+def test_moving_average_at_step_zero_is_a_tenth_of_the_way_back():
+    average = moving_average({"a": jnp.zeros(1)}, {"a": jnp.ones(1)}, jnp.int32(0), 0.99)
+    np.testing.assert_allclose(average["a"], 0.9, rtol=1e-6)
