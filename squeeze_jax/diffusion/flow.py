@@ -25,7 +25,7 @@ def schedule_shift(target_tokens: int) -> float:
 
 def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
     """t = e^μ / (e^μ + 1/s − 1): moves times towards noise; 0 stays 0 and 1 stays 1."""
-    return math.exp(mu) * s / (math.exp(mu) * s + 1.0 - s)
+    return math.exp(mu) * s / (math.exp(mu) * s + (1.0 - s))  # the brackets keep 1 exactly at 1
 
 
 def sample_times(key: Key, batch: int, sampling: TimeSampling, mu: float) -> Float[Array, " B"]:

@@ -25,8 +25,8 @@ class ConditionDropout:
 
     def __post_init__(self) -> None:
         values = (self.both, self.mllm, self.vae, self.neither)
-        if min(values) < 0 or abs(sum(values) - 1.0) > 1e-6:
-            raise ValueError(f"diffusion.dropout {values} must be probabilities that sum to 1")
+        if min(values) < 0 or not abs(sum(values) - 1.0) <= 1e-6:
+            raise ValueError(f"dropout (both, mllm, vae, neither) is {values}: it must be probabilities that sum to 1")
 
     def draw(self, key: Key, batch: int) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
         """For each sample, whether the MLLM's tokens and whether the references' tokens stay."""

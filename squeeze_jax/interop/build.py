@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from squeeze_jax.config import Config
+from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import load_dit
 from squeeze_jax.layers.lora import LoRAParam, add_lora
 from squeeze_jax.models.aggregator import Aggregator
@@ -24,19 +25,17 @@ def build_system(config: Config, *, with_base: bool = True) -> System:
     """
     rngs = nnx.Rngs(config.training.seed)
     dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
+    kept = jnp.float32 if config.lora is None else frozen
     options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
     aggregator = Aggregator(config.aggregator, dtype=dtype, rngs=rngs, **options)
     if config.model.dit_weights and with_base:
-        dit = load_dit(config.model.dit_weights, jnp.float32 if config.lora is None else frozen, **options)
-        dit.dtype = jnp.dtype(dtype)
+        dit = load_dit(config.model.dit_weights, kept, compute_dtype=dtype, **options)
+        if dit.config != config.model.dit:
+            raise InputError(
+                f"{config.model.dit_weights} holds {dit.config}, but model.dit is {config.model.dit}: make them equal"
+            )
     else:
-        dit = DiT(
-            config.model.dit,
-            dtype=dtype,
-            param_dtype=jnp.float32 if config.lora is None else frozen,
-            rngs=rngs,
-            **options,
-        )
+        dit = DiT(config.model.dit, dtype=dtype, param_dtype=kept, rngs=rngs, **options)
     if config.lora is not None:
         add_lora(dit, config.lora, rngs=rngs)
     return System(aggregator, dit)

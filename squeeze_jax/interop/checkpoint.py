@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from squeeze_jax.config import Config, differences, from_json, to_json
 from squeeze_jax.errors import InputError
@@ -24,12 +23,20 @@ FREE = r"(sampling|checkpoint|log)\..*|training\.(validate|sample)_every|data\.(
 """Fields that a resumed run may change: they decide what is written and shown, not what is learned."""
 
 
+def _orbax() -> Any:
+    """Orbax, imported where it is used: sampling from a weights folder starts faster without it."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 class Checkpoints:
     """The checkpoints of a work folder. Saves run in the background; an unfinished one is never seen by `latest`."""
 
     def __init__(self, workdir: Path, keep: int) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in a dozen lines
         (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        self._ocp = ocp = _orbax()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
 
@@ -41,23 +48,25 @@ class Checkpoints:
         """Begins to save; returns when `state`'s buffers may be donated again."""
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(json.loads(data)),
-                config=ocp.args.JsonSave(json.loads(to_json(config))),
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardSave(state),
+                data=self._ocp.args.JsonSave(json.loads(data)),
+                config=self._ocp.args.JsonSave(json.loads(to_json(config))),
             ),
         )
 
     def restore(self, step: int, like: Any) -> tuple[Any, bytes]:
         """The state in the shapes, dtypes and shardings of `like`, and the data iterator's state."""
+        args = self._ocp.args
         restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+            step, args=args.Composite(state=args.StandardRestore(like), data=args.JsonRestore())
         )
         return restored["state"], json.dumps(restored["data"]).encode()
 
     def config(self, step: int) -> Config:
         """The config with which a step was saved."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        args = self._ocp.args
+        restored = self._manager.restore(step, args=args.Composite(config=args.JsonRestore()))
         return from_json(json.dumps(restored["config"]))
 
     def wait(self) -> None:
@@ -102,6 +111,7 @@ def read_weights(folder: Path) -> tuple[Config, dict[str, np.ndarray], int | Non
         return config, {name: tensors.read(name) for name in tensors.names()}, None
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another folder")
+    ocp = _orbax()
     manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute())
     step = manager.latest_step()
     if step is None:

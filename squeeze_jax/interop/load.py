@@ -26,16 +26,20 @@ DEMO = Path(__file__).parent.parent / "demo"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 
 
-def load_dit(folder: str | Path, dtype: DType = jnp.bfloat16, **options: Any) -> DiT:
+def load_dit(
+    folder: str | Path, dtype: DType = jnp.bfloat16, *, compute_dtype: DType | None = None, **options: Any
+) -> DiT:
     """FLUX.1's transformer from a diffusers folder (or Black Forest Labs' names beside its config.json).
 
-    Weights are kept and products computed in `dtype`. `options` go to `DiT` (remat, unroll).
+    Weights are kept in `dtype` and products computed in `compute_dtype` (default: the same). `options` go to `DiT`
+    (remat, unroll).
     """
     config = flux_format.config_from_json(read_json(Path(folder) / "config.json"))
     tensors = TensorFolder(folder)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     table = flux_format.original_entries(config) if original else flux_format.diffusers_entries(config)
-    return _load(lambda: DiT(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **options), table, tensors, dtype)
+    kinds: Any = {"dtype": compute_dtype or dtype, "param_dtype": dtype}
+    return _load(lambda: DiT(config, **kinds, rngs=nnx.Rngs(0), **options), table, tensors, dtype)
 
 
 def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32) -> Autoencoder:

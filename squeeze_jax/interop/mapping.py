@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from squeeze_jax.array_types import DType
+from squeeze_jax.layers.lora import LoRAParam
 
 Layout = Literal["same", "linear", "conv", "swap_halves"]
 
@@ -72,7 +73,7 @@ def to_theirs(array: np.ndarray, entry: Entry) -> list[np.ndarray]:
 
 def parameters_by_path(module: nnx.Module) -> dict[str, nnx.Param]:
     """Every parameter of a module under its dotted path; adapters are not parameters of the base."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    flat = nnx.to_flat_state(nnx.state(module, nnx.All(nnx.Param, nnx.Not(LoRAParam))))
     return {".".join(map(str, path)): leaf for path, leaf in flat}
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from squeeze_jax.batch import HiddenStates, References
 from squeeze_jax.config import Config
 from squeeze_jax.data.encoders import FrozenEncoders
-from squeeze_jax.data.images import resize_for_reference
+from squeeze_jax.data.images import parse_size, resize_for_reference
 from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
+from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import DTYPES, build_system, is_trained
 from squeeze_jax.interop.checkpoint import check_leaves, read_weights
 from squeeze_jax.interop.load import DEMO
@@ -101,11 +102,16 @@ class Pipeline:
         return any(stage.references for stage in self.config.training.stages)
 
     def resolved(self, settings: Settings) -> Resolved:
-        """The settings with the config's values filled in."""
-        own = self.config.sampling
+        """The settings with the config's values filled in. Raises InputError for an impossible size or number."""
+        own, data = self.config.sampling, self.config.data
+        height = data.height if settings.height is None else settings.height
+        width = data.width if settings.width is None else settings.width
+        parse_size(f"{height}x{width}")  # refuses what is no multiple of 16
+        if settings.num_images < 1:
+            raise InputError(f"num_images is {settings.num_images}; it must be at least 1")
         return Resolved(
-            height=settings.height or self.config.data.height,
-            width=settings.width or self.config.data.width,
+            height=height,
+            width=width,
             steps=own.steps if settings.steps is None else settings.steps,
             tau1=own.tau1 if settings.tau1 is None else settings.tau1,
             tau2=own.tau2 if settings.tau2 is None else settings.tau2,

@@ -4,12 +4,12 @@ Conditions that a stage does not use are left out of its sequence (shorter, not 
 borders and the guidance scale are arguments of the compiled program, so that changing them compiles nothing.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, References
@@ -112,9 +112,8 @@ def denoise(
 
 def make_sampler(graph: Any, *, target_grid: tuple[int, int], guided: bool, guidance: float, masked: bool = False):
     """`denoise` compiled: (leaves of the system, noise, states, references, schedule, cfg scale) to latent tokens."""
-    from flax import nnx
 
-    @partial(jax.jit)
+    @jax.jit
     def sample(
         leaves: Any,
         noise: Array,

@@ -43,9 +43,7 @@ def test_time_and_guidance_are_scaled_by_1000_once():
     guidance = np.array([1.0, 2.5, 3.5], np.float32)
     with torch.no_grad():  # the transformer hands 1000·t and 1000·guidance to this module
         theirs = twin.time_text_embed(*(torch.from_numpy(x) for x in (1000 * TIMES, 1000 * guidance, pooled)))
-        plain = twin.time_text_embed(
-            *(torch.from_numpy(x) for x in (1000 * TIMES, 1000 * guidance, np.zeros_like(pooled)))
-        )
+        plain = twin.time_text_embed(*(torch.from_numpy(x) for x in (1000 * TIMES, 1000 * guidance, np.zeros_like(pooled))))
     assert relative_error(dit.vector(TIMES, guidance, pooled), theirs) < 1e-5
     assert relative_error(dit.vector(TIMES, guidance), plain) < 1e-5  # no pooled vector: zeros through the embedder
 
