@@ -94,7 +94,18 @@ def read_json(path: Path) -> dict:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file beside its place and renames it."""
-    write_beside(path, lambda part: save_file(dict(tensors), part, metadata={"format": "pt", **(metadata or {})}))
+    def write(part: Path) -> None:
+        save_file(dict(tensors), part, metadata={"format": "pt", **(metadata or {})})
+        part.chmod(0o666 & ~_umask())  # the library makes files that only their owner can read
+
+    write_beside(path, write)
+
+
+def _umask() -> int:
+    """The process's mask for new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -14,6 +14,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, DType, Float, Key
 from squeeze_jax.layers.attention import attention
 from squeeze_jax.layers.linear import Linear, swish
+from squeeze_jax.layers.norm import per_channel
 
 NORM_EPS = 1e-6
 LOG_VARIANCE = (-30.0, 20.0)
@@ -276,7 +277,7 @@ class Conv(nnx.Module):
             padding=(self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + self.bias[...].astype(self.dtype)
+        return y + per_channel(self.bias[...].astype(self.dtype), y)
 
 
 class GroupNorm(nnx.Module):
@@ -290,8 +291,9 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         y = x.astype(jnp.float32)
         y = y - self._group_mean(y)
-        multiplier = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + NORM_EPS) * self.scale[...].astype(jnp.float32)
-        return (y * multiplier + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        scale, bias = (per_channel(vector[...].astype(jnp.float32), y) for vector in (self.scale, self.bias))
+        multiplier = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + NORM_EPS) * scale
+        return (y * multiplier + bias).astype(x.dtype)
 
     def _group_mean(self, x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
         batch, channels = x.shape[0], x.shape[-1]
