@@ -1,77 +1,276 @@
-"""The staged sampler: leaving tokens out equals masking them, and what is (not) part of a compiled program's key."""
+"""The staged sampler against closed forms, its masked twin, and single pictures; and the pipeline around it."""
+
+import dataclasses
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import randomised, row, tiny_batch, tiny_config
+from parity import relative_error
+from tiny import row, tiny_batch, tiny_config
 
+from squeeze_jax.batch import Context
+from squeeze_jax.config import StageConfig, TrainingConfig
+from squeeze_jax.data.encoders import FrozenEncoders
+from squeeze_jax.diffusion.flow import schedule_shift
+from squeeze_jax.diffusion.latents import pack, reference_positions
+from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
-from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
+from squeeze_jax.interop.build import build_system
+from squeeze_jax.models.system import System
+from squeeze_jax.sampling.pipeline import REFERENCE_BUCKET, Pipeline, Settings, reference_tokens
+from squeeze_jax.sampling.sampler import MAX_STEPS, make_sampler, make_schedule, noise_for
+
+GRID, TOKENS = (2, 2), 4
+
+
+def random_system(config) -> System:
+    """Every parameter random, as `tiny.randomised`, but without compiling an initialisation."""
+    system, rng = nnx.eval_shape(lambda: build_system(config)), np.random.default_rng(0)
+    flat = nnx.to_flat_state(nnx.state(system, nnx.Param))
+    for path, leaf in flat:
+        matrix = path[-1] == "kernel"
+        around = 1.0 if path[-1] == "scale" and path[0] == "dit" else 0.0
+        noise = rng.standard_normal(leaf.shape) * (leaf.shape[-2] ** -0.5 if matrix else 0.2)
+        leaf.set_value(jnp.asarray(around + noise, leaf.dtype))
+    nnx.update(system, nnx.from_flat_state(flat))
+    return system
+
+
+# --- closed forms: systems whose velocity is known -------------------------------------------------------------------
+
+
+class Field(System):
+    """A velocity that is a formula of x, t and of which conditions have tokens."""
+
+    def __init__(self, formula) -> None:
+        self.formula = formula
+
+    def context(self, states):
+        return Context(jnp.ones((states.text.shape[0], 1, 1)), jnp.ones((states.text.shape[0], 1), bool))
+
+    def velocity(self, target, target_grid, t, context, references, guidance=1.0):
+        return self.formula(target, t[:, None, None], context.tokens.shape[1] > 0, references is not None)
+
+
+BATCH = row(tiny_batch(mixed=False), 0)
+NOISE = noise_for([0, 1], TOKENS, 3)
+
+
+def sample(formula, schedule, scale=1.0, references=True, guided=False):
+    graph, state = nnx.split(Field(formula))
+    program = make_sampler(graph, target_grid=GRID, guided=guided, guidance=1.0)
+    shown = BATCH.references if references else None
+    return program((state,), NOISE, BATCH.hidden_states, shown, schedule, np.float32(scale))
+
+
+@pytest.mark.parametrize("steps", [1, 7, MAX_STEPS])
+def test_euler_on_a_linear_field(steps):
+    """v = 2x: every step multiplies x by 1 + 2·(t_next − t)."""
+    schedule = make_schedule(steps, TOKENS, 0.9, 0.5, references=True)
+    factor = np.prod(1 + 2 * np.diff(time_steps(steps, TOKENS).astype(np.float64)))
+    np.testing.assert_allclose(sample(lambda x, t, *_: 2 * x, schedule), NOISE * factor, rtol=1e-4, atol=1e-6)
+
+
+def test_euler_on_a_field_of_time():
+    """v = t: the left Riemann sum of the schedule, so a step uses the time at its start."""
+    times = time_steps(9, TOKENS).astype(np.float64)
+    schedule = make_schedule(9, TOKENS, 0.9, 0.5, references=True)
+    out = sample(lambda x, t, *_: jnp.broadcast_to(t, x.shape), schedule)
+    np.testing.assert_allclose(out, NOISE + np.sum(np.diff(times) * times[:-1]), atol=1e-5)
+
+
+def test_a_straight_flow_lands_on_the_picture_whatever_the_steps():
+    """v = (x − x_0) / t is what a perfect model of one picture says."""
+    for steps in (1, 3, 25):
+        schedule = make_schedule(steps, TOKENS, 0.9, 0.5, references=True)
+        np.testing.assert_allclose(sample(lambda x, t, *_: (x - 0.7) / t, schedule), np.full(NOISE.shape, 0.7), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tau1", "tau2", "references"),
+    [(0.9, 0.4, True), (0.7, 0.7, True), (1.0, 0.0, True), (0.0, 0.0, True), (1.0, 1.0, True), (0.9, 0.4, False)],
+)
+@pytest.mark.parametrize("guided", [False, True])
+def test_each_step_sees_the_conditions_of_its_stage(tau1, tau2, references, guided):
+    """A velocity of 1 for the MLLM, 10 for the references and 100 for neither adds up to the stages' lengths."""
+    speed = lambda mllm, vae: 1.0 * mllm + 10.0 * vae + 100.0 * (not mllm and not vae)  # noqa: E731
+    schedule = make_schedule(8, TOKENS, tau1, tau2, references=references)
+    out = sample(lambda x, t, mllm, vae: jnp.full_like(x, speed(mllm, vae)), schedule, 2.5, references, guided)
+    expected, times = np.asarray(NOISE, np.float64), time_steps(8, TOKENS)
+    for t, t_next in pairwise(times):
+        kept = (True, False) if not references or t >= np.float32(tau1) else (bool(t >= np.float32(tau2)), True)
+        v = 100.0 + 2.5 * (speed(*kept) - 100.0) if guided else speed(*kept)
+        expected = expected + (np.float64(t_next) - np.float64(t)) * v
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- the real system, small ------------------------------------------------------------------------------------------
+
 
 CONFIG = tiny_config()
 SCALE = np.float32(2.5)
 
 
 @pytest.fixture(scope="module")
-def parts():
-    graph, state = nnx.split(randomised(CONFIG))
-    one = row(tiny_batch(mixed=False), 0)
-    samplers = {
-        masked: make_sampler(graph, target_grid=(2, 2), guided=True, guidance=1.0, masked=masked)
-        for masked in (False, True)
-    }
-    return (state,), one, samplers
+def system():
+    return random_system(CONFIG)
 
 
-def schedule(tau1=0.9, tau2=0.5, steps=6, references=True):
-    return make_schedule(steps, 4, tau1, tau2, references=references)
+@pytest.fixture(scope="module")
+def programs(system):
+    """Conditions left out, and masked: each compiled once for the whole module."""
+    graph, state = nnx.split(system)
+    batch = tiny_batch(rows=2)
+    # The second sample's references are all padding in `tiny_batch` if chance has it so: give both some.
+    batch.references.mask[:, :2] = True
+    batch.references.tokens[:, :2] = np.random.default_rng(9).standard_normal((2, 2, 64))
+    noise = noise_for([0, 1], TOKENS, 64)
+
+    def program(masked):
+        sampler = make_sampler(graph, target_grid=GRID, guided=True, guidance=1.0, masked=masked)
+
+        def run(schedule, scale=SCALE, batch=batch, noise=noise):
+            return sampler((state,), noise, batch.hidden_states, batch.references, schedule, np.float32(scale))
+
+        return run, sampler
+
+    return batch, noise, program(False), program(True)
 
 
-def test_tokens_left_out_equal_tokens_masked_in_all_three_stages(parts):
-    leaves, one, samplers = parts
-    plan = schedule()
-    assert all(np.diff([0, *plan.borders]) > 0), "every stage has a step"
-    noise = noise_for([0, 1], 4, 64)
-    short, long = (samplers[m](leaves, noise, one.hidden_states, one.references, plan, SCALE) for m in (False, True))
-    assert np.linalg.norm(short - long) / np.linalg.norm(long) < 1e-5
-    assert np.linalg.norm(short - noise) / np.linalg.norm(noise) > 0.1
+@pytest.mark.parametrize(
+    ("tau1", "tau2"), [(0.9, 0.4), (0.6, 0.6), (1.0, 0.3), (0.0, 0.0), (1.0, 1.0)],
+    ids=["three stages", "never both", "both early", "MLLM throughout", "VAE but for the first step"],
+)  # fmt: skip
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_conditions_left_out_equal_conditions_masked(programs, tau1, tau2, scale):
+    _, noise, (left_out, _), (masked, _) = programs
+    schedule = make_schedule(6, TOKENS, tau1, tau2, references=True)
+    short = left_out(schedule, scale)
+    assert relative_error(short, masked(schedule, scale)) < 1e-5
+    assert relative_error(short, noise) > 0.05
 
 
-def test_an_image_does_not_depend_on_its_batch_and_new_numbers_compile_nothing(parts):
-    leaves, one, samplers = parts
-    sampler = samplers[False]
-    both = sampler(leaves, noise_for([0, 1], 4, 64), one.hidden_states, one.references, schedule(), SCALE)
-    swapped = sampler(leaves, noise_for([1, 5], 4, 64), one.hidden_states, one.references, schedule(), SCALE)
-    np.testing.assert_allclose(both[1], swapped[0], rtol=1e-5, atol=1e-5)
-    compiled = sampler._cache_size()
-    other = schedule(tau1=0.7, tau2=0.7, steps=9)
-    sampler(leaves, noise_for([3, 4], 4, 64), one.hidden_states, one.references, other, np.float32(4.0))
-    assert sampler._cache_size() == compiled
+def test_tau_steps_and_guidance_matter_and_compile_nothing(programs):
+    _, _, (left_out, sampler), _ = programs
+    settings = [(6, 0.9, 0.4, 2.5), (6, 0.6, 0.4, 2.5), (6, 0.9, 0.6, 2.5), (9, 0.9, 0.4, 2.5), (6, 0.9, 0.4, 4.0)]
+    found = [left_out(make_schedule(n, TOKENS, a, b, references=True), scale) for n, a, b, scale in settings]
+    assert sampler._cache_size() == 1
+    for i in range(1, len(found)):
+        assert relative_error(found[i], found[0]) > 1e-3, settings[i]
+
+
+def test_samples_of_a_batch_are_independent(programs):
+    batch, noise, (left_out, _), _ = programs
+    schedule = make_schedule(6, TOKENS, 0.9, 0.4, references=True)
+    both = left_out(schedule)
+    swap = jnp.array([1, 0])
+    swapped = left_out(schedule, batch=jax.tree.map(lambda x: x[swap], batch), noise=noise[swap])
+    np.testing.assert_allclose(swapped[swap], both, rtol=1e-5, atol=1e-6)
+    other = batch._replace(
+        hidden_states=batch.hidden_states._replace(text=batch.hidden_states.text * np.float32([1, 2])[:, None, None, None])
+    )
+    changed = left_out(schedule, batch=other)
+    np.testing.assert_allclose(changed[0], both[0], rtol=1e-5, atol=1e-6)
+    assert relative_error(changed[1], both[1]) > 1e-3
+
+
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+NO_ENCODERS = object.__new__(FrozenEncoders)  # `sample` starts behind them
+
+
+def some_latents(*sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((height, width, 16)).astype(np.float32) for height, width in sizes]
+
+
+@pytest.fixture(scope="module")
+def pipeline(system):
+    return Pipeline.of(system, CONFIG, NO_ENCODERS)
+
+
+def test_image_i_equals_what_its_seed_alone_gives(pipeline):
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    settings = Settings(cfg_scale=1.0)
+    three = pipeline.sample(states, latents, [5, 6, 7], settings)
+    for i in range(3):
+        alone = pipeline.sample(states, latents, [5 + i], settings)
+        assert relative_error(three[i : i + 1], alone) < 1e-5
+    assert relative_error(three[0], three[1]) > 0.1
+
+
+def test_text_alone_equals_the_mllm_throughout(pipeline, programs):
+    """Without references whatever τ is: the same as τ1 = τ2 = 0 with references that are never used."""
+    batch, _, (left_out, _), _ = programs
+    mllm = left_out(make_schedule(6, TOKENS, 0.0, 0.0, references=True))
+    text = pipeline.sample(batch.hidden_states, [[], []], [0, 1], Settings(cfg_scale=2.5))
+    assert relative_error(text, mllm) < 1e-5
+
+
+def test_a_checkpoint_of_stage_one_samples_without_references(system, pipeline, programs):
+    """It has never seen reference tokens (AMENDMENTS): the MLLM stays on throughout, whatever references are given."""
+    stage = TrainingConfig(stages=(StageConfig(steps=1, references=False),))
+    first = Pipeline.of(system, dataclasses.replace(CONFIG, training=stage), NO_ENCODERS)
+    assert not first.uses_references and pipeline.uses_references
+    first._programs.update(pipeline._programs)  # spares compiling them again
+    states, references = programs[0].hidden_states, some_latents((4, 6))
+    given, none = (first.sample(states, latents, [0, 1]) for latents in ([references, references], [[], []]))
+    np.testing.assert_array_equal(given, none)
+
+
+def test_references_of_several_sizes_make_one_padded_row():
+    one, two = some_latents((4, 6), (2, 2)), some_latents((8, 8), seed=1)
+    references = reference_tokens([one, two, []], GRID)
+    assert references.tokens.shape == (3, REFERENCE_BUCKET, 64)
+    np.testing.assert_array_equal(references.mask.sum(axis=1), [6 + 1, 16, 0])
+    np.testing.assert_array_equal(references.tokens[0, :7], np.concatenate([pack(latent) for latent in one]))
+    np.testing.assert_array_equal(references.positions[0, :7], reference_positions(GRID, [(2, 3), (1, 1)]))
+    np.testing.assert_array_equal(references.positions[1, :16], reference_positions(GRID, [(4, 4)]))
+    assert reference_tokens([[], []], GRID) is None
+    assert reference_tokens([some_latents((8, 10))], GRID).tokens.shape[1] == 2 * REFERENCE_BUCKET
 
 
 def test_noise_comes_from_the_seed_alone():
-    np.testing.assert_array_equal(noise_for([7, 8], 4, 64)[1], noise_for([8], 4, 64)[0])
-    np.testing.assert_array_equal(noise_for([8], 4, 64)[0], jax.random.normal(jax.random.key(8), (4, 64)))
+    noise = noise_for([3, 4], TOKENS, 64)
+    np.testing.assert_array_equal(noise_for([9, 4, 3], TOKENS, 64)[1:], noise[::-1])
+    assert abs(float(noise_for(list(range(50)), 16, 64).std()) - 1) < 0.01
 
 
-def test_euler_follows_a_known_field():
-    """dx/dt = a has the solution x(0) = x(1) − a, whatever the steps."""
-    plan = schedule(steps=13)
-    x = jnp.full((1, 4, 64), 3.0)
-    for i in range(13):
-        x = x + (plan.times[i + 1] - plan.times[i]) * 2.0
-    np.testing.assert_allclose(x, 1.0, rtol=1e-5)
+def test_the_schedule_is_padded_and_ends_where_its_stages_end():
+    schedule = make_schedule(25, 1024, 0.95, 0.85, references=True)
+    assert schedule.times.shape == (MAX_STEPS + 1,)
+    np.testing.assert_array_equal(schedule.times[:26], time_steps(25, 1024))
+    assert not schedule.times[25:].any()
+    assert schedule.borders.tolist() == [stage.steps[1] for stage in plan_stages(time_steps(25, 1024), 0.95, 0.85)]
+    assert make_schedule(25, 1024, 0.95, 0.85, references=False).borders.tolist() == [25, 25, 25]
+    assert make_schedule(10, TOKENS, 0.5, 0.5, references=True, shifted=False).borders.tolist() == [6, 6, 10]
+    assert schedule_shift(TOKENS) < schedule_shift(1024)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 101}, {"tau1": 0.5, "tau2": 0.9}, {"tau1": 1.5}])
-def test_impossible_numbers_are_refused(bad):
-    with pytest.raises(InputError, match="must"):
-        schedule(**bad)
+@pytest.mark.parametrize(
+    ("steps", "tau1", "tau2", "message"),
+    [
+        (0, 0.9, 0.5, "steps is 0"), (MAX_STEPS + 1, 0.9, 0.5, "steps is 101"), (4, 0.5, 0.9, "tau2 is 0.9"),
+        (4, 1.1, 0.5, "tau1 is 1.1"), (4, 0.5, -0.1, "tau2 is -0.1"), (4, float("nan"), 0.5, "tau1 is nan"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(steps, tau1, tau2, message):
+    with pytest.raises(InputError, match=message):
+        make_schedule(steps, TOKENS, tau1, tau2, references=True)
 
 
-def test_text_only_keeps_the_mllm_on():
-    assert schedule(references=False, steps=10).borders.tolist() == [10, 10, 10]
-    assert schedule(tau1=0.0, tau2=0.0, steps=10).borders.tolist() == [10, 10, 10]
-    assert schedule(tau1=1.0, tau2=0.0, steps=10).borders.tolist() == [1, 10, 10]
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(height=250, width=130), "the nearest size is 256x128"),
+        (Settings(height=0), "nearest size is 16x32"),
+        (Settings(num_images=0), "num_images is 0"),
+    ],
+)
+def test_impossible_pictures_are_refused(pipeline, settings, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.resolved(settings)
