@@ -1,9 +1,8 @@
-"""The whole path in six minutes on two CPU cores: draws, extracts, trains both stages, samples a grid, scores.
+"""The whole path in some minutes on two CPU cores: draws, extracts, trains both stages, samples a grid, scores.
 
     python train.py configs/demo.py
 
-The miniature of `demo_weights.py` on fewer pairs and for fewer steps: pictures show the right scene, colours and pose;
-which details to expect after which time stands in the README.
+The miniature of `demo_weights.py` on fewer pairs and for fewer steps: enough to see scenes appear, not subjects.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The shipped miniature: about an hour and a quarter on two CPU cores.
+"""The shipped miniature: about 40 minutes on two idle CPU cores.
 
     python train.py configs/demo_weights.py
 
