@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import tyro
 
 from squeeze_jax.diffusion.flow import TimeSampling
+from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.diffusion.stages import ConditionDropout
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
@@ -35,6 +36,8 @@ class ModelConfig:
     """Folder of the autoencoder; `demo` is the shipped miniature."""
     mllm: str = "demo"
     """Folder of the multimodal LLM; `demo` is the shipped miniature."""
+    latent_pixels: int = 8
+    """Pixels that a latent stands for along one side: the autoencoder's downsampling (FLUX.1: 8, the miniature: 4)."""
     frozen_dtype: Precision = "bfloat16"
     """What frozen weights are kept in."""
     dtype: Precision = "bfloat16"
@@ -211,8 +214,13 @@ class Config:
 
     @property
     def target_grid(self) -> tuple[int, int]:
-        """Rows and columns of target tokens (8 x downsampling, then 2 x 2 patches)."""
-        return self.data.height // 16, self.data.width // 16
+        """Rows and columns of target tokens."""
+        return self.grid(self.data.height, self.data.width)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a picture: the autoencoder's downsampling, then 2 x 2 patches."""
+        side = PATCH * self.model.latent_pixels
+        return height // side, width // side
 
     @property
     def total_steps(self) -> int:
@@ -231,6 +239,8 @@ def _impossible(config: Config):
         value = getattr(data, name)
         if value < 16 or value % 16:
             yield f"data.{name} {value} must be a positive multiple of 16 (8x autoencoder, 2x2 patches)"
+    if config.model.latent_pixels not in (1, 2, 4, 8):
+        yield f"model.latent_pixels is {config.model.latent_pixels}; it must be 1, 2, 4 or 8"
     if data.critters is not None and data.manifest is not None:
         yield "data.critters and data.manifest are both set; choose one source of examples"
     if data.critters is not None and data.critters.size != data.height:

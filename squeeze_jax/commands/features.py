@@ -10,19 +10,8 @@ from squeeze_jax.data.extract import extract
 from squeeze_jax.data.manifest import read_manifest
 from squeeze_jax.data.sources import CritterRows, ManifestRows
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.build import DTYPES
 
 SHARD = 1024
-
-
-def load_encoders(config: Config) -> FrozenEncoders:
-    """The config's frozen encoders."""
-    return FrozenEncoders(
-        config.model.autoencoder,
-        config.model.mllm,
-        system_text=config.data.system_text,
-        dtype=DTYPES[config.model.dtype],
-    )
 
 
 def row_sources(config: Config, manifest: Path | None = None) -> dict[str, CritterRows | ManifestRows]:
@@ -53,7 +42,7 @@ def extract_features(
 ) -> None:
     """Writes `out`/train and `out`/held_out; finished shards are kept, so a killed extraction goes on."""
     sources = row_sources(config, manifest)
-    encoders = load_encoders(config)
+    encoders = FrozenEncoders.of(config)
     with progress() as bar:
         for split, rows in sources.items():
             task = bar.add_task(f"extracting {split}", total=len(rows))

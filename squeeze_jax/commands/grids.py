@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from squeeze_jax.commands.features import load_encoders, row_sources
+from squeeze_jax.commands.features import row_sources
 from squeeze_jax.config import Config
 from squeeze_jax.data.critters import Pair
 from squeeze_jax.data.encoders import FrozenEncoders
@@ -34,7 +34,7 @@ def grid_sampler(config: Config, folder: Path, features: Path) -> SampleFunction
         print(f"no sample grids: the records in {features} come without their pictures")
         return None
     examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
-    encoders = load_encoders(config)
+    encoders = FrozenEncoders.of(config)
     pipelines: list[Pipeline] = []
 
     def sample(split: Split, leaves: Leaves, step: int) -> None:
@@ -87,7 +87,7 @@ def reference_latents(
 
 def critter_scores(config: Config, result: Result, folder: Path, count: int) -> None:
     """Scores held-out critters by retrieval, prints the table and writes scores.json."""
-    pipeline = Pipeline.of(result.split.merge(result.leaves), config, load_encoders(config), result.step)
+    pipeline = Pipeline.of(result.split.merge(result.leaves), config, FrozenEncoders.of(config), result.step)
     score_critters(pipeline, folder / "scores.json", count, ("demo",))
 
 

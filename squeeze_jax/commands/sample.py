@@ -75,7 +75,8 @@ def run(given: Sample) -> None:
     if not used:
         why = "no reference" if not references else "this checkpoint was trained on the MLLM alone"
         print(f"{why}: the MLLM stays on throughout")
-    times = time_steps(resolved.steps, resolved.height * resolved.width // 256, pipeline.config.sampling.shifted)
+    rows, columns = pipeline.config.grid(resolved.height, resolved.width)
+    times = time_steps(resolved.steps, rows * columns, pipeline.config.sampling.shifted)
     stages = plan_stages(times, resolved.tau1, resolved.tau2, bool(used))
     names = {(True, False): "MLLM", (True, True): "MLLM + VAE", (False, True): "VAE"}
     print("stages: " + ", ".join(f"{names[s.mllm, s.vae]} {s.steps[1] - s.steps[0]} steps" for s in stages))

@@ -103,9 +103,9 @@ def tail_shapes(value: str, shape: str) -> list[np.ndarray]:
 
 
 def pattern_shapes(value: str) -> list[np.ndarray]:
-    """Polygons over the whole body, later cut to it; each covers half: a thumbnail sees one mean colour."""
-    period = 0.54
-    lines = [rectangle(-1.5, k * period - period / 4, 1.5, k * period + period / 4) for k in range(-4, 5)]
+    """Polygons over the whole body, later cut to it; each covers about half: a thumbnail sees one mean colour."""
+    period = 0.68
+    lines = [rectangle(-1.5, k * period - 0.15, 1.5, k * period + 0.15) for k in range(-3, 4)]
     if value == "bands":
         return lines
     if value == "stripes":
@@ -114,15 +114,15 @@ def pattern_shapes(value: str) -> list[np.ndarray]:
         return [line * (1.5, 1) @ rotation(45).T for line in lines]
     if value == "dots":
         return [
-            ellipse((i + (j % 2) / 2) * 0.60, (j + 0.5) * 0.52, 0.215, 0.215)
-            for j in range(-3, 4)
-            for i in range(-3, 4)
+            ellipse((i + (j % 2) / 2) * 0.76, (j + 0.5) * 0.66, 0.265, 0.265)
+            for j in range(-3, 3)
+            for i in range(-2, 3)
         ]
-    cell = 0.38
+    cell = 0.46
     return [
         rectangle(i * cell, j * cell, (i + 1) * cell, (j + 1) * cell)
-        for j in range(-4, 4)
-        for i in range(-4, 4)
+        for j in range(-3, 3)
+        for i in range(-3, 3)
         if (i + j) % 2
     ]
 

@@ -12,7 +12,10 @@ from PIL import Image
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.batch import HiddenStates
+from squeeze_jax.config import Config
 from squeeze_jax.data.chat import MAX_TEXT_TOKENS, build_input, load_tokenizer, pad_inputs, preprocess_image
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop.build import DTYPES
 from squeeze_jax.interop.load import encoder_folder, load_autoencoder, load_internvl
 from squeeze_jax.models.internvl import split_hidden_states
 
@@ -44,6 +47,31 @@ class FrozenEncoders:
         self._encode = _compiled(self.autoencoder, lambda module, x: module.encode(x))
         self._decode = _compiled(self.autoencoder, lambda module, x: module.decode(x))
         self._read = _compiled(self.mllm, self._states)
+
+    @classmethod
+    def of(cls, config: Config) -> "FrozenEncoders":
+        """A config's encoders. Raises InputError where they do not fit its transformer and aggregator."""
+        encoders = cls(
+            config.model.autoencoder,
+            config.model.mllm,
+            system_text=config.data.system_text,
+            dtype=DTYPES[config.model.dtype],
+        )
+        autoencoder, text = encoders.autoencoder.config, encoders.mllm.config.text
+        wanted = (
+            ("model.latent_pixels", config.model.latent_pixels, autoencoder.downsampling, config.model.autoencoder),
+            ("model.dit.in_channels", config.model.dit.in_channels, 4 * autoencoder.latent_channels, config.model.autoencoder),
+            ("aggregator.width", config.aggregator.width, text.hidden_size, config.model.mllm),
+        )
+        for name, ours, theirs, folder in wanted:
+            if ours != theirs:
+                raise InputError(f"{name} is {ours}, but {folder!r} makes it {theirs}; change one of them")
+        most = text.num_hidden_layers
+        if config.aggregator.layers[-1] > most:
+            raise InputError(
+                f"aggregator.layers asks for hidden state {config.aggregator.layers[-1]}; {config.model.mllm!r} has 0 to {most}"
+            )
+        return encoders
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,11 +121,11 @@ class FrozenEncoders:
         ]
 
     def latents(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """Latents [h, w, 16] of pictures [height, width, 3] in [−1, 1] of one size."""
+        """Latents [h, w, c] of pictures [height, width, 3] in [−1, 1] of one size."""
         return list(np.asarray(self._encode(np.stack(images))))
 
     def decode(self, latents: np.ndarray | jax.Array) -> np.ndarray:
-        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, 16]."""
+        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]."""
         return np.asarray(self._decode(latents))
 
 

@@ -82,7 +82,7 @@ class Encoders(Protocol):
         ...
 
     def latents(self, images: list[Float32[np.ndarray, "height width 3"]]) -> list[np.ndarray]:
-        """Latents [height / 8, width / 8, 16] after shift and scale of pictures in [-1, 1], all of one size."""
+        """Latents [h, w, c] after shift and scale of pictures in [-1, 1], all of one size."""
         ...
 
 

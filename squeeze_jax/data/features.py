@@ -44,9 +44,9 @@ class FeatureRecord(NamedTuple):
     image: Float[np.ndarray, "M Li C"]
     """Hidden states of the image tokens, bf16; Li = 0 without references."""
     image_positions: Int32[np.ndarray, " Li"]
-    target: Float[np.ndarray, "height width 16"]
-    """Latent of the target after shift and scale, float32, 8 pixels of the picture a side."""
-    references: tuple[Float[np.ndarray, "_ _ 16"], ...]
+    target: Float[np.ndarray, "height width c"]
+    """Latent of the target after shift and scale, float32."""
+    references: tuple[Float[np.ndarray, "_ _ c"], ...]
     """Latents of the references, each of its own size, float32."""
     number: int = -1
     """The record's place in the data set; set by reading."""

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 PATCH = 2
-"""Latent pixels that a token covers in each direction, so a token covers 16 x 16 pixels of the picture."""
+"""Latents that a token covers in each direction; with FLUX.1's autoencoder a token covers 16 x 16 pixels."""
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""

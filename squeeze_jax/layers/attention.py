@@ -25,10 +25,15 @@ def attention(
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
-    scores = jnp.einsum("BTHD,BSHD->BHTS", query, key, preferred_element_type=jnp.float32)
+    # Heads beside the batch first: products over neighbouring memory, which CPUs do several times faster.
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    scores = jnp.einsum("BHTD,BHSD->BHTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * (query.shape[-1] ** -0.5)
     if mask is not None:
         allowed = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None, :, :]
         scores = jnp.where(allowed, scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("BHTS,BSHD->BTHD", weights, value)
+    # The softmax's sum divides the result [.., D], not the weights [.., S].
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = jnp.einsum("BHTS,BHSD->BHTD", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(value.dtype).swapaxes(1, 2)

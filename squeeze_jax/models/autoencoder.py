@@ -1,6 +1,6 @@
 """The autoencoder: AutoencoderKL as FLUX.1 uses it (diffusers 0.42.1), channels last.
 
-Pictures [B, height, width, 3] in [-1, 1] become latents [B, h, w, 16] and back. Latents leave `encode` shifted and
+Pictures [B, height, width, 3] in [-1, 1] become latents [B, h, w, c] and back. Latents leave `encode` shifted and
 scaled, (z − shift_factor) · scaling_factor, so that they have about zero mean and unit variance; `decode` undoes it.
 There are no convolutions between the moments and the latents (`use_quant_conv` is false in FLUX's file).
 """

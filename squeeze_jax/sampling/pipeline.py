@@ -17,7 +17,7 @@ from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.data.images import parse_size, resize_for_reference
 from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.build import DTYPES, build_system, is_trained
+from squeeze_jax.interop.build import build_system, is_trained
 from squeeze_jax.interop.checkpoint import check_leaves, read_weights
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.models.system import System
@@ -87,12 +87,7 @@ class Pipeline:
     def of(cls, system: System, config: Config, encoders: FrozenEncoders | None = None, step: int | None = None):
         """Around a system in memory."""
         if encoders is None:
-            encoders = FrozenEncoders(
-                config.model.autoencoder,
-                config.model.mllm,
-                system_text=config.data.system_text,
-                dtype=DTYPES[config.model.dtype],
-            )
+            encoders = FrozenEncoders.of(config)
         graph, state = nnx.split(system)
         return cls(config, encoders, graph, (state,), step)
 
@@ -146,7 +141,7 @@ class Pipeline:
     ) -> jax.Array:
         """Latent tokens [len(seeds), N, 64] from hidden states and reference latents of one prompt, or one each a seed."""
         resolved = self.resolved(settings)
-        grid = (resolved.height // 16, resolved.width // 16)
+        grid = self.config.grid(resolved.height, resolved.width)
         references = reference_tokens(latents, grid)
         # A system trained on the MLLM alone has never seen reference tokens (AMENDMENTS): it samples without them.
         if not self.uses_references:
@@ -167,7 +162,7 @@ class Pipeline:
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
         resolved = self.resolved(settings)
-        latents = unpack(np.asarray(tokens), (resolved.height // 16, resolved.width // 16))
+        latents = unpack(np.asarray(tokens), self.config.grid(resolved.height, resolved.width))
         return np.clip(self.encoders.decode(latents), -1.0, 1.0)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.config import Config
+from squeeze_jax.data.features import Shape
 from squeeze_jax.data.pipeline import BatchIterator, make_dataset
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system
@@ -63,6 +64,8 @@ def train(
         workers=config.data.workers,
     )
     held_out = validation_batches(features / "held_out", rows // config.optimizer.accumulate)
+
+    check_records(data.source.metadata.summary.shape, config, features)
 
     trained, split = split_system(build_system(config), config)
     optimizer = make_optimizer(config)
@@ -142,6 +145,22 @@ def train(
     if int(state.skipped):
         say(f"{int(state.skipped)} steps had a non-finite loss or gradient and were skipped")
     return Result(split, weights(), step, validation)
+
+
+def check_records(shape: Shape, config: Config, features: Path) -> None:
+    """Raises InputError unless records of this shape fit the config's transformer and aggregator."""
+    rows, columns = config.target_grid
+    for what, theirs, ours in (
+        ("latents of targets", shape.target, (2 * rows, 2 * columns, config.model.dit.in_channels // 4)),
+        ("width of hidden states", shape.width, config.aggregator.width),
+    ):
+        if theirs != ours:
+            raise InputError(f"{features}: {what} are {theirs}, this config wants {ours}; extract with this config")
+    if config.aggregator.layers[-1] >= shape.layers:
+        raise InputError(
+            f"{features}: records have hidden states 0 to {shape.layers - 1}, "
+            f"aggregator.layers asks for {config.aggregator.layers[-1]}; extract with this config"
+        )
 
 
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:

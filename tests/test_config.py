@@ -1,0 +1,106 @@
+"""The configuration: written and read back whole, impossible combinations refused with the reason."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from squeeze_jax.config import Config, differences, from_json, load_preset, override, to_json
+from squeeze_jax.errors import InputError
+from squeeze_jax.layers.lora import LoRAConfig
+from squeeze_jax.models.dit import DiTConfig
+from tests.tiny import tiny_config
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "configs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_survives_json(path):
+    config = load_preset(path)
+    again = from_json(to_json(config))
+    assert again == config
+    assert hash(again) == hash(config)  # no list where a tuple was
+    assert differences(config, again) == []
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_tells_how_to_run_it(path):
+    assert path.relative_to(ROOT).as_posix() in path.read_text().split('"""')[1]
+
+
+def test_overrides_reach_nested_fields_and_keep_the_rest():
+    config = tiny_config()
+    other = override(config, ["--optimizer.learning-rate", "3e-4", "--training.stages.0.steps", "7"], "train.py")
+    assert differences(config, other) == [
+        "optimizer.learning_rate: 0.01 → 0.0003",
+        f"training.stages: {dataclasses.asdict(config.training)['stages']} → "
+        f"{dataclasses.asdict(other.training)['stages']}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.height", "60"], ["data.height 60", "multiple of 16"]),
+        (["--model.latent-pixels", "3"], ["model.latent_pixels is 3"]),
+        (["--aggregator.out-width", "32"], ["aggregator.out_width 32", "model.dit.context_width 24"]),
+        (["--sampling.tau1", "0.3", "--sampling.tau2", "0.6"], ["sampling.tau2 0.6", "sampling.tau1 0.3"]),
+        (["--training.stages.0.steps", "0"], ["training.stages.0.steps is 0"]),
+        (["--optimizer.ema", "1.0"], ["optimizer.ema is 1.0"]),
+        (["--optimizer.accumulate", "0"], ["optimizer.accumulate is 0"]),
+        (["--parallel.tensor", "2"], ["parallel.tensor is 2"]),
+        (["--parallel.remat", "some"], ["remat"]),
+    ],
+)
+def test_impossible_combinations_say_why(arguments, words, capsys):
+    with pytest.raises((InputError, SystemExit)) as stop:
+        override(tiny_config(), arguments, "train.py")
+    said = " ".join((str(stop.value) + capsys.readouterr().err).replace("│", " ").split())
+    for word in words:
+        assert word in said, said
+
+
+def test_all_reasons_are_given_at_once():
+    data = dataclasses.replace(tiny_config().data, height=60, batch_per_chip=0)
+    with pytest.raises(InputError, match=r"data\.height 60.*; data\.batch_per_chip is 0"):
+        tiny_config(data=data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_axes": (2, 2, 2)}, "sum"),
+        ({"rope_axes": (1, 3, 4)}, "even"),
+    ],
+)
+def test_a_transformer_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig(heads=2, head_width=8, **changes)
+
+
+def test_json_of_another_version_is_refused():
+    values = json.loads(to_json(tiny_config(lora=LoRAConfig())))
+    values["optimizer"]["momentum"] = 0.9
+    with pytest.raises(InputError, match=r"config\.optimizer has unknown fields momentum"):
+        from_json(json.dumps(values))
+
+
+def test_a_file_without_a_config_is_refused(tmp_path):
+    path = tmp_path / "preset.py"
+    path.write_text("config = 3\n")
+    with pytest.raises(InputError, match="must define `config`"):
+        load_preset(path)
+
+
+def test_the_papers_numbers_stand_in_the_presets():
+    one, two = (load_preset(ROOT / "configs" / f"flux_stage{i}.py") for i in (1, 2))
+    assert [stage.steps for stage in one.training.stages] == [25_000]
+    assert [stage.steps for stage in two.training.stages] == [10_000]
+    assert not one.training.stages[0].references
+    assert two.training.stages[0].references
+    assert isinstance(two.lora, LoRAConfig)
+    assert (two.lora.rank, two.sampling.steps, two.sampling.cfg_scale) == (512, 25, 2.5)
+    assert (two.sampling.tau1, two.sampling.tau2) == (0.95, 0.85)
+    assert isinstance(one, Config)

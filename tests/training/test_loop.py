@@ -1,0 +1,166 @@
+"""The training loop in one process: resumed equals uninterrupted, stage 2 from stage 1, what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
+
+from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
+from squeeze_jax.data.extract import extract
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop.checkpoint import CHECKPOINTS, read_weights, write_weights
+from squeeze_jax.models.aggregator import AggregatorConfig
+from squeeze_jax.training.loop import train
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    out = tmp_path_factory.mktemp("features")
+    for split, count in (("train", 12), ("held_out", 8)):
+        extract(some_examples(count), FakeEncoders(), out / split, target_size=(32, 32), reference_long_side=32)
+    return out
+
+
+def config(*stages: StageConfig, **changes):
+    return tiny_config(
+        aggregator=AggregatorConfig(
+            layers=tuple(range(LAYERS)), width=WIDTH, out_width=24, heads=2, mlp_width=24, refiner_blocks=1
+        ),
+        data=DataConfig(height=32, width=32, reference_long_side=32, batch_per_chip=1),
+        training=TrainingConfig(stages=stages, validate_every=2, sample_every=0),
+        checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(every=1, tensorboard=False),
+        **changes,
+    )
+
+
+BOTH = config(StageConfig(steps=2, references=False), StageConfig(steps=2, references=True))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(workdir, name):
+    return {line["step"]: line[name] for line in lines(workdir) if name in line}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(features, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train(BOTH, workdir, features, say=lambda text: None)
+
+
+def stop_at(step):
+    def sample(split, leaves, at):
+        if at == step:
+            raise Stop
+
+    return sample
+
+
+def test_two_steps_saved_resumed_and_two_more_equal_four(whole, features, tmp_path):
+    straight, result = whole
+    interrupted = dataclasses.replace(BOTH, training=dataclasses.replace(BOTH.training, sample_every=2))
+    with pytest.raises(Stop):
+        train(interrupted, tmp_path, features, sample=stop_at(2), say=lambda text: None)
+    said = []
+    again = train(BOTH, tmp_path, features, say=said.append)
+    assert any("from step 2" in text for text in said)
+    assert again.step == result.step == 4
+    assert again.validation == result.validation
+    for name, leaf in result.leaves.items():
+        np.testing.assert_array_equal(again.leaves[name], leaf, err_msg=name)
+    for name in ("loss", "learning_rate", "validation_loss", "grad_norm"):
+        assert values(tmp_path, name) == values(straight, name), name
+
+
+def test_a_finished_run_started_again_changes_nothing(whole, features):
+    workdir, result = whole
+    again = train(BOTH, workdir, features, say=lambda text: None)
+    assert again.step == 4
+    for name, leaf in result.leaves.items():
+        np.testing.assert_array_equal(again.leaves[name], leaf)
+
+
+def test_the_average_is_what_is_returned_and_read_back(whole):
+    workdir, result = whole
+    _, leaves, step = read_weights(workdir)
+    assert step == 4
+    assert leaves.keys() == result.leaves.keys()
+    for name, leaf in result.leaves.items():
+        np.testing.assert_array_equal(leaves[name], leaf)
+
+
+def test_another_config_is_refused_and_what_it_may_change_is_not(whole, features):
+    workdir, _ = whole
+    other = dataclasses.replace(BOTH, optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-3))
+    with pytest.raises(InputError, match=r"optimizer\.learning_rate: 0\.01 → 0\.001"):
+        train(other, workdir, features, say=lambda text: None)
+    free = dataclasses.replace(BOTH, sampling=dataclasses.replace(BOTH.sampling, steps=3))
+    assert train(free, workdir, features, say=lambda text: None).step == 4
+
+
+def test_stage_two_from_stage_ones_weights(features, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = train(config(StageConfig(steps=2, references=False)), one, features, say=lambda text: None)
+    still = config(
+        StageConfig(steps=1, references=True),
+        optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-12, weight_decay=0.0, ema=0.0),
+    )
+    said = []
+    second = train(still, two, features, start_from=one, say=said.append)
+    assert f"starting from the weights of {one}" in said
+    for name, leaf in first.leaves.items():
+        np.testing.assert_allclose(second.leaves[name], leaf, atol=1e-9, err_msg=name)
+
+
+def test_weights_with_a_missing_leaf_are_refused(whole, features, tmp_path):
+    _, result = whole
+    leaves = dict(result.leaves)
+    leaves.pop("dit.img_in.kernel")
+    write_weights(tmp_path / "short", BOTH, leaves)
+    with pytest.raises(InputError, match=r"dit\.img_in\.kernel is missing"):
+        train(BOTH, tmp_path / "work", features, start_from=tmp_path / "short", say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": dataclasses.replace(BOTH.data, height=48)}, r"latents of targets are \(4, 4, 16\).*\(6, 4, 16\)"),
+        ({"aggregator": dataclasses.replace(BOTH.aggregator, width=16)}, "width of hidden states are 8.*wants 16"),
+        ({"aggregator": dataclasses.replace(BOTH.aggregator, layers=(0, 3))}, "hidden states 0 to 2.*layer"),
+    ],
+)
+def test_records_of_another_config_are_refused(features, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(BOTH, **changes), tmp_path, features, say=lambda text: None)
+    assert not (tmp_path / CHECKPOINTS).exists()
+
+
+def test_more_steps_than_records_are_done_and_every_rate_is_logged(whole):
+    workdir, _ = whole
+    assert sorted(values(workdir, "loss")) == [1, 2, 3, 4]  # 8 rows a step out of 12 records
+    assert values(workdir, "learning_rate") == pytest.approx({1: 0.005, 2: 0.01, 3: 0.005, 4: 0.01})
+
+
+def test_one_example_can_be_learned_by_heart(tmp_path):
+    one = tmp_path / "features"
+    for split in ("train", "held_out"):
+        extract(some_examples(1), FakeEncoders(), one / split, target_size=(32, 32), reference_long_side=32)
+    learning = config(StageConfig(steps=60, references=True))
+    learning = dataclasses.replace(learning, training=dataclasses.replace(learning.training, validate_every=20))
+    train(learning, tmp_path / "work", one, say=lambda text: None)
+    losses = values(tmp_path / "work", "validation_loss")
+    assert losses[60] < 0.5 * losses[20] or losses[60] < 0.1, losses
+    assert jax.device_count() == 8
