@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from squeeze_jax.batch import HiddenStates, References, TrainingBatch
-from squeeze_jax.config import load_preset
+from squeeze_jax.config import Config, load_preset
 from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.interop.build import build_system
 from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
@@ -26,8 +26,11 @@ from squeeze_jax.training.step import make_train_step
 TEXT, IMAGE = 26, 4
 
 
-def random_batch(rows: int, layers: int, width: int) -> TrainingBatch:
-    """Records of the miniature's sizes with random values."""
+def random_batch(config: Config, rows: int) -> TrainingBatch:
+    """Records of the miniature's sizes with random values: one reference, as large as the target."""
+    layers, width = len(config.aggregator.layers), config.aggregator.width
+    grid, channels = config.target_grid, config.model.dit.in_channels
+    tokens = grid[0] * grid[1]
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -36,14 +39,14 @@ def random_batch(rows: int, layers: int, width: int) -> TrainingBatch:
     def positions(first, count):
         return np.tile(np.arange(first, first + count, dtype=np.int32), (rows, 1))
 
-    references = np.tile(reference_positions((4, 4), [(4, 4)]), (rows, 1, 1))
+    references = np.tile(reference_positions(grid, [grid]), (rows, 1, 1))
     return TrainingBatch(
-        normal(rows, 16, 64),
+        normal(rows, tokens, channels),
         HiddenStates(
             normal(rows, layers, TEXT, width), np.ones((rows, TEXT), bool), positions(0, TEXT),
             normal(rows, layers, IMAGE, width), np.ones((rows, IMAGE), bool), positions(TEXT, IMAGE),
         ),
-        References(normal(rows, 16, 64), np.ones((rows, 16), bool), references),
+        References(normal(rows, tokens, channels), np.ones((rows, tokens), bool), references),
         np.arange(rows, dtype=np.int32),
     )  # fmt: skip
 
@@ -64,7 +67,7 @@ def main() -> None:
     graph, leaves = nnx.split(system)
     trained, split = split_system(system, config)
     optimizer = make_optimizer(config)
-    batch = random_batch(config.data.batch_per_chip, len(config.aggregator.layers), config.aggregator.width)
+    batch = random_batch(config, config.data.batch_per_chip)
     print(f"{sum(x.size for x in trained.values()):,} values, batch {config.data.batch_per_chip}, float32")
     print("| | ms | |\n|---|---|---|")
     for number, stage in enumerate(config.training.stages, 1):
@@ -78,12 +81,13 @@ def main() -> None:
         seconds = median(train, 7)
         speed = config.data.batch_per_chip / seconds
         print(f"| train step, stage {number} | {1000 * seconds:.0f} | {speed:.0f} examples/s |")
+    tokens = batch.target.shape[1]
     one = jax.tree.map(lambda x: x[:1], batch)
-    program = make_sampler(graph, target_grid=(4, 4), guided=True, guidance=1.0)
+    program = make_sampler(graph, target_grid=config.target_grid, guided=True, guidance=1.0)
     for name, tau1, tau2 in (("the demo's τ", config.sampling.tau1, config.sampling.tau2), ("both throughout", 1.0, 0.0)):
-        schedule = make_schedule(config.sampling.steps, 16, tau1, tau2, references=True)
+        schedule = make_schedule(config.sampling.steps, tokens, tau1, tau2, references=True)
         for images in (1, 16):
-            noise = noise_for(list(range(images)), 16, 64)
+            noise = noise_for(list(range(images)), tokens, config.model.dit.in_channels)
 
             def sample(noise=noise, schedule=schedule):
                 scale = np.float32(config.sampling.cfg_scale)

@@ -61,11 +61,15 @@ def run(given: DemoEncoders) -> None:
         print(f"autoencoder: {folder}, held-out PSNR {measure(autoencoder, held_out)['psnr']:.1f} dB")
 
         tokenizer = demo_tokenizer()
+        naming = bar.add_task("mllm's eyes", total=given.mllm.vision_steps, figures="")
         task = bar.add_task("mllm", total=given.mllm.steps, figures="")
         mllm = train_mllm(
             demo_config(tokenizer),
             given.mllm,
             tokenizer,
+            vision_progress=lambda step, values: bar.update(
+                naming, completed=step, figures=f"factors {values['right']:.2f}"
+            ),
             progress=lambda step, values: bar.update(task, completed=step, figures=f"answers {values['right']:.2f}"),
         )
         folder = given.workdir / "mllm"

@@ -60,7 +60,12 @@ class FrozenEncoders:
         autoencoder, text = encoders.autoencoder.config, encoders.mllm.config.text
         wanted = (
             ("model.latent_pixels", config.model.latent_pixels, autoencoder.downsampling, config.model.autoencoder),
-            ("model.dit.in_channels", config.model.dit.in_channels, 4 * autoencoder.latent_channels, config.model.autoencoder),
+            (
+                "model.dit.in_channels",
+                config.model.dit.in_channels,
+                4 * autoencoder.latent_channels,
+                config.model.autoencoder,
+            ),
             ("aggregator.width", config.aggregator.width, text.hidden_size, config.model.mllm),
         )
         for name, ours, theirs, folder in wanted:
@@ -69,7 +74,8 @@ class FrozenEncoders:
         most = text.num_hidden_layers
         if config.aggregator.layers[-1] > most:
             raise InputError(
-                f"aggregator.layers asks for hidden state {config.aggregator.layers[-1]}; {config.model.mllm!r} has 0 to {most}"
+                f"aggregator.layers asks for hidden state {config.aggregator.layers[-1]}; "
+                f"{config.model.mllm!r} has 0 to {most}"
             )
         return encoders
 

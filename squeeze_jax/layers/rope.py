@@ -30,7 +30,6 @@ def rotate(x: Float[Array, "B S H D"], by: Rotation) -> Float[Array, "B S H D"]:
     """Turns each channel pair (a, b) to (a·cos − b·sin, b·cos + a·sin), in float32."""
     cos, sin = by
     y = x.astype(jnp.float32)
-    # Swapped within each pair by a reversal: it fuses into the loop around it, where a roll would be stored.
-    swapped = jnp.flip(y.reshape(*y.shape[:-1], -1, 2), axis=-1).reshape(y.shape)
-    sign = np.where(np.arange(x.shape[-1]) % 2 == 0, -1.0, 1.0).astype(np.float32)[None, None, None]
-    return (y * cos + swapped * (sin * sign)).astype(x.dtype)
+    first = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
+    partner = jnp.where(first, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
+    return (y * cos + partner * sin).astype(x.dtype)

@@ -1,8 +1,10 @@
-"""Trains the demo's small MLLM to describe critters: next-token loss on conversations about a coarse picture.
+"""Trains the demo's small MLLM to describe critters: first its eyes to name what is there, then all of it to talk.
 
 What is wanted of it is what a large MLLM has: hidden states that know *what* is in the picture and what the prompt asks
-for, layer by layer differently, and that have lost fine detail. So it sees a thumbnail, and every conversation makes it
-say what it sees and what it is to draw. Every number here is our decision; README says what it reached.
+for, layer by layer differently, and that have lost fine detail. So it sees a thumbnail. As with a large one, the vision
+tower comes pretrained: with next-token loss alone it tells colours apart and stays blind to shapes for thousands of steps.
+Then every conversation makes the whole say what it sees and what it is to draw. Every number here is our decision; README
+says what it reached.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -20,7 +23,16 @@ from PIL import Image
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.data.chat import IMAGE, SPECIAL_TOKENS, Vocabulary, preprocess_image
-from squeeze_jax.data.critters import Pair, Split, draw_reference, pair_at, questions
+from squeeze_jax.data.critters import (
+    FINE_FACTORS,
+    POSES,
+    SUBJECT_FACTORS,
+    Pair,
+    Split,
+    draw_reference,
+    pair_at,
+    questions,
+)
 from squeeze_jax.data.demo_tokenizer import build_demo_tokenizer
 from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig
 
@@ -32,7 +44,10 @@ ANSWER = "assistant\n"
 class MLLMTraining:
     """How the demo's MLLM is trained; the defaults made the shipped weights."""
 
-    steps: int = 1000
+    vision_steps: int = 600
+    """Steps in which the vision tower and the projector learn to name factors, before the conversations."""
+    vision_batch: int = 128
+    steps: int = 800
     batch: int = 32
     """Conversations a step, each about one picture."""
     length: int = 80
@@ -65,11 +80,11 @@ def demo_tokenizer() -> Any:
 
 
 def demo_config(tokenizer: Any) -> InternVLConfig:
-    """The demo's MLLM for a tokenizer: 1.1 M parameters, 4 image tokens of a thumbnail of 8x8 pixels."""
+    """The demo's MLLM for a tokenizer: 1.1 M parameters, 4 image tokens of a thumbnail of 16x16 pixels."""
     return InternVLConfig(
         vision=VisionConfig(
-            image_size=8,
-            patch_size=2,
+            image_size=16,
+            patch_size=4,
             hidden_size=96,
             num_hidden_layers=4,
             num_attention_heads=4,
@@ -177,18 +192,19 @@ def train_mllm(
     training: MLLMTraining,
     tokenizer: Any,
     *,
+    vision_progress: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-    checkpoint: Callable[[int, InternVL], None] = lambda step, mllm: None,
-    checkpoint_every: int = 500,
 ) -> InternVL:
     """An MLLM that describes the training subjects' pictures, in float32.
 
-    `progress(step, metrics)` is called after every step, `checkpoint(step, mllm)` now and then. The same config,
+    `vision_progress` and `progress(step, metrics)` are called after every step of the two parts. The same config,
     training and tokenizer give the same weights on one machine.
     """
     speaker = Speaker(config, tokenizer, training)
-    graph, parameters = nnx.split(initial_mllm(config, training.seed), nnx.Param)
-    optimizer = make_optimizer(training)
+    mllm = initial_mllm(config, training.seed)
+    pretrain_vision(mllm, training, progress=vision_progress)
+    graph, parameters = nnx.split(mllm, nnx.Param)
+    optimizer = make_optimizer(training, training.steps)
     moments = optimizer.init(parameters)
 
     @jax.jit
@@ -207,11 +223,65 @@ def train_mllm(
             upcoming = drawing.submit(speaker.batch, step + 1)
             parameters, moments, metrics = train_step(parameters, moments, batch)
             progress(step + 1, {name: float(value) for name, value in metrics.items()})
-            if (step + 1) % checkpoint_every == 0 and step + 1 < training.steps:
-                checkpoint(step + 1, nnx.merge(graph, parameters))
-    mllm = nnx.merge(graph, parameters)
-    checkpoint(training.steps, mllm)
-    return mllm
+    return nnx.merge(graph, parameters)
+
+
+COARSE = {name: len(values) for name, values in SUBJECT_FACTORS.items() if name not in FINE_FACTORS}
+"""What the vision tower learns to name besides the pose: each factor and its number of values."""
+
+
+class FactorHeads(nnx.Module):
+    """Image tokens to one set of logits a factor; thrown away after the pretraining."""
+
+    def __init__(self, mllm: InternVL, rngs: nnx.Rngs) -> None:
+        features = mllm.config.image_tokens * mllm.config.text.hidden_size
+        self.sizes = (*COARSE.values(), len(POSES))
+        self.mllm, self.heads = mllm, nnx.Linear(features, sum(self.sizes), rngs=rngs)
+
+    def __call__(self, pixel_values: Float[Array, "B height width 3"]) -> list[Float[Array, "B values"]]:
+        tokens = self.mllm.vision(pixel_values)
+        logits = self.heads(tokens.reshape(tokens.shape[0], -1))
+        return jnp.split(logits, np.cumsum(self.sizes)[:-1].tolist(), axis=-1)
+
+
+def pretrain_vision(
+    mllm: InternVL,
+    training: MLLMTraining,
+    *,
+    progress: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> None:
+    """Trains the vision tower and the projector, in place, so that the coarse factors can be read off linearly."""
+    graph, parameters = nnx.split(FactorHeads(mllm, nnx.Rngs(training.seed + 1)), nnx.Param)
+    optimizer = make_optimizer(training, training.vision_steps)
+    moments = optimizer.init(parameters)
+
+    def loss(parameters: nnx.State, pixels: jax.Array, factors: jax.Array) -> tuple:
+        logits = nnx.merge(graph, parameters)(pixels)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        total = sum(cross_entropy(row, factors[:, i]).mean() for i, row in enumerate(logits))
+        right = jnp.stack([row.argmax(-1) == factors[:, i] for i, row in enumerate(logits)]).mean()
+        return total, {"loss": total, "right": right}
+
+    @jax.jit
+    def train_step(parameters, moments, pixels, factors):
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, pixels, factors)
+        updates, moments = optimizer.update(gradients, moments, parameters)
+        return optax.apply_updates(parameters, updates), moments, metrics
+
+    def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+        first = step * training.vision_batch
+        rows = [pair_at(training.seed, first + row) for row in range(training.vision_batch)]
+        factors = [[*(getattr(pair.subject, name) for name in COARSE), pair.reference_pose] for pair in rows]
+        return np.stack([tile(pair, mllm.config.vision.image_size) for pair in rows]), np.array(factors, np.int32)
+
+    with ThreadPoolExecutor(1) as drawing:
+        upcoming = drawing.submit(batch, 0)
+        for step in range(training.vision_steps):
+            pixels, factors = upcoming.result()
+            upcoming = drawing.submit(batch, step + 1)
+            parameters, moments, metrics = train_step(parameters, moments, pixels, factors)
+            progress(step + 1, {name: float(value) for name, value in metrics.items()})
+    nnx.update(mllm, nnx.state(nnx.merge(graph, parameters).mllm))
 
 
 def describing_loss(mllm: InternVL, batch: Conversation) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -238,10 +308,10 @@ def initial_mllm(config: InternVLConfig, seed: int) -> InternVL:
     return mllm
 
 
-def make_optimizer(training: MLLMTraining) -> optax.GradientTransformation:
+def make_optimizer(training: MLLMTraining, steps: int) -> optax.GradientTransformation:
     """Muon for kernels, AdamW for the rest; clipping, warm-up and a cosine to zero."""
-    warmup = min(training.warmup, max(training.steps // 10, 1))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, training.steps)
+    warmup = min(training.warmup, max(steps // 10, 1))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
 
     def matrices(parameters: nnx.State) -> nnx.State:
         def dimensions(path: tuple[Any, ...], leaf: Array) -> MuonDimensionNumbers | None:

@@ -51,7 +51,7 @@ def values(workdir, name):
     return {line["step"]: line[name] for line in lines(workdir) if name in line}
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -64,7 +64,7 @@ def whole(features, tmp_path_factory):
 def stop_at(step):
     def sample(split, leaves, at):
         if at == step:
-            raise Stop
+            raise StoppedError
 
     return sample
 
@@ -72,7 +72,7 @@ def stop_at(step):
 def test_two_steps_saved_resumed_and_two_more_equal_four(whole, features, tmp_path):
     straight, result = whole
     interrupted = dataclasses.replace(BOTH, training=dataclasses.replace(BOTH.training, sample_every=2))
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         train(interrupted, tmp_path, features, sample=stop_at(2), say=lambda text: None)
     said = []
     again = train(BOTH, tmp_path, features, say=said.append)
