@@ -60,7 +60,7 @@ config = Config(
         kind="muon", learning_rate=0.015, decay="cosine", warmup_steps=100, b2=0.99, ema=0.999
     ),
     training=TrainingConfig(
-        stages=(StageConfig(steps=1_500, references=False), StageConfig(steps=6_500, references=True)),
+        stages=(StageConfig(steps=1_000, references=False), StageConfig(steps=5_600, references=True)),
         validate_every=500,
         sample_every=1_000,
     ),
