@@ -112,11 +112,18 @@ def read_weights(folder: Path) -> tuple[Config, dict[str, np.ndarray], int | Non
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another folder")
     ocp = _orbax()
-    manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute())
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
+    handlers.add("state", ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
+    manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), handler_registry=handlers)
     step = manager.latest_step()
     if step is None:
         raise InputError(f"{folder}: no finished checkpoint yet; let the training run reach its first save")
-    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    # Onto one device, however many the run had.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), manager.item_metadata(step)["state"]
+    )
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
     manager.close()
     leaves = restored["average"] or restored["trained"]
     return config, {name: np.asarray(leaf) for name, leaf in leaves.items()}, step
