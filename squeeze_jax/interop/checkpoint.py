@@ -27,6 +27,7 @@ def _orbax() -> Any:
     """Orbax, imported where it is used: sampling from a weights folder starts faster without it."""
     import orbax.checkpoint
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in a dozen lines
     return orbax.checkpoint
 
 
@@ -34,7 +35,6 @@ class Checkpoints:
     """The checkpoints of a work folder. Saves run in the background; an unfinished one is never seen by `latest`."""
 
     def __init__(self, workdir: Path, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in a dozen lines
         (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         self._ocp = ocp = _orbax()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)

@@ -281,7 +281,9 @@ def pretrain_vision(
             upcoming = drawing.submit(batch, step + 1)
             parameters, moments, metrics = train_step(parameters, moments, pixels, factors)
             progress(step + 1, {name: float(value) for name, value in metrics.items()})
-    nnx.update(mllm, nnx.state(nnx.merge(graph, parameters).mllm))
+    trained = nnx.merge(graph, parameters).mllm
+    nnx.update(mllm.vision_tower, nnx.state(trained.vision_tower))  # the rest had no gradient, but weight decay
+    nnx.update(mllm.projector, nnx.state(trained.projector))
 
 
 def describing_loss(mllm: InternVL, batch: Conversation) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

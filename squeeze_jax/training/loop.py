@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import Leaves, Split, TrainState, initial_state, split_system, state_shardings
-from squeeze_jax.training.step import Metrics, make_train_step, make_validation
+from squeeze_jax.training.step import Metrics, Validation, make_train_step, make_validation
 
 SampleFunction = Callable[[Split, Leaves, int], None]
 """Draws a grid of pictures with (split, trained leaves, step); commands pass it in."""
@@ -92,7 +93,8 @@ def train(
         state = initial_state(jax.tree.map(jax.numpy.asarray, start), optimizer, config)
         say(f"starting from the weights of {start_from}")
     # 3. From scratch: random weights of the config's seed (and the pre-trained base, which build_system loads).
-    state = jax.device_put(state, state_shardings(state, mesh))
+    where = state_shardings(state, mesh)
+    state = jax.device_put(state, where)
     frozen = place_frozen(split.frozen, mesh)
     write_config(workdir, config)
     writer = MetricsWriter(workdir, int(state.step), config.log.tensorboard)
@@ -104,13 +106,13 @@ def train(
         return state.average or state.trained
 
     validation, step = float("nan"), int(state.step)
-    with progress_bar() as bar:
+    with closing(data), closing(checkpoints), closing(writer), progress_bar() as bar:
         end = 0
         for number, stage in enumerate(config.training.stages, 1):
             end += stage.steps
             if step >= end:
                 continue
-            train_step = make_train_step(split, optimizer, config, stage, mesh)
+            train_step = make_train_step(split, optimizer, config, stage, where)
             validate = make_validation(split, config, stage)
             task = bar.add_task(f"stage {number}", total=stage.steps, completed=stage.steps - (end - step), figures="")
             meter = Meter(rows)
@@ -130,7 +132,7 @@ def train(
                     writer.write(step, stage=number, **row)
                     bar.update(task, completed=stage.steps - (end - step), figures=meter.text(validation))
                 if last or step % config.training.validate_every == 0:
-                    validation = mean_validation(validate, weights(), frozen, held_out)
+                    validation = mean_validation(validate, weights(), frozen, held_out, mesh)
                     writer.write(step, validation_loss=validation)
                     meter.restart()
                 if last or step % config.checkpoint.every == 0:
@@ -138,10 +140,7 @@ def train(
                 if sample and (last or (config.training.sample_every and step % config.training.sample_every == 0)):
                     sample(split, weights(), step)
                     meter.restart()
-    checkpoints.wait()
-    checkpoints.close()
-    writer.close()
-    data.close()
+        checkpoints.wait()
     if int(state.skipped):
         say(f"{int(state.skipped)} steps had a non-finite loss or gradient and were skipped")
     return Result(split, weights(), step, validation)
@@ -214,6 +213,9 @@ def validation_batches(folder: Path, rows: int, most: int = 128) -> list[Trainin
     return taken
 
 
-def mean_validation(validate, leaves: Leaves, frozen, batches: list[TrainingBatch]) -> float:
+def mean_validation(
+    validate: Validation, leaves: Leaves, frozen: nnx.State, batches: list[TrainingBatch], mesh: Mesh
+) -> float:
     """Mean validation loss over all batches."""
-    return float(np.mean([np.mean(validate(leaves, frozen, batch)) for batch in batches]))
+    placed = (jax.device_put(batch, batch_sharding(mesh)) for batch in batches)
+    return float(np.mean([np.mean(validate(leaves, frozen, batch)) for batch in placed]))

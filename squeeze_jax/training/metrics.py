@@ -28,7 +28,7 @@ class MetricsWriter:
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | int) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if self._board is not None:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from squeeze_jax.array_types import Array, Bool, Float, Key
 from squeeze_jax.batch import Context, References, TrainingBatch
@@ -76,13 +75,18 @@ TrainStep = Callable[[TrainState, nnx.State, TrainingBatch], tuple[TrainState, M
 
 
 def make_train_step(
-    split: Split, optimizer: optax.GradientTransformation, config: Config, stage: StageConfig, mesh: Mesh | None = None
+    split: Split,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    stage: StageConfig,
+    where: TrainState | None = None,
 ) -> TrainStep:
     """The compiled step of a stage: (state, frozen leaves, batch) to (state, metrics); the state is donated.
 
     Gradients exist for trained leaves only. The batch's rows are cut into `optimizer.accumulate` pieces whose gradients
     are averaged: the same numbers as one large batch. A non-finite loss or gradient leaves weights, moments and average
-    as they were and is counted.
+    as they were and is counted. `where` says how the state lies on a mesh (`state_shardings`), before and after; without
+    it everything lies on one device.
     """
     rate, pieces = learning_rate(config), config.optimizer.accumulate
 
@@ -119,9 +123,10 @@ def make_train_step(
             loss, norm, jnp.asarray(rate(state.step), jnp.float32), skipped
         )
 
-    if mesh is None:
+    if where is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, in_shardings=(None, None, batch_sharding(mesh)))
+    examples = batch_sharding(jax.tree.leaves(where)[0].mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, None))
 
 
 def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: float) -> Leaves:
@@ -134,7 +139,10 @@ def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: flo
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def make_validation(split: Split, config: Config, stage: StageConfig):
+Validation = Callable[[Leaves, nnx.State, TrainingBatch], Float[Array, " B"]]
+
+
+def make_validation(split: Split, config: Config, stage: StageConfig) -> Validation:
     """The compiled validation: (trained, frozen, batch) to each sample's loss, averaged over fixed times and noise.
 
     Every condition stays; noise depends on the record's index alone, so that runs can be compared.

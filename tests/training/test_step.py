@@ -12,9 +12,9 @@ from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.config import OptimizerConfig
 from squeeze_jax.layers.lora import LoRAConfig
-from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
+from squeeze_jax.sharding import batch_sharding, make_mesh
 from squeeze_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
-from squeeze_jax.training.state import initial_state, split_system
+from squeeze_jax.training.state import initial_state, split_system, state_shardings
 from squeeze_jax.training.step import draw, losses, make_train_step, make_validation, moving_average, step_key
 
 CONFIG = tiny_config()
@@ -101,12 +101,14 @@ def test_one_device_equals_eight(axes):
     copy = jax.tree.map(jnp.copy, state)
     one, metrics = make_train_step(split, sgd, CONFIG, STAGE)(state, split.frozen, batch)
     mesh = make_mesh(*axes)
-    placed = copy._replace(trained=jax.device_put(copy.trained, shardings(copy.trained, mesh)))
-    step = make_train_step(split, sgd, CONFIG, STAGE, mesh)
-    eight, on_mesh = step(placed, split.frozen, jax.device_put(batch, batch_sharding(mesh)))
+    where = state_shardings(copy, mesh)
+    step = make_train_step(split, sgd, CONFIG, STAGE, where)
+    eight, on_mesh = step(jax.device_put(copy, where), split.frozen, jax.device_put(batch, batch_sharding(mesh)))
     np.testing.assert_allclose(metrics.loss, on_mesh.loss, rtol=1e-5)
     for name in one.trained:
         np.testing.assert_allclose(one.trained[name], eight.trained[name], rtol=1e-5, atol=2e-6, err_msg=name)
+    step(eight, split.frozen, jax.device_put(batch, batch_sharding(mesh)))
+    assert step._cache_size() == 1, "the state comes out where it went in, so the step is compiled once"
 
 
 def test_a_non_finite_batch_changes_nothing_and_is_counted():
