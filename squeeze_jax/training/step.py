@@ -153,9 +153,10 @@ def make_validation(split: Split, config: Config, stage: StageConfig) -> Validat
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
         keep = jnp.ones(shape[0], bool)
-        return sum(
-            losses(system, batch, Draws(jnp.full(shape[0], t), noise, keep, keep), config, stage)
-            for t in VALIDATION_TIMES
-        ) / len(VALIDATION_TIMES)
+        at = jax.lax.map(
+            lambda t: losses(system, batch, Draws(jnp.full(shape[0], t), noise, keep, keep), config, stage),
+            jnp.asarray(VALIDATION_TIMES),
+        )
+        return at.mean(axis=0)
 
     return jax.jit(validate)

@@ -6,8 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tiny import tiny_config
 
 from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
@@ -16,7 +16,6 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.checkpoint import CHECKPOINTS, read_weights, write_weights
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training.loop import train
-
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
 
