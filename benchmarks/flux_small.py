@@ -35,7 +35,7 @@ def main() -> None:
     twin = diffusers.FluxTransformer2DModel(**{k: v for k, v in config_to_json(CONFIG).items() if k[0] != "_"})
     weights = {name: tensor.detach().numpy() for name, tensor in twin.state_dict().items()}
     dit = DiT(CONFIG, unroll=4, rngs=nnx.Rngs(0))
-    load_entries(dit, diffusers_entries(CONFIG), weights, weights.__getitem__)
+    load_entries(dit, diffusers_entries(CONFIG), weights)
     rng = np.random.default_rng(0)
     shapes = ((BATCH, GRID[0] * GRID[1], 64), (BATCH, CONTEXT, 256), (BATCH, 64), (BATCH, GRID[0] * GRID[1], 64))
     target, context, pooled, truth = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)

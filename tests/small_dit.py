@@ -84,7 +84,7 @@ def like_twin(twin, config: DiTConfig = CONFIG, **kwargs) -> tuple[DiT, dict[str
     """Ours with the twin's weights, and the weights."""
     dit = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0), **kwargs))
     weights = {k: v.detach().numpy() for k, v in twin.state_dict().items()}
-    load_entries(dit, diffusers_entries(config), weights, weights.__getitem__)
+    load_entries(dit, diffusers_entries(config), weights)
     return dit, weights
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
@@ -17,11 +18,11 @@ from squeeze_jax.models.system import System
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build_system(config: Config, *, with_base: bool = True) -> System:
+def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = None) -> System:
     """The system of a config: random weights from its seed, pre-trained base where `model.dit_weights` names one.
 
     `with_base=False` leaves the pre-trained base out (its shapes stay): for `nnx.eval_shape`. Trained weights are
-    float32; a base under adapters is kept in `model.frozen_dtype`.
+    float32; a base under adapters is kept in `model.frozen_dtype`, and read onto `mesh` where there is one.
     """
     rngs = nnx.Rngs(config.training.seed)
     dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
@@ -29,7 +30,7 @@ def build_system(config: Config, *, with_base: bool = True) -> System:
     options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
     aggregator = Aggregator(config.aggregator, dtype=dtype, rngs=rngs, **options)
     if config.model.dit_weights and with_base:
-        dit = load_dit(config.model.dit_weights, kept, compute_dtype=dtype, **options)
+        dit = load_dit(config.model.dit_weights, kept, compute_dtype=dtype, mesh=mesh, **options)
         if dit.config != config.model.dit:
             raise InputError(
                 f"{config.model.dit_weights} holds {dit.config}, but model.dit is {config.model.dit}: make them equal"

@@ -1,6 +1,7 @@
 """Published checkpoint folders as modules (transformer, autoencoder, MLLM)."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.errors import InputError
@@ -19,6 +21,7 @@ from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, wri
 from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.dit import DiT
 from squeeze_jax.models.internvl import InternVL
+from squeeze_jax.sharding import parameter_spec
 
 Module = TypeVar("Module", bound=nnx.Module)
 DEMO = Path(__file__).parent.parent / "demo"
@@ -27,19 +30,24 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 
 
 def load_dit(
-    folder: str | Path, dtype: DType = jnp.bfloat16, *, compute_dtype: DType | None = None, **options: Any
+    folder: str | Path,
+    dtype: DType = jnp.bfloat16,
+    *,
+    compute_dtype: DType | None = None,
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> DiT:
     """FLUX.1's transformer from a diffusers folder (or Black Forest Labs' names beside its config.json).
 
-    Weights are kept in `dtype` and products computed in `compute_dtype` (default: the same). `options` go to `DiT`
-    (remat, unroll).
+    Weights are kept in `dtype` and products computed in `compute_dtype` (default: the same). On a mesh they lie as the
+    sharding table says, and each process reads its own part alone. `options` go to `DiT` (remat, unroll).
     """
     config = flux_format.config_from_json(read_json(Path(folder) / "config.json"))
     tensors = TensorFolder(folder)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     table = flux_format.original_entries(config) if original else flux_format.diffusers_entries(config)
     kinds: Any = {"dtype": compute_dtype or dtype, "param_dtype": dtype}
-    return _load(lambda: DiT(config, **kinds, rngs=nnx.Rngs(0), **options), table, tensors, dtype)
+    return _load(lambda: DiT(config, **kinds, rngs=nnx.Rngs(0), **options), table, tensors, dtype, mesh)
 
 
 def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32) -> Autoencoder:
@@ -81,11 +89,17 @@ def encoder_folder(folder: str | Path, part: str) -> Path:
     return path
 
 
-def _load(make: Callable[[], Module], table: list[Entry], tensors: TensorFolder, dtype: DType) -> Module:
+def _load(
+    make: Callable[[], Module], table: list[Entry], tensors: TensorFolder, dtype: DType, mesh: Mesh | None = None
+) -> Module:
     module = nnx.eval_shape(make)
     try:
-        load_entries(module, table, tensors.names(), tensors.read, dtype)
+        load_entries(module, table, tensors, dtype, partial(_by_table, mesh) if mesh is not None else None)
     except MappingError as error:
         where = next(iter(tensors.files.values())).parent if tensors.files else ""
         raise InputError(f"{where}: {error}") from None
     return jax.block_until_ready(module)
+
+
+def _by_table(mesh: Mesh, path: str, shape: tuple[int, ...]) -> Sharding:
+    return NamedSharding(mesh, parameter_spec(path, shape, mesh))

@@ -327,7 +327,7 @@ class _Settings:
         if declared_rank is not None and declared_rank != rank:
             raise InputError(f"{self.file}: {name} has rank {rank}, its metadata say {declared_rank}")
         declared = _by_pattern(self.alphas, name, self.alpha)
-        if None not in (declared, alpha) and not math.isclose(declared, alpha, rel_tol=1e-2):
+        if declared is not None and alpha is not None and not math.isclose(declared, alpha, rel_tol=1e-2):
             raise InputError(f"{self.file}: {name} has alpha {alpha:g}, its metadata say {declared:g}")
         chosen = next((value for value in (alpha, declared) if value is not None), float(rank))
         return chosen / (math.sqrt(rank) if self.rank_stabilised else rank)

@@ -4,19 +4,23 @@ A table is a list of `Entry`: it names every tensor of a checkpoint format once 
 (a stacked parameter once a layer). There is one table a format, built from the model's config.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.layers.lora import LoRAParam
 
 Layout = Literal["same", "linear", "conv", "swap_halves"]
+Index = tuple[slice, ...]
+Shape = tuple[int, ...]
 
 
 class Entry(NamedTuple):
@@ -77,45 +81,131 @@ def parameters_by_path(module: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(map(str, path)): leaf for path, leaf in flat}
 
 
+@runtime_checkable
+class Tensors(Protocol):
+    """A checkpoint: `TensorFolder`, or arrays in memory (`ArrayTensors`)."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """The tensor, or the part of it that slices of its first axes choose."""
+        ...
+
+
+class ArrayTensors:
+    """A checkpoint in memory."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def names(self) -> list[str]:
+        return list(self.arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.arrays[name].shape
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        return self.arrays[name][index]
+
+
 def load_entries(
     module: nnx.Module,
     table: Iterable[Entry],
-    names: Iterable[str],
-    read: Callable[[str], np.ndarray],
+    checkpoint: Tensors | Mapping[str, np.ndarray],
     dtype: DType | None = None,
+    place: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> None:
     """Sets every parameter of `module` from a checkpoint.
 
-    `names` are the names that the checkpoint has, `read` gives one tensor. `dtype` converts (default: the dtype that the
-    parameter has). All missing, unexpected and misshapen names are raised together as `MappingError`; nothing is set
-    unless everything fits.
+    `dtype` converts (default: the dtype that the parameter has). `place(path, shape)` says how a parameter lies on the
+    devices (default: on the first one): only what this process's devices hold is read, one tensor at a time. All missing,
+    unexpected and misshapen names are raised together as `MappingError` before anything is read.
     """
-    parameters, table, present = parameters_by_path(module), list(table), set(names)
+    tensors = ArrayTensors(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    parameters, table, present = parameters_by_path(module), list(table), set(tensors.names())
     wanted = {name for entry in table for name in entry.sources}
     problems = [f"missing: {name}{_nearest(name, present - wanted)}" for name in sorted(wanted - present)]
     problems += [f"unexpected: {name}{_nearest(name, wanted - present)}" for name in sorted(present - wanted)]
     problems += [f"no entry for our parameter {path}" for path in sorted(set(parameters) - {e.path for e in table})]
-    loaded: dict[str, np.ndarray] = {}
     if not problems:
-        for entry in table:
-            parameter = parameters[entry.path]
-            value = to_ours([read(name) for name in entry.sources], entry.layout)
-            shape = parameter.shape if entry.layer is None else parameter.shape[1:]
-            if value.shape != shape:
-                problems.append(f"shape: {' + '.join(entry.sources)} gives {value.shape}, the model wants {shape}")
-                continue
-            wanted_dtype = np.dtype(dtype or parameter.dtype)
-            if entry.layer is None:
-                loaded[entry.path] = value.astype(wanted_dtype)
-            else:
-                into = loaded.setdefault(entry.path, np.empty(parameter.shape, wanted_dtype))
-                into[entry.layer] = value
+        problems = [problem for entry in table if (problem := _misshapen(entry, parameters[entry.path], tensors))]
     if problems:
         shown = "\n  ".join(problems[:40]) + (f"\n  … and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise MappingError(f"the checkpoint does not fit the model ({len(problems)} differences):\n  {shown}")
-    for path, value in loaded.items():
-        parameters[path].set_value(jnp.asarray(value))
+    by_path: dict[str, list[Entry]] = {}
+    for entry in table:
+        by_path.setdefault(entry.path, []).append(entry)
+    for path, entries in by_path.items():
+        shape, kept = parameters[path].shape, np.dtype(dtype or parameters[path].dtype)
+        sharding = place(path, shape) if place else SingleDeviceSharding(jax.devices()[0])
+        read = partial(_piece, tensors, entries, shape, kept)
+        parameters[path].set_value(jax.make_array_from_callback(shape, sharding, read))
     nnx.update(module, nnx.from_flat_state([(tuple(_key(k) for k in p.split(".")), v) for p, v in parameters.items()]))
+
+
+def _misshapen(entry: Entry, parameter: nnx.Param, tensors: Tensors) -> str | None:
+    """What is wrong with the shapes of an entry's tensors."""
+    shapes = [tensors.shape(name) for name in entry.sources]
+    first, rest = sum(shape[0] if shape else 1 for shape in shapes), shapes[0][1:]
+    wanted = tuple(parameter.shape if entry.layer is None else parameter.shape[1:])
+    match entry.layout:
+        case "same":
+            found = (first, *rest)
+        case "linear" | "swap_halves":
+            found = (*rest, first)
+        case "conv":
+            found = (*rest[1:], *rest[:1], first)
+    uneven = any(shape[1:] != rest for shape in shapes)
+    uneven |= bool(entry.sizes) and tuple(shape[0] for shape in shapes) != entry.sizes
+    if found == wanted and not uneven:
+        return None
+    return f"shape: {' + '.join(entry.sources)} gives {found}, the model wants {wanted}"
+
+
+def _piece(
+    tensors: Tensors, entries: list[Entry], shape: Shape, dtype: np.dtype, index: Index | None
+) -> np.ndarray:
+    """The part of a parameter that one device holds."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index or (slice(None),) * len(shape), shape, strict=True)]
+    out = _aligned(tuple(high - low for low, high in bounds), dtype)
+    for entry in entries:
+        if entry.layer is None:
+            _fill(out, tensors, entry, bounds)
+        elif bounds[0][0] <= entry.layer < bounds[0][1]:
+            _fill(out[entry.layer - bounds[0][0]], tensors, entry, bounds[1:])
+    return out
+
+
+def _fill(into: np.ndarray, tensors: Tensors, entry: Entry, bounds: list[tuple[int, int]]) -> None:
+    """Reads an entry's tensors, as far as they lie within `bounds`, into an array of that size."""
+    if entry.layout in ("conv", "swap_halves"):  # small, and not a range of rows
+        whole = to_ours([tensors.read(name) for name in entry.sources], entry.layout)
+        into[...] = whole[tuple(slice(*bound) for bound in bounds)]
+        return
+    transposed = entry.layout == "linear"
+    (low, high), *others = [*bounds[-1:], *bounds[:-1]] if transposed else bounds
+    start = 0
+    for name in entry.sources:
+        rows = tensors.shape(name)[0]
+        first, last = max(low - start, 0), min(high - start, rows)
+        if first < last:
+            part = tensors.read(name, (slice(first, last), *(slice(*bound) for bound in others)))
+            where = slice(start + first - low, start + last - low)
+            if transposed:
+                into[..., where] = part.T
+            else:
+                into[where] = part
+        start += rows
+
+
+def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array at an address that the processor's backend takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
 def export_entries(module: nnx.Module, table: Iterable[Entry]) -> dict[str, np.ndarray]:

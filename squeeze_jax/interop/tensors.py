@@ -4,34 +4,50 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from squeeze_jax.errors import InputError
 
+FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+SCALES = (".scale_weight", ".weight_scale")
+"""What stands in place of `.weight` in the name of a float8 tensor's scale."""
+
 
 class TensorFolder:
-    """The tensors of a checkpoint folder (or of one .safetensors file), read one at a time.
+    """The tensors of a checkpoint folder (or of one .safetensors file), read one at a time, whole or in part.
 
     Where there is an index file it is the authority: a shard that it names must exist and hold the tensors that it says,
-    other shards are ignored.
+    other shards are ignored. A float8 tensor with a scale beside it is read as their product, in bfloat16; the scales
+    themselves are not listed.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self.files: dict[str, Path] = {}
         """Tensor name → file."""
+        self.scales: dict[str, str] = {}
+        """Float8 tensor → its scale."""
+        self._opened: dict[Path, Any] = {}
+        self._hidden: frozenset[str] = frozenset()
         if path.is_file():
             self._add_all(path)
-            return
-        if not path.is_dir():
+        elif not path.is_dir():
             raise InputError(f"{path}: no such folder; give the folder that holds config.json and .safetensors files")
+        else:
+            self._add_folder(path)
+        self._find_scales(path)
+
+    def _add_folder(self, path: Path) -> None:
         indexes, singles = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
         if len(indexes) == 1:
             self._add_index(path, indexes[0])
         elif len(singles) == 1:
+            _check_inside(path, singles[0])
             self._add_all(singles[0])
         elif not singles:
             pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.ckpt"), *path.glob("*.pth")]
@@ -41,42 +57,122 @@ class TensorFolder:
             raise InputError(f"{path}: {len(singles)} .safetensors files and no index that says which belong together")
 
     def _add_index(self, folder: Path, index: Path) -> None:
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{index}: not an index of shards ({error!r}); download it again") from None
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{index}: not an index of shards (no weight_map of names to files); download it again")
         for name, shard in weight_map.items():
             file = folder / shard
-            if file.parent.resolve() != folder.resolve() or os.sep in shard:
+            if shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard or "\0" in shard:
                 raise InputError(f"{index}: {name} points to {shard!r}, out of the folder")
             if not file.is_file():
                 raise InputError(f"{index}: the shard {shard} is missing; download it")
             self.files[name] = file
         for file in sorted(set(self.files.values())):
-            there = set(_open(file).keys())
+            _check_inside(folder, file)
+            there = set(self._open(file).keys())
             absent = [name for name, where in self.files.items() if where == file and name not in there]
             if absent:
                 raise InputError(f"{file}: lacks {absent[0]}, which {index.name} says it holds; download it again")
 
     def _add_all(self, file: Path) -> None:
-        self.files.update(dict.fromkeys(_open(file).keys(), file))
+        self.files.update(dict.fromkeys(self._open(file).keys(), file))
+        if not self.files:
+            raise InputError(f"{file}: no tensor in it; download it again")
+
+    def _find_scales(self, path: Path) -> None:
+        """Where there are scales, every float8 tensor must have one; they and their like are no tensors of the model."""
+        extras = {name for name in self.files if name.endswith((*SCALES, ".input_scale", ".scale_input"))}
+        extras |= {"scaled_fp8"} & set(self.files)
+        for name in list(self.files) if extras else ():
+            if name in extras or self._slice(name).get_dtype() not in FLOAT8:
+                continue
+            spellings = [name.removesuffix(".weight") + scale for scale in SCALES]
+            found = [spelling for spelling in spellings if spelling in extras]
+            if not found:
+                raise InputError(f"{path}: {name} is float8 and has no scale beside it; take the bfloat16 checkpoint")
+            self.scales[name] = found[0]
+        if self.scales:
+            self._hidden = frozenset(extras)
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._opened:
+            self._opened[file] = _open(file)
+        return self._opened[file]
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self.files[name]).get_slice(name)
 
     def names(self) -> list[str]:
-        return list(self.files)
+        """What can be read."""
+        return [name for name in self.files if name not in self._hidden]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor with the dtype of the file (bfloat16 as ml_dtypes has it)."""
-        with _open(self.files[name]) as file:
-            return file.get_tensor(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """One tensor, or a part of it, with the dtype of the file (bfloat16 and float8 as ml_dtypes has them)."""
+        if name in self.scales:
+            scale = self._open(self.files[self.scales[name]]).get_tensor(self.scales[name]).astype(np.float32)
+            scale = scale.reshape(-1, *[1] * (len(self.shape(name)) - 1)) if scale.size > 1 else scale.reshape(())
+            scale = scale[index[:1]] if scale.ndim else scale
+            return (self._read(name, index).astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+        return self._read(name, index)
+
+    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if (kind := self._slice(name).get_dtype()) in FLOAT8:  # NumPy has no such type, and the library's reader asks it
+            if 0 in self.shape(name):
+                return np.zeros(self.shape(name), FLOAT8[kind])[index]
+            header, start = _header(self.files[name])
+            raw = np.memmap(self.files[name], np.uint8, "r", start + header[name]["data_offsets"][0], self.shape(name))
+            return np.array(raw[index]).view(FLOAT8[kind])
+        try:
+            return self._slice(name)[index] if index else self._open(self.files[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise InputError(f"{self.files[name]}: {name} cannot be read ({error}); download it again") from None
 
 
-def _open(file: Path):
+def _check_inside(folder: Path, file: Path) -> None:
+    """A link may lead to the folder itself or, as in a download cache, to the `blobs` two folders above it."""
+    home = folder.resolve()
+    if file.resolve().parent not in (home, home.parent.parent / "blobs"):
+        raise InputError(f"{file}: a link out of the folder, to {file.resolve()}; put the file itself there")
+
+
+def _open(file: Path) -> Any:
+    _header(file)
     try:
         return safe_open(file, framework="np")
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
     except SafetensorError as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """A file's header, and where its data begin. The library checks it again; this names what people meet."""
+    try:
+        with file.open("rb") as start:
+            head = start.read(8)
+            length = int.from_bytes(head, "little")
+            if head.startswith(b"version "):
+                raise InputError(f"{file}: a download pointer (git-lfs) in place of the file; fetch it with git lfs pull")
+            if len(head) < 8 or length > file.stat().st_size - 8:
+                raise InputError(f"{file}: not a whole safetensors file (its header does not end); download it again")
+            header = json.loads(start.read(length), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _TwiceError) as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    return header, 8 + length
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise _TwiceError("a name stands twice in its header")
+    return dict(pairs)
 
 
 def read_json(path: Path) -> dict:

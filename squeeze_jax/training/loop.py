@@ -68,7 +68,7 @@ def train(
 
     check_records(data.source.metadata.summary.shape, config, features)
 
-    trained, split = split_system(build_system(config), config)
+    trained, split = split_system(build_system(config, mesh=mesh), config)
     optimizer = make_optimizer(config)
     state = initial_state(trained, optimizer, config)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)

@@ -116,7 +116,7 @@ def test_configs_go_there_and_back():
 def test_export_and_import_are_inverse(entries, config):
     dit, other = random_dit(config), abstract(config)
     tensors = export_entries(dit, entries(config))
-    load_entries(other, entries(config), tensors, tensors.__getitem__)
+    load_entries(other, entries(config), tensors)
     before, after = values(dit), values(other)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[path], after[path]) for path in before)
@@ -149,8 +149,8 @@ def test_both_layouts_of_one_model_give_identical_parameters(config):
     converted = their_converter(config.width)(original)
     assert sorted(converted) == sorted(n for entry in diffusers_entries(config) for n in entry.sources)
     from_original, from_diffusers = abstract(config), abstract(config)
-    load_entries(from_original, table, original, original.__getitem__)
-    load_entries(from_diffusers, diffusers_entries(config), converted, converted.__getitem__)
+    load_entries(from_original, table, original)
+    load_entries(from_diffusers, diffusers_entries(config), converted)
     one, two = values(from_original), values(from_diffusers)
     assert all(np.array_equal(one[path], two[path]) for path in one)
     swapped = converted["norm_out.linear.weight"]
@@ -201,7 +201,7 @@ def broken(change, config=CONFIG, entries=diffusers_entries):
     module = random_dit(config, seed=1)
     before = values(module)
     with pytest.raises(MappingError) as error:
-        load_entries(module, entries(config), tensors, tensors.__getitem__)
+        load_entries(module, entries(config), tensors)
     assert all(np.array_equal(value, before[path]) for path, value in values(module).items())
     return str(error.value)
 
@@ -252,7 +252,7 @@ def test_adapters_are_not_parameters_of_the_base():
     add_lora(dit, LoRAConfig(4, target=r"single_blocks\.linear1"), rngs=nnx.Rngs(0))
     assert set(parameters_by_path(dit)) == set(parameters_by_path(random_dit()))
     down = np.asarray(dit.single_blocks.linear1.adapter.parts[0].down[...])
-    load_entries(dit, diffusers_entries(CONFIG), tensors, tensors.__getitem__)
+    load_entries(dit, diffusers_entries(CONFIG), tensors)
     assert all(np.array_equal(value, values(random_dit(seed=5))[path]) for path, value in values(dit).items())
     np.testing.assert_array_equal(dit.single_blocks.linear1.adapter.parts[0].down[...], down)
 

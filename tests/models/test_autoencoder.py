@@ -180,7 +180,7 @@ def test_the_file_goes_in_and_out_bit_for_bit(tmp_path):
     config = config_from_json(json.loads((tmp_path / CONFIG_FILE).read_text()))
     assert config == SMALL
     loaded = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(7)))
-    load_entries(loaded, entries(config), tensors, tensors.__getitem__)
+    load_entries(loaded, entries(config), tensors)
     again = export_entries(loaded, entries(config))
     assert again.keys() == tensors.keys()
     assert all(again[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())

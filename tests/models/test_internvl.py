@@ -91,7 +91,7 @@ def original(request, model):
         config = replace(TINY, text=replace(TINY.text, tie_word_embeddings=True))
         tied = InternVL(config, rngs=nnx.Rngs(0))
         weights = export_entries(model, [e for e in entries(TINY) if "head" not in e.path])
-        load_entries(tied, entries(config), weights, weights.__getitem__)
+        load_entries(tied, entries(config), weights)
         model = tied
     with tempfile.TemporaryDirectory() as folder:
         save_file(export_entries(model, entries(config)), f"{folder}/model.safetensors", metadata={"format": "pt"})
@@ -145,7 +145,7 @@ def test_bfloat16_stays_near_transformers(original, forward, pictures):
     model, theirs = original
     weights = export_entries(model, entries(model.config))
     half = InternVL(model.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    load_entries(half, entries(model.config), weights, weights.__getitem__)
+    load_entries(half, entries(model.config), weights)
     ids, mask = padded("right")
     ours = forward(half, ids, pictures, mask)
     assert ours.dtype == jnp.bfloat16
@@ -290,7 +290,7 @@ def test_import_then_export_keeps_every_bit(dtype):
     first = InternVL(TINY, param_dtype=dtype, rngs=nnx.Rngs(3))
     weights = export_entries(first, entries(TINY))
     second = InternVL(TINY, param_dtype=dtype, rngs=nnx.Rngs(4))
-    load_entries(second, entries(TINY), weights, weights.__getitem__)
+    load_entries(second, entries(TINY), weights)
     again = export_entries(second, entries(TINY))
     assert weights.keys() == again.keys()
     for name, value in weights.items():
@@ -303,7 +303,7 @@ def test_a_missing_tensor_is_named():
     weights = export_entries(model, entries(TINY))
     del weights["vision_tower.encoder.layer.1.lambda_1"]
     with pytest.raises(MappingError, match=r"missing: vision_tower\.encoder\.layer\.1\.lambda_1"):
-        load_entries(model, entries(TINY), weights, weights.__getitem__)
+        load_entries(model, entries(TINY), weights)
 
 
 def test_too_long_an_input_is_refused(model):
