@@ -47,7 +47,8 @@ def write(folder: Path, single_blocks: int) -> None:
             shards.setdefault(shard, {})[name] = (size, *shape[:-1])
     weight_map = {}
     for shard, tensors in shards.items():
-        arrays = {name: rng.integers(0, 0x3F80, shape, np.uint16).view(ml_dtypes.bfloat16) for name, shape in tensors.items()}
+        bits = {name: rng.integers(0, 0x3F80, shape, np.uint16) for name, shape in tensors.items()}
+        arrays = {name: value.view(ml_dtypes.bfloat16) for name, value in bits.items()}
         save_file(arrays, folder / f"{shard}.safetensors")
         weight_map |= dict.fromkeys(arrays, f"{shard}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -5,6 +5,7 @@ is `attention`. Published folders and ours hold the same two files, so that each
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,37 @@ def entries(config: AutoencoderConfig) -> list[Entry]:
     table = [*_coder("encoder", "down", widths, config.layers_per_block)]
     table += _coder("decoder", "up", widths[::-1], config.layers_per_block + 1)
     return table
+
+
+def original_entries(config: AutoencoderConfig) -> list[Entry]:
+    """The table for Black Forest Labs' own file (`ae.safetensors`)."""
+    return [
+        entry._replace(
+            sources=tuple(_original(name, len(config.block_out_channels)) for name in entry.sources),
+            layout="pointwise" if entry.layout == "linear" else entry.layout,
+        )
+        for entry in entries(config)
+    ]
+
+
+def _original(name: str, levels: int) -> str:
+    """Their name of one of diffusers' tensors. The decoder's levels are counted from the picture's end."""
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+    for pattern, replacement in (
+        (r"down_blocks\.", "down."),
+        (r"resnets\.", "block."),
+        (r"(down|up)samplers\.0\.", r"\1sample."),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"conv_norm_out", "norm_out"),
+        (r"mid_block\.block\.0", "mid.block_1"),
+        (r"mid_block\.block\.1", "mid.block_2"),
+        (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+        (r"(attn_1\.)group_norm", r"\1norm"),
+        (r"(attn_1\.)to_([qkv])", r"\1\2"),
+        (r"(attn_1\.)to_out\.0", r"\1proj_out"),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:

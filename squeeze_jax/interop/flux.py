@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from squeeze_jax.interop.mapping import Entry, Layout
+from squeeze_jax.interop.mapping import Entry, Layout, Tensors
 from squeeze_jax.models.dit import DiTConfig
 
 
@@ -130,3 +130,26 @@ def config_to_json(config: DiTConfig) -> dict[str, Any]:
         "axes_dims_rope": list(config.rope_axes),
         "guidance_embeds": config.guidance,
     }
+
+
+def config_from_shapes(tensors: Tensors) -> DiTConfig:
+    """Our config of a file in the original layout, which has no config.json. Rotary axes are FLUX.1's shares of a head."""
+    names = tensors.names()
+
+    def depth(stack: str) -> int:
+        return len({name.split(".")[1] for name in names if name.startswith(f"{stack}.")})
+
+    width, in_channels = tensors.shape("img_in.weight")
+    head = tensors.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    default = DiTConfig()
+    return DiTConfig(
+        in_channels=in_channels,
+        context_width=tensors.shape("txt_in.weight")[1],
+        pooled_width=tensors.shape("vector_in.in_layer.weight")[1],
+        heads=width // head,
+        head_width=head,
+        double_blocks=depth("double_blocks"),
+        single_blocks=depth("single_blocks"),
+        rope_axes=tuple(axis * head // default.head_width for axis in default.rope_axes),  # pyright: ignore[reportArgumentType]
+        guidance=any(name.startswith("guidance_in.") for name in names),
+    )

@@ -1,5 +1,6 @@
 """InternVL in the `-hf` layout of transformers: its table of names, and its config.json."""
 
+import re
 from typing import Any
 
 from squeeze_jax.interop.mapping import Entry, Layout
@@ -58,6 +59,64 @@ def entries(config: InternVLConfig) -> list[Entry]:
         for name, source in TEXT_BLOCK.items():
             table += _module(f"language_model.model.layers.{layer}.{source}", f"blocks.{name}", layer, bias=name in QKV)
     return table
+
+
+def original_entries(config: InternVLConfig) -> list[Entry]:
+    """The table for the layout that OpenGVLab publishes: fused q, k and v in the vision tower, `mlp1` for the projector."""
+    table = []
+    for entry in entries(config):
+        name = entry.sources[0]
+        for pattern, replacement in ORIGINAL:
+            name = re.sub(pattern, replacement, name)
+        fused = re.fullmatch(r"(vision_model\..*\.attn\.)([qkv])(\.weight|\.bias)", name)
+        if fused:
+            entry = entry._replace(sources=(f"{fused[1]}qkv{fused[3]}",), part=("qkv".index(fused[2]), 3))
+        else:
+            entry = entry._replace(sources=(name,))
+        table.append(entry)
+    return table
+
+
+ORIGINAL = (
+    (r"^vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
+    (r"^vision_tower\.embeddings\.position_embeddings", "vision_model.embeddings.position_embedding"),
+    (r"^vision_tower\.embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
+    (r"^vision_tower\.encoder\.layer\.", "vision_model.encoder.layers."),
+    (r"\.attention\.([qkv])_proj", r".attn.\1"),
+    (r"\.attention\.projection_layer", ".attn.proj"),
+    (r"\.layernorm_before", ".norm1"),
+    (r"\.layernorm_after", ".norm2"),
+    (r"\.lambda_([12])$", r".ls\1"),
+    (r"^multi_modal_projector\.layer_norm", "mlp1.0"),
+    (r"^multi_modal_projector\.linear_1", "mlp1.1"),
+    (r"^multi_modal_projector\.linear_2", "mlp1.3"),
+)
+"""Patterns of `-hf` names and what the original layout has instead."""
+
+
+def original_config_from_json(values: dict[str, Any]) -> InternVLConfig:
+    """Our config from the original layout's `config.json` (`llm_config` beside `vision_config`)."""
+    vision, text = values["vision_config"], values["llm_config"]
+    for name, found, wanted in (
+        ("ps_version", values.get("ps_version", "v2"), "v2"),
+        ("select_layer", values.get("select_layer", -1), -1),
+        ("vision_config.qk_normalization", vision.get("qk_normalization", False), False),
+        ("vision_config.norm_type", vision.get("norm_type", "layer_norm"), "layer_norm"),
+    ):
+        if found != wanted:
+            raise ValueError(f"config.json: {name} is {found!r}, but only {wanted!r} is supported")
+    return config_from_json(
+        {
+            "downsample_ratio": values.get("downsample_ratio", 0.5),
+            "vision_config": {
+                **{name: value for name, value in vision.items() if name not in ("norm_type", "model_type")},
+                "attention_bias": vision.get("qkv_bias", True),
+                "image_size": values.get("force_image_size") or vision["image_size"],
+                "layer_scale_init_value": vision.get("initializer_factor", 0.1),
+            },
+            "text_config": text,
+        }
+    )
 
 
 def _module(source: str, path: str, layer: int | None = None, bias: bool = False) -> list[Entry]:

@@ -10,23 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
+from safetensors import SafetensorError
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import flux as flux_format
 from squeeze_jax.interop import internvl as internvl_format
-from squeeze_jax.interop.mapping import Entry, MappingError, export_entries, load_entries
+from squeeze_jax.interop.mapping import Entry, MappingError, Tensors, export_entries, load_entries, without_prefix
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
-from squeeze_jax.models.autoencoder import Autoencoder
-from squeeze_jax.models.dit import DiT
-from squeeze_jax.models.internvl import InternVL
+from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.models.internvl import InternVL, InternVLConfig
 from squeeze_jax.sharding import parameter_spec
 
 Module = TypeVar("Module", bound=nnx.Module)
+Config = TypeVar("Config")
 DEMO = Path(__file__).parent.parent / "demo"
 """The shipped miniature: `autoencoder`, `mllm` and `system` below it."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+
+
+DIT_PREFIXES = ("model.diffusion_model.",)
+AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
+"""What stands before the names in a file that holds a whole system."""
 
 
 def load_dit(
@@ -37,33 +44,67 @@ def load_dit(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> DiT:
-    """FLUX.1's transformer from a diffusers folder (or Black Forest Labs' names beside its config.json).
+    """FLUX.1's transformer from a diffusers folder, or from Black Forest Labs' single file (or a folder with it).
 
     Weights are kept in `dtype` and products computed in `compute_dtype` (default: the same). On a mesh they lie as the
     sharding table says, and each process reads its own part alone. `options` go to `DiT` (remat, unroll).
     """
-    config = flux_format.config_from_json(read_json(Path(folder) / "config.json"))
-    tensors = TensorFolder(folder)
-    original = any(name.startswith("double_blocks.") for name in tensors.names())
-    table = flux_format.original_entries(config) if original else flux_format.diffusers_entries(config)
+    config, table, tensors = dit_source(folder)
     kinds: Any = {"dtype": compute_dtype or dtype, "param_dtype": dtype}
-    return _load(lambda: DiT(config, **kinds, rngs=nnx.Rngs(0), **options), table, tensors, dtype, mesh)
+    return _load(lambda: DiT(config, **kinds, rngs=nnx.Rngs(0), **options), table, tensors, dtype, folder, mesh)
 
 
 def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32) -> Autoencoder:
-    """FLUX.1's autoencoder from a diffusers folder (`demo`: the miniature's)."""
-    folder = encoder_folder(folder, "autoencoder")
-    config = autoencoder_format.config_from_json(read_json(folder / "config.json"))
+    """FLUX.1's autoencoder from a diffusers folder or the single file `ae.safetensors` (`demo`: the miniature's)."""
+    config, table, tensors = autoencoder_source(folder)
     make = lambda: Autoencoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-    return _load(make, autoencoder_format.entries(config), TensorFolder(folder), dtype)
+    return _load(make, table, tensors, dtype, folder)
 
 
 def load_internvl(folder: str | Path, dtype: DType = jnp.bfloat16) -> InternVL:
-    """InternVL3 from a transformers `-hf` folder (`demo`: the miniature's)."""
-    folder = encoder_folder(folder, "mllm")
-    config = internvl_format.config_from_json(read_json(folder / "config.json"))
+    """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the miniature's)."""
+    config, table, tensors = internvl_source(folder)
     make = lambda: InternVL(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-    return _load(make, internvl_format.entries(config), TensorFolder(folder), dtype)
+    return _load(make, table, tensors, dtype, folder)
+
+
+def dit_source(folder: str | Path) -> tuple[DiTConfig, list[Entry], Tensors]:
+    """Config, table and tensors of a transformer's checkpoint."""
+    tensors = without_prefix(TensorFolder(folder), DIT_PREFIXES)
+    original = any(name.startswith("double_blocks.") for name in tensors.names())
+    file = _config_file(folder)
+    if file is not None:
+        config = _config(flux_format.config_from_json, file)
+    elif original:
+        try:
+            config = flux_format.config_from_shapes(tensors)
+        except (KeyError, ValueError, IndexError, SafetensorError) as error:
+            raise InputError(f"{folder}: no FLUX.1 transformer in it ({error}); download it again") from None
+    else:
+        raise InputError(f"{folder}: no config.json beside it; download the whole folder")
+    return config, (flux_format.original_entries if original else flux_format.diffusers_entries)(config), tensors
+
+
+def autoencoder_source(folder: str | Path) -> tuple[AutoencoderConfig, list[Entry], Tensors]:
+    """Config, table and tensors of an autoencoder's checkpoint; a file without config.json is FLUX.1's."""
+    folder = encoder_folder(folder, "autoencoder")
+    tensors = without_prefix(TensorFolder(folder), AUTOENCODER_PREFIXES)
+    file = _config_file(folder)
+    config = AutoencoderConfig() if file is None else _config(autoencoder_format.config_from_json, file)
+    original = "encoder.norm_out.weight" in tensors.names()
+    return config, (autoencoder_format.original_entries if original else autoencoder_format.entries)(config), tensors
+
+
+def internvl_source(folder: str | Path) -> tuple[InternVLConfig, list[Entry], Tensors]:
+    """Config, table and tensors of an MLLM's checkpoint."""
+    folder = encoder_folder(folder, "mllm")
+    tensors = TensorFolder(folder)
+    file = folder / "config.json"
+    if "llm_config" in read_json(file):
+        config = _config(internvl_format.original_config_from_json, file)
+        return config, internvl_format.original_entries(config), tensors
+    config = _config(internvl_format.config_from_json, file)
+    return config, internvl_format.entries(config), tensors
 
 
 def save_dit(folder: Path, dit: DiT, dtype: DType) -> None:
@@ -81,23 +122,45 @@ def save_internvl(folder: Path, mllm: InternVL, dtype: DType) -> None:
 
 
 def encoder_folder(folder: str | Path, part: str) -> Path:
-    """The folder itself, or the shipped miniature's part where it is called `demo`."""
+    """The folder (or file) itself, or the shipped miniature's part where it is called `demo`."""
     path = DEMO / part if str(folder) == "demo" else Path(folder)
-    if not path.is_dir():
+    if not path.exists():
         how = "train it with `python -m squeeze_jax demo-encoders`" if str(folder) == "demo" else "download it"
         raise InputError(f"no folder {path} for the {part}; {how}")
     return path
 
 
+def _config_file(folder: str | Path) -> Path | None:
+    """The config.json in a folder; a single file's is not looked for, it may be another model's."""
+    path = Path(folder) / "config.json"
+    return path if path.is_file() else None
+
+
+def _config(parse: Callable[[dict[str, Any]], Config], file: Path) -> Config:
+    """A parsed config.json; InputError says what in it cannot be used."""
+    try:
+        return parse(read_json(file))
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{file}: has no field {error}; is it another model's, or cut short?") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: {error}") from None
+
+
 def _load(
-    make: Callable[[], Module], table: list[Entry], tensors: TensorFolder, dtype: DType, mesh: Mesh | None = None
+    make: Callable[[], Module],
+    table: list[Entry],
+    tensors: Tensors,
+    dtype: DType,
+    folder: str | Path,
+    mesh: Mesh | None = None,
 ) -> Module:
     module = nnx.eval_shape(make)
     try:
         load_entries(module, table, tensors, dtype, partial(_by_table, mesh) if mesh is not None else None)
     except MappingError as error:
-        where = next(iter(tensors.files.values())).parent if tensors.files else ""
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{folder}: {error}") from None
     return jax.block_until_ready(module)
 
 

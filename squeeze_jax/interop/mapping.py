@@ -18,7 +18,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from squeeze_jax.array_types import DType
 from squeeze_jax.layers.lora import LoRAParam
 
-Layout = Literal["same", "linear", "conv", "swap_halves"]
+Layout = Literal["same", "linear", "pointwise", "conv", "swap_halves"]
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
 
@@ -26,8 +26,9 @@ Shape = tuple[int, ...]
 class Entry(NamedTuple):
     """`sources` of the file, joined along their first (output) axis, make `path` of ours.
 
-    layout: `same` (vectors, embeddings), `linear` (weight [out, in] to kernel [in, out]), `conv` ([out, in, h, w] to
-    [h, w, in, out]), `swap_halves` (a vector or linear weight whose two output halves stand in the other order).
+    layout: `same` (vectors, embeddings), `linear` (weight [out, in] to kernel [in, out]), `pointwise` (the same from a
+    convolution [out, in, 1, 1]), `conv` ([out, in, h, w] to [h, w, in, out]), `swap_halves` (a vector or linear weight
+    whose two output halves stand in the other order).
     """
 
     sources: tuple[str, ...]
@@ -37,6 +38,8 @@ class Entry(NamedTuple):
     """Index on the leading depth axis of a stacked parameter."""
     sizes: tuple[int, ...] = ()
     """Output sizes of the sources; needed where there are several."""
+    part: tuple[int, int] | None = None
+    """(i, n): of the one source, whose output rows are n equal parts, only part i is meant."""
 
 
 class MappingError(ValueError):
@@ -51,6 +54,8 @@ def to_ours(tensors: list[np.ndarray], layout: Layout) -> np.ndarray:
             return joined
         case "linear":
             return joined.T
+        case "pointwise":
+            return joined[:, :, 0, 0].T
         case "conv":
             return joined.transpose(2, 3, 1, 0)
         case "swap_halves":
@@ -65,6 +70,8 @@ def to_theirs(array: np.ndarray, entry: Entry) -> list[np.ndarray]:
             joined = array
         case "linear":
             joined = array.T
+        case "pointwise":
+            joined = array.T[:, :, None, None]
         case "conv":
             joined = array.transpose(3, 2, 0, 1)
         case "swap_halves":
@@ -110,6 +117,36 @@ class ArrayTensors:
         return self.arrays[name][index]
 
 
+class Renamed:
+    """A checkpoint under other names."""
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]) -> None:
+        self.tensors, self.of = tensors, names
+        """`names`: the name to go by → the name in `tensors`."""
+
+    def names(self) -> list[str]:
+        return list(self.of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(self.of[name])
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        return self.tensors.read(self.of[name], index)
+
+
+def without_prefix(tensors: Tensors, prefixes: Iterable[str]) -> Tensors:
+    """The checkpoint without the first of the prefixes that some of its names have; names without it are left out.
+
+    A whole system in one file (transformer, autoencoder, text encoders) is told apart by prefixes.
+    """
+    names = tensors.names()
+    for prefix in prefixes:
+        found = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        if found:
+            return Renamed(tensors, found)
+    return tensors
+
+
 def load_entries(
     module: nnx.Module,
     table: Iterable[Entry],
@@ -149,12 +186,16 @@ def _misshapen(entry: Entry, parameter: nnx.Param, tensors: Tensors) -> str | No
     """What is wrong with the shapes of an entry's tensors."""
     shapes = [tensors.shape(name) for name in entry.sources]
     first, rest = sum(shape[0] if shape else 1 for shape in shapes), shapes[0][1:]
+    if entry.part is not None:
+        first = first // entry.part[1] if first % entry.part[1] == 0 else -1
     wanted = tuple(parameter.shape if entry.layer is None else parameter.shape[1:])
     match entry.layout:
         case "same":
             found = (first, *rest)
         case "linear" | "swap_halves":
             found = (*rest, first)
+        case "pointwise":
+            found = (*rest[:-2], first) if rest[-2:] == (1, 1) else (*rest, first)
         case "conv":
             found = (*rest[1:], *rest[:1], first)
     uneven = any(shape[1:] != rest for shape in shapes)
@@ -180,18 +221,22 @@ def _piece(
 
 def _fill(into: np.ndarray, tensors: Tensors, entry: Entry, bounds: list[tuple[int, int]]) -> None:
     """Reads an entry's tensors, as far as they lie within `bounds`, into an array of that size."""
-    if entry.layout in ("conv", "swap_halves"):  # small, and not a range of rows
+    if entry.layout in ("pointwise", "conv", "swap_halves"):  # small, and not a range of rows
         whole = to_ours([tensors.read(name) for name in entry.sources], entry.layout)
         into[...] = whole[tuple(slice(*bound) for bound in bounds)]
         return
     transposed = entry.layout == "linear"
     (low, high), *others = [*bounds[-1:], *bounds[:-1]] if transposed else bounds
-    start = 0
+    start = skipped = 0
     for name in entry.sources:
         rows = tensors.shape(name)[0]
+        if entry.part is not None:
+            rows //= entry.part[1]
+            skipped = entry.part[0] * rows
         first, last = max(low - start, 0), min(high - start, rows)
         if first < last:
-            part = tensors.read(name, (slice(first, last), *(slice(*bound) for bound in others)))
+            at = slice(skipped + first, skipped + last)
+            part = tensors.read(name, (at, *(slice(*bound) for bound in others)))
             where = slice(start + first - low, start + last - low)
             if transposed:
                 into[..., where] = part.T
@@ -213,11 +258,16 @@ def export_entries(module: nnx.Module, table: Iterable[Entry]) -> dict[str, np.n
     parameters: Mapping[str, np.ndarray] = {
         path: np.asarray(jax.device_get(leaf[...])) for path, leaf in parameters_by_path(module).items()
     }
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for entry in table:
         array = parameters[entry.path] if entry.layer is None else parameters[entry.path][entry.layer]
         for name, tensor in zip(entry.sources, to_theirs(array, entry), strict=True):
-            tensors[name] = np.ascontiguousarray(tensor)
+            if entry.part is None:
+                tensors[name] = np.ascontiguousarray(tensor)
+                continue
+            i, n = entry.part
+            whole = tensors.setdefault(name, np.empty((n * len(tensor), *tensor.shape[1:]), tensor.dtype))
+            whole[i * len(tensor) : (i + 1) * len(tensor)] = tensor
     return tensors
 
 

@@ -1,0 +1,214 @@
+"""The other layouts of published files: single files with and without prefixes, InternVL's original names."""
+
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+from small_dit import CONFIG, random_dit
+
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop import autoencoder as autoencoder_format
+from squeeze_jax.interop import internvl as internvl_format
+from squeeze_jax.interop import load_autoencoder, load_dit, load_internvl
+from squeeze_jax.interop.flux import config_from_shapes, original_entries
+from squeeze_jax.interop.mapping import export_entries, parameters_by_path
+from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig
+
+SMALL = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
+TINY = InternVLConfig(
+    vision=VisionConfig(
+        image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        attention_bias=True,
+    ),
+    text=TextConfig(
+        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=56, max_position_embeddings=128,
+    ),
+)  # fmt: skip
+
+
+def randomly(make):
+    """A module with random parameters of every kind."""
+    module, rng = nnx.eval_shape(make), np.random.default_rng(0)
+    for leaf in parameters_by_path(module).values():
+        leaf.set_value(jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32))
+    return module
+
+
+def same(ours, theirs):
+    one, two = parameters_by_path(ours), parameters_by_path(theirs)
+    assert one.keys() == two.keys()
+    for path in one:
+        np.testing.assert_array_equal(one[path][...], two[path][...], err_msg=path)
+
+
+# --- FLUX.1's transformer in one file --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("guidance", [True, False])
+def test_one_file_loads_by_its_shapes_with_and_without_a_prefix(tmp_path, prefix, guidance):
+    config = dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14), guidance=guidance)
+    dit = random_dit(config)
+    tensors = {prefix + name: tensor for name, tensor in export_entries(dit, original_entries(config)).items()}
+    if prefix:  # a whole system: what else is in it is not ours
+        tensors |= {"vae.encoder.conv_in.weight": np.ones(1), "text_encoders.t5xxl.x": np.ones(1)}
+    save_file(tensors, tmp_path / "flux1.safetensors")
+    for where in (tmp_path / "flux1.safetensors", tmp_path):
+        loaded = load_dit(where, jnp.float32)
+        assert loaded.config == config
+        same(loaded, dit)
+
+
+def test_the_real_sizes_are_read_off_the_shapes():
+    parameters = parameters_by_path(nnx.eval_shape(lambda: DiT(DiTConfig(), rngs=nnx.Rngs(0))))
+    shapes = {}
+    for entry in original_entries(DiTConfig()):
+        shape = parameters[entry.path].shape[entry.layer is not None :]
+        shapes[entry.sources[0]] = shape[::-1]
+
+    class Shapes:
+        def names(self):
+            return list(shapes)
+
+        def shape(self, name):
+            return shapes[name]
+
+        def read(self, name, index=()):
+            raise NotImplementedError
+
+    assert config_from_shapes(Shapes()) == DiTConfig()
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    save_file({"double_blocks.0.x": np.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=r"no FLUX\.1 transformer in it"):
+        load_dit(tmp_path / "x.safetensors")
+    save_file({"x_embedder.weight": np.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=r"no config\.json beside it"):
+        load_dit(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"in_channels": 64}', "has no field 'joint_attention_dim'"), ("[]", "must hold")]
+)
+def test_a_config_that_cannot_be_used_is_named(tmp_path, text, message):
+    save_file(export_entries(random_dit(), original_entries(CONFIG)), tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_dit(tmp_path)
+
+
+# --- the autoencoder in one file -------------------------------------------------------------------------------------
+
+
+def their_autoencoder_converter(tensors):
+    """diffusers' own converter from the original names."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    module = pytest.importorskip("diffusers.loaders.single_file_utils")
+    converted = module.convert_ldm_vae_checkpoint(
+        {name: torch.tensor(tensor) for name, tensor in tensors.items()}, autoencoder_format.config_to_json(SMALL)
+    )
+    return {name: tensor.numpy() for name, tensor in converted.items()}
+
+
+def test_the_original_autoencoder_is_what_diffusers_makes_of_it():
+    autoencoder = randomly(lambda: Autoencoder(SMALL, rngs=nnx.Rngs(0)))
+    original = export_entries(autoencoder, autoencoder_format.original_entries(SMALL))
+    wanted = export_entries(autoencoder, autoencoder_format.entries(SMALL))
+    converted = their_autoencoder_converter(original)
+    assert converted.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(converted[name], wanted[name], err_msg=name)
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_the_autoencoder_loads_from_one_file(tmp_path, prefix):
+    autoencoder = randomly(lambda: Autoencoder(SMALL, rngs=nnx.Rngs(0)))
+    original = export_entries(autoencoder, autoencoder_format.original_entries(SMALL))
+    save_file({prefix + name: tensor for name, tensor in original.items()}, tmp_path / "ae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(autoencoder_format.config_to_json(SMALL)))
+    same(load_autoencoder(tmp_path), autoencoder)
+    with pytest.raises(InputError, match="does not fit the model"):  # alone, it is taken for FLUX.1's
+        load_autoencoder(tmp_path / "ae.safetensors")
+
+
+# --- InternVL's original names ---------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "ps_version": "v2", "select_layer": -1, "downsample_ratio": 0.5, "force_image_size": 16,
+    "vision_config": {
+        "model_type": "intern_vit_6b", "image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "intermediate_size": 40, "qkv_bias": True, "qk_normalization": False,
+        "hidden_act": "gelu", "norm_type": "layer_norm", "initializer_factor": 0.1, "layer_norm_eps": 1e-6,
+    },
+    "llm_config": {
+        "model_type": "qwen2", "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 56, "max_position_embeddings": 128, "rope_theta": 1000000.0,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+
+
+def by_hand(tensors):
+    """`-hf` tensors under the original names: q, k and v of the vision tower fused."""
+    out = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"vision_tower\.encoder\.layer\.(\d+)\.attention\.([qkv])_proj\.(weight|bias)", name):
+            layer, which, leaf = match.groups()
+            if which == "q":
+                parts = [tensors[name.replace("q_proj", f"{other}_proj")] for other in "qkv"]
+                out[f"vision_model.encoder.layers.{layer}.attn.qkv.{leaf}"] = np.concatenate(parts)
+            continue
+        for theirs, original in {
+            "vision_tower.embeddings.cls_token": "vision_model.embeddings.class_embedding",
+            "vision_tower.embeddings.position_embeddings": "vision_model.embeddings.position_embedding",
+            "vision_tower.embeddings.patch_embeddings.projection": "vision_model.embeddings.patch_embedding",
+            "vision_tower.encoder.layer": "vision_model.encoder.layers",
+            "attention.projection_layer": "attn.proj",
+            "layernorm_before": "norm1", "layernorm_after": "norm2", "lambda_1": "ls1", "lambda_2": "ls2",
+            "multi_modal_projector.layer_norm": "mlp1.0",
+            "multi_modal_projector.linear_1": "mlp1.1",
+            "multi_modal_projector.linear_2": "mlp1.3",
+        }.items():  # fmt: skip
+            name = name.replace(theirs, original)
+        out[name] = tensor
+    return out
+
+
+def test_the_original_internvl_loads(tmp_path):
+    mllm = randomly(lambda: InternVL(TINY, rngs=nnx.Rngs(0)))
+    original = by_hand(export_entries(mllm, internvl_format.entries(TINY)))
+    save_file(original, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    loaded = load_internvl(tmp_path, jnp.float32)
+    assert loaded.config == dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, rope_theta=1e6))
+    same(loaded, mllm)
+    again = export_entries(loaded, internvl_format.original_entries(loaded.config))
+    assert again.keys() == original.keys()
+    for name in original:
+        np.testing.assert_array_equal(again[name], original[name], err_msg=name)
+
+
+def test_another_pixel_shuffle_is_refused(tmp_path):
+    save_file({"x": np.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, "ps_version": "v1"}))
+    with pytest.raises(InputError, match="ps_version is 'v1'"):
+        load_internvl(tmp_path)
+
+
+def test_a_fused_tensor_of_another_size_is_named(tmp_path):
+    mllm = randomly(lambda: InternVL(TINY, rngs=nnx.Rngs(0)))
+    original = by_hand(export_entries(mllm, internvl_format.entries(TINY)))
+    original["vision_model.encoder.layers.1.attn.qkv.weight"] = np.ones((71, 24), np.float32)
+    save_file(original, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    with pytest.raises(InputError, match=r"layers\.1\.attn\.qkv\.weight gives"):
+        load_internvl(tmp_path, jnp.float32)
