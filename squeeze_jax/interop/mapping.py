@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -96,6 +97,8 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> np.dtype: ...
+
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The tensor, or the part of it that slices of its first axes choose."""
         ...
@@ -113,6 +116,9 @@ class ArrayTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.arrays[name].shape
 
+    def dtype(self, name: str) -> np.dtype:
+        return self.arrays[name].dtype
+
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         return self.arrays[name][index]
 
@@ -129,6 +135,9 @@ class Renamed:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors.shape(self.of[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.tensors.dtype(self.of[name])
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         return self.tensors.read(self.of[name], index)
@@ -161,14 +170,8 @@ def load_entries(
     unexpected and misshapen names are raised together as `MappingError` before anything is read.
     """
     tensors = ArrayTensors(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
-    parameters, table, present = parameters_by_path(module), list(table), set(tensors.names())
-    wanted = {name for entry in table for name in entry.sources}
-    problems = [f"missing: {name}{_nearest(name, present - wanted)}" for name in sorted(wanted - present)]
-    problems += [f"unexpected: {name}{_nearest(name, wanted - present)}" for name in sorted(present - wanted)]
-    problems += [f"no entry for our parameter {path}" for path in sorted(set(parameters) - {e.path for e in table})]
-    if not problems:
-        problems = [problem for entry in table if (problem := _misshapen(entry, parameters[entry.path], tensors))]
-    if problems:
+    parameters, table = parameters_by_path(module), list(table)
+    if problems := differences(module, table, tensors):
         shown = "\n  ".join(problems[:40]) + (f"\n  … and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise MappingError(f"the checkpoint does not fit the model ({len(problems)} differences):\n  {shown}")
     by_path: dict[str, list[Entry]] = {}
@@ -180,6 +183,24 @@ def load_entries(
         read = partial(_piece, tensors, entries, shape, kept)
         parameters[path].set_value(jax.make_array_from_callback(shape, sharding, read))
     nnx.update(module, nnx.from_flat_state([(tuple(_key(k) for k in p.split(".")), v) for p, v in parameters.items()]))
+
+
+def differences(module: nnx.Module, table: Iterable[Entry], tensors: Tensors) -> list[str]:
+    """What keeps a checkpoint from being a model's: missing and unexpected names, then shapes and types. Reads nothing."""
+    parameters, table, present = parameters_by_path(module), list(table), set(tensors.names())
+    wanted = {name for entry in table for name in entry.sources}
+    problems = [f"missing: {name}{_nearest(name, present - wanted)}" for name in sorted(wanted - present)]
+    problems += [f"unexpected: {name}{_nearest(name, wanted - present)}" for name in sorted(present - wanted)]
+    problems += [f"no entry for our parameter {path}" for path in sorted(set(parameters) - {e.path for e in table})]
+    if not problems:
+        problems = [problem for entry in table if (problem := _misshapen(entry, parameters[entry.path], tensors))]
+        kinds = {name: tensors.dtype(name) for name in sorted(wanted)}
+        problems += [
+            f"dtype: {name} is {kind}, a floating-point type is wanted"
+            for name, kind in kinds.items()
+            if not jnp.issubdtype(kind, jnp.floating)
+        ]
+    return problems
 
 
 def _misshapen(entry: Entry, parameter: nnx.Param, tensors: Tensors) -> str | None:

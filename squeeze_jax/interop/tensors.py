@@ -14,6 +14,12 @@ from safetensors.numpy import save_file
 from squeeze_jax.errors import InputError
 
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+DTYPES = {
+    **FLOAT8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
+    "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64,
+    "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
+}  # fmt: skip
+"""Names in a file's header; what is not here (packed four-bit types, complex numbers) is refused."""
 SCALES = (".scale_weight", ".weight_scale")
 """What stands in place of `.weight` in the name of a float8 tensor's scale."""
 
@@ -40,6 +46,9 @@ class TensorFolder:
             raise InputError(f"{path}: no such folder; give the folder that holds config.json and .safetensors files")
         else:
             self._add_folder(path)
+        for name in self.files:
+            if (kind := self._slice(name).get_dtype()) not in DTYPES:
+                raise InputError(f"{self.files[name]}: {name} is of type {kind}, which is not supported")
         self._find_scales(path)
 
     def _add_folder(self, path: Path) -> None:
@@ -108,6 +117,11 @@ class TensorFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type that `read` gives."""
+        kind = self._slice(name).get_dtype()
+        return np.dtype(ml_dtypes.bfloat16) if name in self.scales else np.dtype(DTYPES[kind])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """One tensor, or a part of it, with the dtype of the file (bfloat16 and float8 as ml_dtypes has them)."""

@@ -81,6 +81,9 @@ def test_the_real_sizes_are_read_off_the_shapes():
         def shape(self, name):
             return shapes[name]
 
+        def dtype(self, name):
+            raise NotImplementedError
+
         def read(self, name, index=()):
             raise NotImplementedError
 

@@ -1,0 +1,53 @@
+"""`verify`: is a published checkpoint whole, and do we compute what its original computes?"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from squeeze_jax.commands.run import guarded, setup
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Checks a checkpoint's names and shapes, then its numbers against PyTorch where it is installed, block by block."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder or single .safetensors file of a FLUX.1 transformer, its autoencoder or InternVL3."""
+    kind: Literal["flux", "autoencoder", "internvl"] | None = None
+    """What it is; none: found out from config.json or the names."""
+    json: Path = Path("verify.json")
+    """Report to write."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = tyro.cli(Verify, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax verify")
+    return guarded(lambda: run(given))
+
+
+def run(given: Verify) -> None:
+    setup()
+    from squeeze_jax.errors import InputError
+    from squeeze_jax.interop.tensors import write_json
+    from squeeze_jax.interop.verify import TOLERANCE, Row, verify
+
+    def show(row: Row) -> None:
+        judged = " ".join(f"{value: .4e}" for value in row.digest)
+        if row.error is not None:
+            judged = f"{row.error:.1e}  {'pass' if row.passed else 'FAIL'}"
+        print(f"  {row.part:40}{judged}", flush=True)
+
+    report = verify(given.folder, given.kind, progress=show)
+    write_json(given.json, report.to_json())
+    print(f"{report.folder}: {report.kind} in the layout of {report.layout}, {report.parameters:,} values")
+    if report.problems:
+        shown = "\n  ".join(report.problems[:40])
+        more = f"\n  … and {len(report.problems) - 40} more in {given.json}" if len(report.problems) > 40 else ""
+        raise InputError(f"{report.folder} does not fit ({len(report.problems)} differences):\n  {shown}{more}")
+    if report.rows and report.rows[0].error is None:
+        print("PyTorch is not installed: compare these digests with another machine's")
+    if not report.passed:
+        raise InputError(f"{report.folder}: some parts differ by more than {TOLERANCE:g}; see {given.json}")
+    print(f"passed; report: {given.json}")

@@ -1,0 +1,393 @@
+"""Proves that a checkpoint is read right: names and shapes, then numbers against the PyTorch original, block by block.
+
+Real models do not fit twice in ordinary memory, so both implementations are built with a single block of each kind, and
+the checkpoint's blocks go through them one after another, on the same random input. Where PyTorch is missing, digests of
+our own outputs are given instead: two machines that agree on them computed the same.
+"""
+
+import dataclasses
+import gc
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from squeeze_jax.diffusion.latents import grid_positions, reference_origins
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop import autoencoder as autoencoder_format
+from squeeze_jax.interop import flux as flux_format
+from squeeze_jax.interop import internvl as internvl_format
+from squeeze_jax.interop.load import autoencoder_source, dit_source, internvl_source
+from squeeze_jax.interop.mapping import (
+    Entry,
+    Index,
+    Renamed,
+    Tensors,
+    differences,
+    export_entries,
+    load_entries,
+    parameters_by_path,
+)
+from squeeze_jax.interop.tensors import TensorFolder, read_json, write_tensors
+from squeeze_jax.models.autoencoder import Autoencoder
+from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.models.internvl import InternVL, InternVLConfig
+
+Kind = Literal["flux", "autoencoder", "internvl"]
+TOLERANCE = 1e-5
+"""Largest relative error ‖a − b‖ / ‖b‖ in float32 that passes."""
+
+
+class Row(NamedTuple):
+    """One part of the model."""
+
+    part: str
+    error: float | None
+    """Relative error against PyTorch; None where it is not installed."""
+    digest: tuple[float, ...]
+    """Norm of our output and three of its projections, to five digits."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None or self.error <= TOLERANCE
+
+
+@dataclass
+class Report:
+    """What `verify` found."""
+
+    folder: str
+    kind: Kind
+    layout: str
+    parameters: int
+    problems: list[str] = field(default_factory=list)
+    """Missing, unexpected and misshapen tensors."""
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and all(row.passed for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**row._asdict(), "passed": row.passed} for row in self.rows]
+        return {**dataclasses.asdict(self), "rows": rows, "tolerance": TOLERANCE, "passed": self.passed}
+
+
+class Source(NamedTuple):
+    """A checkpoint and how it is to be read."""
+
+    config: Any
+    table: list[Entry]
+    tensors: Tensors
+    layout: str
+
+
+def detect(folder: str | Path) -> Kind:
+    """What a folder or file holds, by its config.json or else by its names."""
+    path = Path(folder) / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    name = values.get("_class_name") or values.get("model_type") or ""
+    markers: dict[str, Kind] = {"FluxTransformer": "flux", "AutoencoderKL": "autoencoder", "internvl": "internvl"}
+    for marker, kind in markers.items():
+        if str(name).startswith(marker):
+            return kind
+    names = TensorFolder(folder).names()
+    patterns: dict[str, Kind] = {
+        r"(.*\.)?(double_blocks|transformer_blocks)\.0\..*": "flux",
+        r"(vision_model|vision_tower|mlp1)\..*": "internvl",
+        r"(.*\.)?decoder\.conv_in\.weight": "autoencoder",
+    }
+    for pattern, kind in patterns.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            return kind
+    raise InputError(f"{folder}: no transformer, autoencoder or InternVL of this system; say which with --kind")
+
+
+def verify(
+    folder: str | Path, kind: Kind | None = None, *, progress: Callable[[Row], None] = lambda row: None
+) -> Report:
+    """Checks a checkpoint's names and shapes, then its numbers. Raises InputError where it cannot be read at all."""
+    kind = kind or detect(folder)
+    if kind not in get_args(Kind):
+        raise InputError(f"no kind {kind!r}; choose one of {', '.join(get_args(Kind))}")
+    make, parts = {
+        "flux": (_dit, _dit_rows), "autoencoder": (_autoencoder, _autoencoder_rows), "internvl": (_internvl, _internvl_rows)
+    }[kind]  # fmt: skip
+    source: Source = make(folder)
+    module = nnx.eval_shape(MODULES[kind](source.config))
+    count = sum(int(np.prod(leaf.shape)) for leaf in parameters_by_path(module).values())
+    report = Report(str(folder), kind, source.layout, count, differences(module, source.table, source.tensors))
+    if not report.problems:
+        with jax.default_matmul_precision("highest"):
+            for row in parts(source):
+                report.rows.append(row)
+                progress(row)
+    return report
+
+
+MODULES: dict[Kind, Callable[[Any], Callable[[], nnx.Module]]] = {
+    "flux": lambda config: lambda: DiT(config, rngs=nnx.Rngs(0)),
+    "autoencoder": lambda config: lambda: Autoencoder(config, rngs=nnx.Rngs(0)),
+    "internvl": lambda config: lambda: InternVL(config, rngs=nnx.Rngs(0)),
+}
+
+
+def _row(part: str, ours: np.ndarray, theirs: np.ndarray | None) -> Row:
+    error = None
+    if theirs is not None:
+        error = float(np.linalg.norm(ours.astype(np.float64) - theirs) / np.linalg.norm(theirs.astype(np.float64)))
+    flat = ours.astype(np.float64).ravel()
+    directions = np.random.default_rng(1).standard_normal((3, flat.size)) / np.sqrt(flat.size)
+    return Row(part, error, tuple(float(f"{value:.4e}") for value in (np.linalg.norm(flat), *directions @ flat)))
+
+
+def _loaded(kind: Kind, config: Any, table: list[Entry], tensors: Tensors) -> Any:
+    module = nnx.eval_shape(MODULES[kind](config))
+    load_entries(module, table, tensors, jnp.float32)
+    return module
+
+
+def _has(*modules: str) -> bool:
+    return all(find_spec(module) is not None for module in modules)
+
+
+# --- FLUX.1's transformer ---------------------------------------------------------------------------------------------
+
+
+def _dit(folder: str | Path) -> Source:
+    config, table, tensors = dit_source(folder)
+    original = any(name.startswith("double_blocks.") for name in tensors.names())
+    return Source(config, table, tensors, "Black Forest Labs" if original else "diffusers")
+
+
+def _dit_rows(source: Source) -> Iterator[Row]:
+    full: DiTConfig = source.config
+    config = dataclasses.replace(full, double_blocks=1, single_blocks=1)
+    original = source.layout != "diffusers"
+    table = (flux_format.original_entries if original else flux_format.diffusers_entries)(config)
+    grid, references = (4, 4), ((2, 3),)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    inputs = {
+        "target": normal(2, 16, config.in_channels), "reference": normal(2, 6, config.in_channels),
+        "context": normal(2, 7, config.context_width), "pooled": normal(2, config.pooled_width),
+        "t": np.array([0.25, 0.9], np.float32), "guidance": np.array([1.0, 3.5], np.float32),
+    }  # fmt: skip
+
+    @nnx.jit
+    def ours(dit: DiT, x: dict[str, jax.Array]) -> jax.Array:
+        return dit(
+            x["target"], x["context"], x["t"], guidance=x["guidance"] if config.guidance else None, pooled=x["pooled"],
+            target_grid=grid, references=[(x["reference"], references[0])],
+        )  # fmt: skip
+
+    for k in range(max(full.double_blocks, full.single_blocks)):
+        double, single = min(k, full.double_blocks - 1), min(k, full.single_blocks - 1)
+        layers = {r"^(double|transformer)_blocks\.0\.": double, r"^single_(transformer_)?blocks\.0\.": single}
+        tensors = _one_block(source.tensors, table, layers)
+        dit = _loaded("flux", config, table, tensors)
+        found = np.asarray(ours(dit, inputs))
+        theirs = None
+        if _has("torch", "diffusers"):
+            # The file's own tensors, or ours under diffusers' names where the file has others.
+            weights = (
+                export_entries(dit, flux_format.diffusers_entries(config))
+                if original
+                else {name: tensors.read(name) for name in tensors.names()}
+            )
+            del dit
+            theirs = _diffusers_flux(config, weights, inputs, grid, references)
+        yield _row(f"double block {double}, single block {single}", found, theirs)
+        gc.collect()
+
+
+def _one_block(tensors: Tensors, table: list[Entry], layers: dict[str, int]) -> Tensors:
+    """The tensors of a table for one block of each kind, taken from the blocks with these numbers."""
+    names = {}
+    for name in dict.fromkeys(name for entry in table for name in entry.sources):
+        source = name
+        for pattern, layer in layers.items():
+            source = re.sub(pattern, lambda match, layer=layer: match[0].replace("0.", f"{layer}."), source)
+        names[name] = source
+    return Renamed(tensors, names)
+
+
+def _diffusers_flux(
+    config: DiTConfig, weights: dict[str, np.ndarray], x: dict[str, np.ndarray], grid: Any, references: Any
+) -> np.ndarray:
+    import torch
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    settings = {name: value for name, value in flux_format.config_to_json(config).items() if name[0] != "_"}
+    with torch.device("meta"):
+        twin = FluxTransformer2DModel(**settings)
+    state = {name: torch.from_numpy(tensor.astype(np.float32)) for name, tensor in weights.items()}
+    twin.load_state_dict(state, strict=True, assign=True)
+    twin.pos_embed = type(twin.pos_embed)(theta=10000, axes_dim=list(config.rope_axes))
+    origins = reference_origins(grid, references)
+    positions = [grid_positions(*grid), *(grid_positions(*g, origin=o) for g, o in zip(references, origins))]
+    ids = np.pad(np.concatenate(positions), ((0, 0), (1, 0))).astype(np.float32)
+    with torch.no_grad():
+        out = twin.eval()(
+            hidden_states=torch.from_numpy(np.concatenate([x["target"], x["reference"]], 1)),
+            encoder_hidden_states=torch.from_numpy(x["context"]),
+            pooled_projections=torch.from_numpy(x["pooled"]),
+            timestep=torch.from_numpy(x["t"]),
+            guidance=torch.from_numpy(x["guidance"]) if config.guidance else None,
+            img_ids=torch.from_numpy(ids),
+            txt_ids=torch.zeros(x["context"].shape[1], 3),
+        ).sample
+    return out[:, : x["target"].shape[1]].numpy()
+
+
+# --- the autoencoder --------------------------------------------------------------------------------------------------
+
+
+def _autoencoder(folder: str | Path) -> Source:
+    config, table, tensors = autoencoder_source(folder)
+    original = "encoder.norm_out.weight" in tensors.names()
+    return Source(config, table, tensors, "Black Forest Labs" if original else "diffusers")
+
+
+def _autoencoder_rows(source: Source) -> Iterator[Row]:
+    config = source.config
+    module: Autoencoder = _loaded("autoencoder", config, source.table, source.tensors)
+    side = config.downsampling
+    rng = np.random.default_rng(0)
+    pictures = rng.uniform(-1, 1, (1, 12 * side, 7 * side, 3)).astype(np.float32)
+    latents = rng.standard_normal((1, 12, 7, config.latent_channels)).astype(np.float32)
+    encoded = np.asarray(nnx.jit(lambda module, x: module.encode(x))(module, pictures))
+    decoded = np.asarray(nnx.jit(lambda module, x: module.decode(x))(module, latents))
+    theirs = {}
+    if _has("torch", "diffusers"):
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        settings = {k: v for k, v in autoencoder_format.config_to_json(config).items() if k != "_class_name"}
+        twin: Any = AutoencoderKL(**settings).eval()
+        weights = (
+            {name: source.tensors.read(name) for name in source.tensors.names()}
+            if source.layout == "diffusers"
+            else export_entries(module, autoencoder_format.entries(config))
+        )
+        twin.load_state_dict({k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()}, strict=True)
+        with torch.no_grad():
+            mean = twin.encode(torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())).latent_dist.mean
+            raw = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()) / config.scaling_factor + config.shift_factor
+            drawn = twin.decode(raw).sample
+        theirs["encode"] = ((mean - config.shift_factor) * config.scaling_factor).numpy().transpose(0, 2, 3, 1)
+        theirs["decode"] = drawn.numpy().transpose(0, 2, 3, 1)
+    yield _row(f"encode {pictures.shape[1]}x{pictures.shape[2]}", encoded, theirs.get("encode"))
+    yield _row(f"decode {pictures.shape[1]}x{pictures.shape[2]}", decoded, theirs.get("decode"))
+
+
+# --- InternVL ---------------------------------------------------------------------------------------------------------
+
+WORDS = 64
+"""Rows of the embedding that the check takes along: the whole of it would be most of the memory."""
+
+
+class _FewWords:
+    """A checkpoint whose vocabulary is cut to its first words."""
+
+    def __init__(self, tensors: Tensors, names: tuple[str, ...]) -> None:
+        self.tensors, self.cut = tensors, names
+
+    def names(self) -> list[str]:
+        return self.tensors.names()
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.tensors.dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.tensors.shape(name)
+        return (min(WORDS, shape[0]), *shape[1:]) if name in self.cut else shape
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        if name in self.cut and not index:
+            index = (slice(0, WORDS),)
+        return self.tensors.read(name, index)
+
+
+def _internvl(folder: str | Path) -> Source:
+    config, table, tensors = internvl_source(folder)
+    original = any(name.startswith("mlp1.") for name in tensors.names())
+    return Source(config, table, tensors, "original" if original else "transformers (-hf)")
+
+
+def _internvl_rows(source: Source) -> Iterator[Row]:
+    full: InternVLConfig = source.config
+    words = min(WORDS, full.text.vocab_size)
+    config = dataclasses.replace(
+        full,
+        vision=dataclasses.replace(full.vision, num_hidden_layers=1),
+        text=dataclasses.replace(full.text, num_hidden_layers=1, vocab_size=words),
+        image_token_id=words - 1,
+    )
+    original = source.layout == "original"
+    table = (internvl_format.original_entries if original else internvl_format.entries)(config)
+    rng = np.random.default_rng(0)
+    image = [words - 1] * config.image_tokens
+    ids = np.array([[1, 2, *image, 3, 4, 5], [6, *image, 7, 8, 9, 10]], np.int32)
+    mask = np.ones(ids.shape, bool)
+    mask[1, -2:] = False
+    size = config.vision.image_size
+    pixels = rng.standard_normal((2, size, size, 3)).astype(np.float32)
+    forward = nnx.jit(lambda module, *inputs: module(*inputs))
+    cut = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    for k in range(max(full.vision.num_hidden_layers, full.text.num_hidden_layers)):
+        vision, text = min(k, full.vision.num_hidden_layers - 1), min(k, full.text.num_hidden_layers - 1)
+        layers = {
+            r"^vision_(tower\.encoder\.layer|model\.encoder\.layers)\.0\.": vision,
+            r"^language_model\.model\.layers\.0\.": text,
+        }
+        tensors = _FewWords(_one_block(source.tensors, table, layers), cut)
+        module = _loaded("internvl", config, table, tensors)
+        found = np.asarray(forward(module, ids, pixels, mask))
+        theirs = None
+        if _has("torch", "transformers"):
+            weights = (
+                export_entries(module, internvl_format.entries(config))
+                if original
+                else {name: tensors.read(name).astype(np.float32) for name in tensors.names()}
+            )
+            theirs = _transformers_internvl(config, weights, ids, pixels, mask)
+        seen = np.where(mask[:, None, :, None], found, 0)
+        yield _row(
+            f"vision layer {vision}, text layer {text}",
+            seen,
+            None if theirs is None else np.where(mask[:, None, :, None], theirs, 0),
+        )
+        gc.collect()
+
+
+def _transformers_internvl(
+    config: InternVLConfig, weights: dict[str, np.ndarray], ids: np.ndarray, pixels: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+    import torch
+    from transformers import InternVLForConditionalGeneration
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_tensors(Path(folder) / "model.safetensors", {k: np.ascontiguousarray(v) for k, v in weights.items()})
+        (Path(folder) / "config.json").write_text(json.dumps(internvl_format.config_to_json(config)))
+        twin = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        states = twin.eval()(
+            input_ids=torch.from_numpy(ids).long(),
+            pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+            attention_mask=torch.from_numpy(mask).long(),
+            output_hidden_states=True,
+        ).hidden_states
+    return torch.stack(states, 1).numpy()

@@ -1,0 +1,168 @@
+"""`verify`: good checkpoints of every layout pass against PyTorch, broken ones say what is wrong with them."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from small_dit import CONFIG, random_dit
+
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop import autoencoder as autoencoder_format
+from squeeze_jax.interop import flux as flux_format
+from squeeze_jax.interop import internvl as internvl_format
+from squeeze_jax.interop import verify as verifier
+from squeeze_jax.interop.mapping import export_entries, parameters_by_path
+from squeeze_jax.interop.verify import detect, verify
+from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig
+
+DIT = dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14))
+SMALL = AutoencoderConfig(block_out_channels=(8, 16), norm_groups=4, latent_channels=4)
+TINY = InternVLConfig(
+    vision=VisionConfig(
+        image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        attention_bias=True,
+    ),
+    text=TextConfig(
+        vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=56, max_position_embeddings=128,
+    ),
+    image_token_id=290,
+)  # fmt: skip
+
+
+def randomly(make):
+    """A module with random parameters: norms around 1, the rest of scale in^-1/2."""
+    module, rng = nnx.eval_shape(make), np.random.default_rng(0)
+    for path, leaf in parameters_by_path(module).items():
+        noise = rng.standard_normal(leaf.shape) * (np.prod(leaf.shape[:-1]) ** -0.5 if path.endswith("kernel") else 0.3)
+        leaf.set_value(jnp.asarray(noise + path.endswith("scale"), jnp.float32))
+    return module
+
+
+def write(folder, layout, change=lambda tensors: None):
+    """A checkpoint folder; `change` edits its tensors first."""
+    folder.mkdir(exist_ok=True)
+    if layout.startswith("flux"):
+        dit, config = random_dit(DIT), flux_format.config_to_json(DIT)
+        table = flux_format.original_entries if layout == "flux-original" else flux_format.diffusers_entries
+        tensors = export_entries(dit, table(DIT))
+    elif layout.startswith("autoencoder"):
+        module, config = randomly(lambda: Autoencoder(SMALL, rngs=nnx.Rngs(0))), autoencoder_format.config_to_json(SMALL)
+        original = layout == "autoencoder-original"
+        tensors = export_entries(
+            module, (autoencoder_format.original_entries if original else autoencoder_format.entries)(SMALL)
+        )
+    else:
+        module, config = randomly(lambda: InternVL(TINY, rngs=nnx.Rngs(0))), internvl_format.config_to_json(TINY)
+        tensors = export_entries(module, internvl_format.entries(TINY))
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    if layout != "flux-original":
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+LAYOUTS = ["flux-diffusers", "flux-original", "autoencoder-diffusers", "autoencoder-original", "internvl"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_good_checkpoint_passes(tmp_path, layout):
+    pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    report = verify(write(tmp_path / "x", layout))
+    assert report.kind == layout.split("-")[0]
+    assert report.passed, report.rows
+    assert len(report.rows) == {"flux": 3, "autoencoder": 2, "internvl": 3}[report.kind]
+    assert all(row.error is not None and row.error > 0 for row in report.rows)
+    assert json.loads(json.dumps(report.to_json()))["passed"] is True
+
+
+def test_a_wrong_computation_fails(tmp_path, monkeypatch):
+    """The check can fail: here our context projection forgets its bias."""
+    pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    folder, loaded = write(tmp_path / "x", "flux-diffusers"), verifier._loaded
+
+    def forgetful(*args):
+        dit = loaded(*args)
+        dit.txt_in.bias.set_value(jnp.zeros_like(dit.txt_in.bias[...]))
+        return dit
+
+    monkeypatch.setattr(verifier, "_loaded", forgetful)
+    report = verify(folder)
+    assert not report.passed
+    assert all(row.error > 1e-3 for row in report.rows)
+
+
+def test_without_pytorch_there_are_digests(tmp_path, monkeypatch):
+    monkeypatch.setattr(verifier, "_has", lambda *modules: False)
+    folder = write(tmp_path / "x", "flux-diffusers")
+    one, two = verify(folder), verify(folder)
+    assert one.rows == two.rows
+    assert one.passed
+    assert all(row.error is None and len(row.digest) == 4 for row in one.rows)
+
+    def nudge(tensors):
+        tensors["transformer_blocks.1.attn.to_q.weight"][0, 0] += 1.0
+
+    other = verify(write(tmp_path / "y", "flux-diffusers", nudge))
+    assert one.rows[0] == other.rows[0]
+    assert one.rows[1].digest != other.rows[1].digest
+
+
+def put(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        ("flux-diffusers", lambda t: t.pop("proj_out.bias"), r"missing: proj_out\.bias"),
+        ("flux-diffusers", lambda t: t.update(proj_ot=t.pop("proj_out.bias")), r"proj_out\.bias \(nearest: proj_ot\)"),
+        ("flux-original", put("extra", np.ones(1)), "unexpected: extra"),
+        ("autoencoder-diffusers", put("encoder.conv_in.bias", np.ones(3)), r"shape: encoder\.conv_in\.bias"),
+        ("internvl", put("multi_modal_projector.linear_1.bias", np.ones(48, int)), r"dtype: .*linear_1\.bias is int64"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_computed(tmp_path, layout, change, message):
+    report = verify(write(tmp_path / "x", layout, change))
+    assert not report.passed
+    assert not report.rows
+    assert re.search(message, "\n".join(report.problems)), report.problems
+
+
+def test_half_precision_files_pass(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    folder = write(tmp_path / "x", "flux-diffusers")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}, folder / "model.safetensors")
+    assert verify(folder).passed
+
+
+def test_what_a_folder_holds_is_found_out(tmp_path):
+    save_file({"x": np.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="say which with --kind"):
+        detect(tmp_path)
+
+
+def test_the_command_prints_a_table_and_fails_with_one_sentence(tmp_path):
+    good, bad = write(tmp_path / "good", "autoencoder-original"), write(
+        tmp_path / "bad", "autoencoder-diffusers", lambda t: t.pop("encoder.conv_in.bias")
+    )
+    run = [sys.executable, "-m", "squeeze_jax", "verify"]
+    done = subprocess.run([*run, good, "--json", tmp_path / "r.json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "passed" in done.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["kind"] == "autoencoder"
+    done = subprocess.run([*run, bad, "--json", tmp_path / "b.json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:")
+    assert "encoder.conv_in.bias" in done.stderr
+    assert "Traceback" not in done.stderr
