@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -112,6 +115,25 @@ def test_the_average_is_what_is_returned_and_read_back(whole):
     assert leaves.keys() == result.leaves.keys()
     for name, leaf in result.leaves.items():
         np.testing.assert_array_equal(leaves[name], leaf)
+
+
+def test_what_eight_devices_saved_is_read_on_one(whole):
+    workdir, result = whole
+    assert len(jax.devices()) == 8
+    script = f"""
+import json, sys, pathlib, jax
+from squeeze_jax.interop.checkpoint import read_weights
+assert jax.device_count() == 1
+_, leaves, _ = read_weights(pathlib.Path({str(workdir)!r}))
+json.dump({{name: leaf.ravel().tolist() for name, leaf in leaves.items()}}, sys.stdout)
+"""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == result.leaves.keys()
+    for name, leaf in result.leaves.items():
+        np.testing.assert_array_equal(np.float32(found[name]), np.ravel(leaf), err_msg=name)
 
 
 def test_another_config_is_refused_and_what_it_may_change_is_not(whole, features):
