@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+from flax import nnx
+from tiny import tiny_config
 
 from squeeze_jax.config import Config, differences, from_json, load_preset, override, to_json
 from squeeze_jax.errors import InputError
+from squeeze_jax.interop.build import build_system
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.models.dit import DiTConfig
-from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "configs").rglob("*.py"))
@@ -28,6 +30,14 @@ def test_every_preset_survives_json(path):
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_tells_how_to_run_it(path):
     assert path.relative_to(ROOT).as_posix() in path.read_text().split('"""')[1]
+
+
+def test_every_presets_system_can_be_built():
+    """Abstractly, at full size, without the published weights."""
+    systems = {(c.model.dit, c.aggregator, c.lora): c for c in map(load_preset, PRESETS)}
+    for config in systems.values():
+        system = nnx.eval_shape(lambda config=config: build_system(config, with_base=False))
+        assert system.aggregator.config.out_width == system.dit.config.context_width, config.name
 
 
 def test_overrides_reach_nested_fields_and_keep_the_rest():

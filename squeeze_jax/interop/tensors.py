@@ -175,6 +175,8 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         raise InputError(f"{file}: no such file") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _TwiceError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{file}: not a whole safetensors file (its header is no table); download it again")
     return header, 8 + length
 
 

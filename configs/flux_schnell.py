@@ -1,0 +1,25 @@
+"""Stage 2 on FLUX.1-schnell (weights: black-forest-labs/FLUX.1-schnell).
+
+    python train.py configs/flux_schnell.py --data.features FEATURES --workdir runs/schnell --from runs/stage1
+
+It takes no distilled guidance and samples in 4 steps on the unshifted schedule.
+Licence of the weights: Apache-2.0, the only one of the family free for commercial use. Hardware: a TPU pod slice.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from squeeze_jax.config import load_preset
+
+stage2 = load_preset(Path(__file__).with_name("flux_stage2.py"))
+config = dataclasses.replace(
+    stage2,
+    name="flux_schnell",
+    model=dataclasses.replace(
+        stage2.model,
+        dit=dataclasses.replace(stage2.model.dit, guidance=False),
+        dit_weights="FLUX.1-schnell/transformer",
+        autoencoder="FLUX.1-schnell/vae",
+    ),
+    sampling=dataclasses.replace(stage2.sampling, steps=4, shifted=False, cfg_scale=1.0),
+)
