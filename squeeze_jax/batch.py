@@ -30,7 +30,7 @@ class Context(NamedTuple):
 class References(NamedTuple):
     """Clean latents of the references as packed tokens, all references of a sample in one row."""
 
-    tokens: Float[Array, "B R 64"]
+    tokens: Float[Array, "B R c"]
     mask: Bool[Array, "B R"]
     positions: Int[Array, "B R 2"]
     """Row and column of each token on the rotary grid, already shifted past the target's (UNO)."""
@@ -39,7 +39,7 @@ class References(NamedTuple):
 class TrainingBatch(NamedTuple):
     """One batch of feature records, as the data pipeline hands it to the train step."""
 
-    target: Float[Array, "B N 64"]
+    target: Float[Array, "B N c"]
     """Packed latents x_0 of the target after shift and scale: about zero mean and unit variance."""
     hidden_states: HiddenStates
     references: References

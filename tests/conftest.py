@@ -18,3 +18,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 install_import_hook("squeeze_jax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no core waits for them at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("training", "commands"))

@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 
 def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:
-    """Latents [*B, h, w, 16] to tokens [*B, (h/2)(w/2), 64], row by row.
+    """Latents [*B, h, w, c] to tokens [*B, (h/2)(w/2), 4c], row by row.
 
     A token's channels are ordered (channel, dy, dx), as diffusers packs them, so that weights load unchanged.
     Raises ValueError where h or w is odd.
@@ -32,7 +32,7 @@ def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:
 
 
 def unpack(tokens: Float[Any, "*B N patch"], grid: Grid) -> Float[Any, "*B height width c"]:
-    """The inverse of `pack` for a grid of (rows, columns) tokens: [*B, N, 64] to [*B, 2 rows, 2 columns, 16]."""
+    """The inverse of `pack` for a grid of (rows, columns) tokens: [*B, N, 4c] to [*B, 2 rows, 2 columns, c]."""
     rows, columns = grid
     *batch, count, width = tokens.shape
     if count != rows * columns:

@@ -139,7 +139,7 @@ class Pipeline:
         seeds: Sequence[int],
         settings: Settings = Settings(),
     ) -> jax.Array:
-        """Latent tokens [len(seeds), N, 64] from hidden states and reference latents of one prompt, or one each a seed."""
+        """Latent tokens [len(seeds), N, c] from hidden states and reference latents of one prompt, or one each a seed."""
         resolved = self.resolved(settings)
         grid = self.config.grid(resolved.height, resolved.width)
         references = reference_tokens(latents, grid)
@@ -167,7 +167,7 @@ class Pipeline:
 
 
 def reference_tokens(latents: Sequence[Sequence[np.ndarray]], target_grid: tuple[int, int]) -> References | None:
-    """Each sample's reference latents [h, w, 16] as one padded, masked row of tokens; None where no sample has any."""
+    """Each sample's reference latents [h, w, c] as one padded, masked row of tokens; None where no sample has any."""
     counts = [sum(latent.shape[0] * latent.shape[1] // 4 for latent in row) for row in latents]
     if not max(counts, default=0):
         return None
