@@ -1,6 +1,6 @@
 """Pictures and scores of a system in training: what `train` hands to the loop, and what it prints at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside, write_json
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.training.loop import Result, SampleFunction
+from squeeze_jax.training.metrics import progress_bar
 from squeeze_jax.training.state import Leaves, Split
 
 CHUNK = 64
@@ -57,8 +58,16 @@ def grid_sampler(config: Config, folder: Path, features: Path) -> SampleFunction
     return sample
 
 
-def sample_examples(pipeline: Pipeline, examples: Sequence[Example], settings: Settings) -> np.ndarray:
-    """uint8 pictures [n, height, width, 3], one an example, each from its own prompt, references and seed (its number)."""
+def sample_examples(
+    pipeline: Pipeline,
+    examples: Sequence[Example],
+    settings: Settings,
+    done: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """uint8 pictures [n, height, width, 3], one an example, each from its own prompt, references and seed (its number).
+
+    `done` is called with the number of pictures after every chunk.
+    """
     pictures = []
     for start in range(0, len(examples), CHUNK):
         some = list(examples[start : start + CHUNK])
@@ -67,6 +76,7 @@ def sample_examples(pipeline: Pipeline, examples: Sequence[Example], settings: S
         latents = reference_latents(pipeline.encoders, pipeline.config, padded)
         tokens = pipeline.sample(states, latents, range(start, start + len(padded)), settings)
         pictures.append(to_uint8(pipeline.decode(tokens, settings))[: len(some)])
+        done(len(some))
     return np.concatenate(pictures)
 
 
@@ -125,7 +135,11 @@ def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence
         latents = np.stack(pipeline.encoders.latents(list(pictures * 2 - 1)))
         return np.clip((pipeline.encoders.decode(latents) + 1) / 2, 0, 1)
 
-    images = {ways[s][0]: sample_examples(pipeline, ways[s][1], ways[s][2]) for s in settings}
+    images = {}
+    with progress_bar() as bar:
+        for label, some, how in (ways[name] for name in settings):
+            task = bar.add_task(label, total=count, figures="")
+            images[label] = sample_examples(pipeline, some, how, done=lambda n, task=task: bar.advance(task, n))
     targets = true_targets(pairs)
     padded = np.concatenate([targets, targets[-1:].repeat(-count % CHUNK, 0)]).astype(np.float32) / 255
     ceiling = np.concatenate([codec(padded[i : i + CHUNK]) for i in range(0, len(padded), CHUNK)])[:count]
@@ -141,8 +155,9 @@ def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence
     }
     if {"demo", "mllm"} <= set(settings):
         difference = paired_difference(scores[ways["demo"][0]], scores[ways["mllm"][0]], "subject hard")
-        print(f"subject hard, staged minus MLLM alone: {difference}")
-        report["staged minus MLLM alone, subject hard"] = str(difference)
+        points = [100 * value for value in (difference.value, difference.low, difference.high)]
+        print("subject hard, staged minus MLLM alone: {:+.1f} points ({:+.1f} to {:+.1f})".format(*points))
+        report["staged minus MLLM alone, subject hard"] = difference._asdict()
     write_json(out, jax.tree.map(lambda x: x, report))
     print(f"scores: {out}")
 

@@ -85,8 +85,13 @@ class FrozenEncoders:
         names = ("autoencoder", "mllm")
         return {"system_text": self.system_text} | {n: digest(f) for n, f in zip(names, self._folders)}
 
-    def _states(self, mllm: Any, ids: jax.Array, pixels: jax.Array, mask: jax.Array) -> jax.Array:
-        return mllm(ids, pixels if pixels.shape[0] else None, mask)
+    def _states(self, mllm: Any, ids: jax.Array, pixels: jax.Array, mask: jax.Array) -> HiddenStates:
+        """All hidden states, text and image tokens apart: both lengths follow from the shapes."""
+        hidden = mllm(ids, pixels if pixels.shape[0] else None, mask)
+        image = mllm.config.image_tokens * (pixels.shape[0] // ids.shape[0])
+        return split_hidden_states(
+            hidden, ids, mask, mllm.config, text_length=ids.shape[1] - image, image_length=image
+        )
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states of prompts with their references, padded to buckets of static shape (NumPy arrays).
@@ -106,10 +111,7 @@ class FrozenEncoders:
         tiles = [preprocess_image(image, tile) for row in images for image in row]
         tiles += [np.zeros((tile, tile, 3), np.float32)] * (most_images * len(prompts) - len(tiles))
         pixels = np.stack(tiles) if tiles else np.zeros((0, tile, tile, 3), np.float32)
-        hidden = self._read(ids, pixels, mask)
-        return split_hidden_states(
-            hidden, ids, mask, config, text_length=text, image_length=per_image * most_images
-        )
+        return self._read(ids, pixels, mask)
 
     def hidden_states(self, prompts: list[str], images: list[list[Image.Image]]) -> list["EncodedPrompt"]:
         """The same, one unpadded result a sample: what a feature record keeps."""

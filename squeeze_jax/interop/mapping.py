@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.layers.lora import LoRAParam
@@ -179,9 +179,12 @@ def load_entries(
         by_path.setdefault(entry.path, []).append(entry)
     for path, entries in by_path.items():
         shape, kept = parameters[path].shape, np.dtype(dtype or parameters[path].dtype)
-        sharding = place(path, shape) if place else SingleDeviceSharding(jax.devices()[0])
         read = partial(_piece, tensors, entries, shape, kept)
-        parameters[path].set_value(jax.make_array_from_callback(shape, sharding, read))
+        if place is None:
+            value = jax.device_put(read(None), jax.devices()[0])
+        else:
+            value = jax.make_array_from_callback(shape, place(path, shape), read)
+        parameters[path].set_value(value)
     nnx.update(module, nnx.from_flat_state([(tuple(_key(k) for k in p.split(".")), v) for p, v in parameters.items()]))
 
 

@@ -79,7 +79,7 @@ class Pipeline:
         variables = {".".join(map(str, path)): variable for path, variable in trained}
         check_leaves(variables, leaves, where)
         for name, variable in variables.items():
-            variable.set_value(jnp.asarray(leaves[name], variable.dtype))
+            variable.set_value(jax.device_put(np.asarray(leaves[name]).astype(variable.dtype)))  # compiles nothing
         nnx.update(system, nnx.from_flat_state(trained))
         return cls.of(system, config, step=step)
 

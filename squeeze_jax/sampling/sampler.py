@@ -4,6 +4,7 @@ Conditions that a stage does not use are left out of its sequence (shorter, not 
 borders and the guidance scale are arguments of the compiled program, so that changing them compiles nothing.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,12 @@ def make_schedule(
 
 def noise_for(seeds: list[int], tokens: int, channels: int) -> Float[Array, "B N c"]:
     """Standard normal noise of each seed: the same for a seed, whatever batch it is in."""
-    return jnp.stack([jax.random.normal(jax.random.key(seed), (tokens, channels)) for seed in seeds])
+    return _noise(np.array([seed % 2**32 for seed in seeds], np.uint32), tokens, channels)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _noise(seeds: Array, tokens: int, channels: int) -> jax.Array:
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (tokens, channels)))(seeds)
 
 
 def denoise(
