@@ -1,6 +1,7 @@
-"""The shipped miniature: about 95 minutes on two idle CPU cores.
+"""The shipped miniature: about 100 minutes on two CPU cores.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python train.py configs/demo_weights.py --data.batch-per-chip 16
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python train.py configs/demo_weights.py \
+        --data.batch-per-chip 16 --parallel.data 2 --parallel.fsdp 1
 
 The paper's method at 64x64 pixels on drawn critters (squeeze_jax.data.critters), with the shipped frozen encoders. A
 picture is 64 tokens, so the paper's thresholds (made for 1,024) are carried to equal signal-to-noise: logit(t) moves by

@@ -196,8 +196,9 @@ class Meter:
 
     def text(self, validation: float) -> str:
         speed = self.speed()
+        seen = f"  validation {validation:.4f}" if np.isfinite(validation) else ""  # none yet
         return (
-            f"loss {self.loss:.4f}  validation {validation:.4f}  {speed['step_seconds']:.2f} s/step  "
+            f"loss {self.loss:.4f}{seen}  {speed['step_seconds']:.2f} s/step  "
             f"{speed['examples_per_second']:.0f} examples/s"
         )
 
