@@ -6,7 +6,6 @@
 The paper's method at 64x64 pixels on drawn critters (squeeze_jax.data.critters), with the shipped frozen encoders. A
 picture is 64 tokens, so the paper's thresholds (made for 1,024) are carried to equal signal-to-noise: logit(t) moves by
 half the log of the token ratio, .95 → .83 and .85 → .59. The transformer is small and trained whole (`lora=None`).
-On a processor two simulated devices of half the batch each are a fifth faster than one.
 """
 
 from squeeze_jax.config import (

@@ -94,7 +94,7 @@ class FrozenEncoders:
         )
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
-        """Hidden states of prompts with their references, padded to buckets of static shape (NumPy arrays).
+        """Hidden states of prompts with their references, padded to buckets of static shape.
 
         Raises InputError for an empty or too long prompt.
         """
