@@ -197,7 +197,7 @@ def read_pairs(
         if lacking := [role for role in ("A", "B") if role not in roles]:
             raise InputError(f"{file}: {module} has no {lacking[0]} matrix beside {next(iter(roles.values()))}")
         a, b = (_matrix(tensors.read(roles[role]), roles[role], file) for role in ("A", "B"))
-        alpha = float(tensors.read(roles["alpha"]).astype(np.float64)) if "alpha" in roles else None
+        alpha = _alpha(tensors.read(roles["alpha"]), roles["alpha"], file) if "alpha" in roles else None
         bare, target = names[module]
         fan_in, fan_out = kernels[target.path][-2:]
         size = fan_out - target.start if target.size == -1 else target.size
@@ -278,6 +278,13 @@ def _matrix(tensor: np.ndarray, key: str, file: str | Path) -> np.ndarray:
     if tensor.ndim < 2 or any(size != 1 for size in tensor.shape[2:]):
         raise InputError(f"{file}: {key} has shape {tensor.shape}; a matrix is wanted")
     return tensor.reshape(tensor.shape[:2]).astype(np.float32)
+
+
+def _alpha(tensor: np.ndarray, key: str, file: str | Path) -> float:
+    """An alpha, 0-d or with one element."""
+    if tensor.size != 1:
+        raise InputError(f"{file}: {key} has shape {tensor.shape}; a single number is wanted")
+    return float(tensor.astype(np.float64).item())
 
 
 @dataclass(frozen=True)

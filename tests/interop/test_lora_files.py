@@ -181,6 +181,19 @@ def test_metadata_that_contradict_the_tensors_are_refused(tmp_path, alpha, metad
     assert all(linear.adapter is None for _, linear in linears(dit))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+def test_alpha_is_one_number(tmp_path, shape):
+    file, product = one(tmp_path, alpha=np.full(shape, 2.0))
+    dit = random_dit()
+    if shape == (2,):
+        with pytest.raises(InputError, match=r"alpha has shape \(2,\)"):
+            load_lora(dit, file)
+        return
+    load_lora(dit, file)
+    (found,) = deltas(dit).values()
+    np.testing.assert_allclose(found, 0.25 * product, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_config_beside_the_file_gives_alpha(tmp_path):
     product = one(tmp_path)[1]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 4}))
