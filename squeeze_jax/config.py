@@ -36,6 +36,8 @@ class ModelConfig:
     """Folder of the autoencoder; `demo` is the shipped miniature."""
     mllm: str = "demo"
     """Folder of the multimodal LLM; `demo` is the shipped miniature."""
+    mllm_source: Literal["internvl", "transformers"] = "internvl"
+    """What runs it: our InternVL, or transformers in PyTorch, which takes any image-text-to-text model."""
     latent_pixels: int = 8
     """Pixels that a latent stands for along one side: the autoencoder's downsampling (FLUX.1: 8, the miniature: 4)."""
     frozen_dtype: Precision = "bfloat16"
@@ -81,6 +83,8 @@ class DataConfig:
     """Reading processes; 0 reads in threads of the main process."""
     system_text: str | None = None
     """System turn of the MLLM's chat; None leaves it out, as the published `-hf` files do (our decision)."""
+    max_tiles: int = 1
+    """Most tiles of a reference that InternVL sees, 1 to 12 (published option; one tile is our decision)."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,8 @@ def _impossible(config: Config):
             yield f"data.{name} {value} must be a positive multiple of 16 (8x autoencoder, 2x2 patches)"
     if config.model.latent_pixels not in (1, 2, 4, 8):
         yield f"model.latent_pixels is {config.model.latent_pixels}; it must be 1, 2, 4 or 8"
+    if data.max_tiles != 1 and config.model.mllm_source != "internvl":
+        yield f"data.max_tiles is {data.max_tiles}, which only model.mllm_source internvl reads; leave it at 1"
     if data.critters is not None and data.manifest is not None:
         yield "data.critters and data.manifest are both set; choose one source of examples"
     if data.critters is not None and data.critters.size != data.height:
@@ -258,6 +264,7 @@ def _impossible(config: Config):
         ("optimizer.b2", 0.0, 0.999999),
         ("sampling.tau1", 0.0, 1.0),
         ("sampling.tau2", 0.0, 1.0),
+        ("data.max_tiles", 1, 12),
     ):
         section, name = path.split(".")
         value = getattr(getattr(config, section), name)

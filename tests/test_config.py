@@ -62,6 +62,8 @@ def test_overrides_reach_nested_fields_and_keep_the_rest():
         (["--optimizer.accumulate", "0"], ["optimizer.accumulate is 0"]),
         (["--parallel.tensor", "2"], ["parallel.tensor is 2"]),
         (["--parallel.remat", "some"], ["remat"]),
+        (["--data.max-tiles", "13"], ["data.max_tiles is 13", "between 1 and 12"]),
+        (["--data.max-tiles", "4", "--model.mllm-source", "transformers"], ["data.max_tiles is 4", "leave it at 1"]),
     ],
 )
 def test_impossible_combinations_say_why(arguments, words, capsys):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, UInt8
 from PIL import Image
 
 from squeeze_jax.errors import InputError
@@ -41,13 +41,12 @@ def build_input(
     """Token ids of one prompt with its references.
 
     tokenizer: a `tokenizers.Tokenizer`, or a fast tokenizer of transformers. images: the number of image tokens of every
-    reference, in order (256 for InternVL3). system: the text of a system turn; None leaves the turn out, "" keeps it,
-    empty. What prompt and system say is text: a special token's name in them is spelled out like any other word.
+    reference, in order (256 a tile for InternVL3). system: the text of a system turn; None leaves the turn out, ""
+    keeps it, empty. What prompt and system say is text: a special token's name in them is spelled out like any other word.
     Raises InputError for an empty prompt, or where the sequence has more than `max_text_tokens` besides its image
     tokens, which are never cut.
     """
-    if not prompt.strip():
-        raise InputError("the prompt is empty; say what the picture should show")
+    check_prompt(prompt)
     vocabulary = Vocabulary(tokenizer)
     ids: list[int] = []
     if system is not None:
@@ -60,12 +59,23 @@ def build_input(
     parts += [vocabulary.special(TURN_END), "\n"]
     for part in parts:
         ids += vocabulary.text(part) if isinstance(part, str) else [part]
-    if len(ids) > max_text_tokens:
-        raise InputError(
-            f"the prompt is too long: with its template it has {len(ids)} text tokens, the limit is {max_text_tokens}; "
-            f"shorten it by about {len(ids) - max_text_tokens} tokens"
-        )
+    check_text_length(len(ids), max_text_tokens)
     return expand_images(vocabulary, ids, images)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises InputError for an empty prompt."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty; say what the picture should show")
+
+
+def check_text_length(tokens: int, most: int) -> None:
+    """Raises InputError where a sequence has more tokens, besides its image tokens, than `most`."""
+    if tokens > most:
+        raise InputError(
+            f"the prompt is too long: with its template it has {tokens} text tokens, the limit is {most}; "
+            f"shorten it by about {tokens - most} tokens"
+        )
 
 
 def expand_images(vocabulary: "Vocabulary", ids: list[int], images: Sequence[int]) -> list[int]:
@@ -132,11 +142,45 @@ def preprocess_image(image: Image.Image, size: int) -> Float32[np.ndarray, "size
 
     Equal to `GotOcr2ImageProcessorPil` of transformers for one tile with InternVL3's published settings.
     """
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float64) / 255.0
-    pixels = (pixels.astype(np.float32) - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
-    return pixels.astype(np.float32)
+    return normalised(np.asarray(resized(image, size, size)))
+
+
+def image_tiles(image: Image.Image, size: int, most: int = 1) -> Float32[np.ndarray, "tiles size size 3"]:
+    """A picture as up to `most` tiles, row by row, and the whole as a last one where they are several.
+
+    The same processor's dynamic tiling. With `most` 1 it is one tile (`preprocess_image`).
+    """
+    rows, columns = tile_grid(image.height, image.width, size, most)
+    pixels = np.asarray(resized(image, columns * size, rows * size)).reshape(rows, size, columns, size, 3)
+    tiles = pixels.swapaxes(1, 2).reshape(-1, size, size, 3)
+    if len(tiles) > 1:
+        tiles = np.concatenate([tiles, np.asarray(resized(image, size, size))[None]])
+    return normalised(tiles)
+
+
+def tile_grid(height: int, width: int, size: int, most: int) -> tuple[int, int]:
+    """Rows and columns of at most `most` tiles whose shape is nearest to the picture's.
+
+    Between equally near grids the larger one wins where the picture has more than half of its pixels.
+    """
+    grids = [(rows, columns) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)]
+    best, nearest = (1, 1), float("inf")
+    for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(width / height - columns / rows)
+        enough = height * width > 0.5 * size * size * rows * columns
+        if distance < nearest or (distance == nearest and enough):
+            best, nearest = (rows, columns), distance
+    return best
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+
+def normalised(pixels: UInt8[np.ndarray, "*B 3"]) -> Float32[np.ndarray, "*B 3"]:
+    """0 .. 255 to ImageNet's mean 0 and deviation 1 in each channel."""
+    unit = (np.asarray(pixels, np.float64) / 255.0).astype(np.float32)
+    return (unit - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
 
 
 def load_tokenizer(folder: Any) -> "Tokenizer":

@@ -232,19 +232,19 @@ def split_hidden_states(
     hidden: Float[Array, "B M L C"],
     input_ids: Int[Array, "B L"],
     attention_mask: Bool[Array, "B L"] | Int[Array, "B L"],
-    config: InternVLConfig,
+    image_token_id: int,
     *,
     text_length: int,
     image_length: int,
 ) -> HiddenStates:
     """Text and image tokens apart, each at the front of its own axis of static length; padding is zero.
 
-    Image tokens are the `<IMG_CONTEXT>` positions, every other valid token is text. Positions count valid tokens from 0,
-    so that they do not depend on padding. Outside of `jit`, more tokens than a length holds are a ValueError; inside it,
-    the caller has seen to that (data.chat limits the text).
+    Image tokens are the positions of `image_token_id` (`<IMG_CONTEXT>`), every other valid token is text. Positions
+    count valid tokens from 0, so that they do not depend on padding. Outside of `jit`, more tokens than a length holds
+    are a ValueError; inside it, the caller has seen to that (data.chat limits the text).
     """
     valid = jnp.asarray(attention_mask).astype(bool)
-    is_image, _ = image_slots(jnp.asarray(input_ids), valid, config.image_token_id)
+    is_image, _ = image_slots(jnp.asarray(input_ids), valid, image_token_id)
     is_text = valid & ~is_image
     for name, mask, length in (("text", is_text, text_length), ("image", is_image, image_length)):
         if not isinstance(mask, jax_core.Tracer) and (most := int(mask.sum(axis=1).max())) > length:

@@ -5,49 +5,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from qwen_like import PROMPT, qwen_like
+from tokenizers import Tokenizer, models
 
 from squeeze_jax.data.chat import (
     IMAGE,
     IMAGE_END,
     IMAGE_START,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     SPECIAL_TOKENS,
     TURN_END,
     TURN_START,
     Vocabulary,
     build_input,
+    image_tiles,
     load_tokenizer,
     pad_inputs,
     preprocess_image,
+    tile_grid,
 )
 from squeeze_jax.data.demo_tokenizer import build_demo_tokenizer
 from squeeze_jax.errors import InputError
-
-PROMPT = "a small critter running on the beach at night, with a blue flag, on the left"
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def qwen_like() -> Tokenizer:
-    """A tokenizer built as Qwen2's: NFC, its splitting rule, byte-level BPE, special tokens added on top."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    # The words of the special tokens are in the corpus, so that merges towards them exist.
-    tokenizer.train_from_iterator([PROMPT, "user\n system\n <IMG_CONTEXT> <|im_end|> IMG_CONTEXT im_end"] * 20, trainer)
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
-    tokenizer.add_tokens(["<tool_call>"])
-    return tokenizer
 
 
 @pytest.fixture(scope="module", params=["qwen-like", "demo"])
@@ -175,25 +154,55 @@ def test_padding():
         pad_inputs([[1, 2, 3]], length=2)
 
 
-@pytest.mark.parametrize("shape", [(448, 448), (300, 97), (20, 33)])
-@pytest.mark.parametrize("size", [448, 8])
-def test_a_tile_equals_the_published_processor(shape, size):
+def processor_with(size: int, most: int):
+    """The published image processor with InternVL3's mean and deviation."""
     module = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
-    from squeeze_jax.data.chat import IMAGENET_MEAN, IMAGENET_STD
-
-    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    pixels[: shape[0] // 2] = 255 * (pixels[: shape[0] // 2] > 127)  # hard edges, where bicubic overshoots
-    image = Image.fromarray(pixels)
-    processor = module.GotOcr2ImageProcessorPil(
+    return module.GotOcr2ImageProcessorPil(
         size={"height": size, "width": size},
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
         crop_to_patches=True,
-        max_patches=1,
+        max_patches=most,
     )
-    expected = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+
+
+def edged_picture(height: int, width: int) -> Image.Image:
+    """Noise, its upper half black and white: hard edges, where bicubic overshoots."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    pixels[: height // 2] = 255 * (pixels[: height // 2] > 127)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("shape", [(448, 448), (300, 97), (20, 33)])
+@pytest.mark.parametrize("size", [448, 8])
+def test_a_tile_equals_the_published_processor(shape, size):
+    image = edged_picture(*shape)
+    expected = np.asarray(processor_with(size, 1)(images=image, return_tensors="np")["pixel_values"])[0]
     ours = preprocess_image(image, size)
     assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours, expected.transpose(1, 2, 0), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(image_tiles(image, size), ours[None])
     assert ours.min() >= -2.2
     assert ours.max() <= 2.7
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 130), (150, 31), (90, 60), (7, 300)])
+@pytest.mark.parametrize("most", [2, 5, 12])
+def test_several_tiles_equal_the_published_processor(shape, most):
+    image = edged_picture(*shape)
+    found = processor_with(16, most)(images=image, return_tensors="np")
+    expected = np.asarray(found["pixel_values"]).transpose(0, 2, 3, 1)
+    ours = image_tiles(image, 16, most)
+    assert len(ours) == found["num_patches"][0]
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_every_grid_is_the_published_one():
+    module = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
+    rng = np.random.default_rng(0)
+    shapes = [(448 * a, 448 * b) for a in range(1, 5) for b in range(1, 5)]
+    shapes += [tuple(shape) for shape in rng.integers(1, 3000, (500, 2)).tolist()]
+    for height, width in shapes:
+        for most in (1, 4, 6, 12):
+            columns, rows = module.get_optimal_tiled_canvas((height, width), (448, 448), 1, most)
+            assert tile_grid(height, width, 448, most) == (rows, columns), (height, width, most)

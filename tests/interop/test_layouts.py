@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 from small_dit import CONFIG, random_dit
+from small_internvl import INTERNVL, random_internvl, randomly
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
@@ -19,27 +20,8 @@ from squeeze_jax.interop.flux import config_from_shapes, original_entries
 from squeeze_jax.interop.mapping import export_entries, parameters_by_path
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
-from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig
 
 SMALL = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
-TINY = InternVLConfig(
-    vision=VisionConfig(
-        image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
-        attention_bias=True,
-    ),
-    text=TextConfig(
-        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=56, max_position_embeddings=128,
-    ),
-)  # fmt: skip
-
-
-def randomly(make):
-    """A module with random parameters of every kind."""
-    module, rng = nnx.eval_shape(make), np.random.default_rng(0)
-    for leaf in parameters_by_path(module).values():
-        leaf.set_value(jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32))
-    return module
 
 
 def same(ours, theirs):
@@ -153,7 +135,7 @@ PUBLISHED = {
         "hidden_act": "gelu", "norm_type": "layer_norm", "initializer_factor": 0.1, "layer_norm_eps": 1e-6,
     },
     "llm_config": {
-        "model_type": "qwen2", "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "model_type": "qwen2", "vocab_size": 600, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 56, "max_position_embeddings": 128, "rope_theta": 1000000.0,
         "hidden_act": "silu", "rms_norm_eps": 1e-6,
     },
@@ -187,12 +169,12 @@ def by_hand(tensors):
 
 
 def test_the_original_internvl_loads(tmp_path):
-    mllm = randomly(lambda: InternVL(TINY, rngs=nnx.Rngs(0)))
-    original = by_hand(export_entries(mllm, internvl_format.entries(TINY)))
+    mllm = random_internvl()
+    original = by_hand(export_entries(mllm, internvl_format.entries(INTERNVL)))
     save_file(original, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     loaded = load_internvl(tmp_path, jnp.float32)
-    assert loaded.config == dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, rope_theta=1e6))
+    assert loaded.config == dataclasses.replace(INTERNVL, image_token_id=151667)  # their config does not say
     same(loaded, mllm)
     again = export_entries(loaded, internvl_format.original_entries(loaded.config))
     assert again.keys() == original.keys()
@@ -208,8 +190,8 @@ def test_another_pixel_shuffle_is_refused(tmp_path):
 
 
 def test_a_fused_tensor_of_another_size_is_named(tmp_path):
-    mllm = randomly(lambda: InternVL(TINY, rngs=nnx.Rngs(0)))
-    original = by_hand(export_entries(mllm, internvl_format.entries(TINY)))
+    mllm = random_internvl()
+    original = by_hand(export_entries(mllm, internvl_format.entries(INTERNVL)))
     original["vision_model.encoder.layers.1.attn.qkv.weight"] = np.ones((71, 24), np.float32)
     save_file(original, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))

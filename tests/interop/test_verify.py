@@ -13,39 +13,19 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_dit import CONFIG, random_dit
+from small_internvl import INTERNVL, random_internvl, randomly
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import flux as flux_format
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop import verify as verifier
-from squeeze_jax.interop.mapping import export_entries, parameters_by_path
+from squeeze_jax.interop.mapping import export_entries
 from squeeze_jax.interop.verify import detect, verify
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig
 
 DIT = dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14))
 SMALL = AutoencoderConfig(block_out_channels=(8, 16), norm_groups=4, latent_channels=4)
-TINY = InternVLConfig(
-    vision=VisionConfig(
-        image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
-        attention_bias=True,
-    ),
-    text=TextConfig(
-        vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=56, max_position_embeddings=128,
-    ),
-    image_token_id=290,
-)  # fmt: skip
-
-
-def randomly(make):
-    """A module with random parameters: norms around 1, the rest of scale in^-1/2."""
-    module, rng = nnx.eval_shape(make), np.random.default_rng(0)
-    for path, leaf in parameters_by_path(module).items():
-        noise = rng.standard_normal(leaf.shape) * (np.prod(leaf.shape[:-1]) ** -0.5 if path.endswith("kernel") else 0.3)
-        leaf.set_value(jnp.asarray(noise + path.endswith("scale"), jnp.float32))
-    return module
 
 
 def write(folder, layout, change=lambda tensors: None):
@@ -62,8 +42,8 @@ def write(folder, layout, change=lambda tensors: None):
             module, (autoencoder_format.original_entries if original else autoencoder_format.entries)(SMALL)
         )
     else:
-        module, config = randomly(lambda: InternVL(TINY, rngs=nnx.Rngs(0))), internvl_format.config_to_json(TINY)
-        tensors = export_entries(module, internvl_format.entries(TINY))
+        module, config = random_internvl(), internvl_format.config_to_json(INTERNVL)
+        tensors = export_entries(module, internvl_format.entries(INTERNVL))
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     if layout != "flux-original":

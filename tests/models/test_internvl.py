@@ -223,7 +223,8 @@ def test_pixel_shuffle_joins_neighbourhoods():
 def test_split_puts_text_and_image_tokens_apart(model, forward, pictures, side):
     ids, mask = padded(side)
     hidden = forward(model, ids, pictures, mask)
-    split = split_hidden_states(hidden, jnp.asarray(ids), jnp.asarray(mask), TINY, text_length=25, image_length=10)
+    ids, mask, token = jnp.asarray(ids), jnp.asarray(mask), TINY.image_token_id
+    split = split_hidden_states(hidden, ids, mask, token, text_length=25, image_length=10)
     assert split.text.shape == (3, 4, 25, 48)
     assert split.image.shape == (3, 4, 10, 48)
     for row, sample in enumerate(SAMPLES):
@@ -245,7 +246,7 @@ def test_split_refuses_to_cut(model, forward, pictures):
     ids, mask = padded("right")
     hidden = forward(model, ids, pictures, mask)
     with pytest.raises(ValueError, match="8 image tokens, but image_length is 4"):
-        split_hidden_states(hidden, jnp.asarray(ids), jnp.asarray(mask), TINY, text_length=20, image_length=4)
+        split_hidden_states(hidden, ids, mask, IMAGE, text_length=20, image_length=4)
 
 
 def test_published_config_is_the_default_and_round_trips():

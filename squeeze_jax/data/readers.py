@@ -1,0 +1,200 @@
+"""What reads a prompt and its references: InternVL here, or any model of transformers as PyTorch runs it.
+
+A reader gives every hidden state of a frozen multimodal LLM, text and image tokens apart. Which one is a choice of the
+config (`model.mllm_source`); records, aggregator and sampler do not know the difference.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from squeeze_jax.array_types import DType
+from squeeze_jax.batch import HiddenStates
+from squeeze_jax.data.chat import (
+    MAX_TEXT_TOKENS,
+    build_input,
+    check_prompt,
+    check_text_length,
+    image_tiles,
+    load_tokenizer,
+    pad_inputs,
+)
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop.load import load_internvl
+from squeeze_jax.models.internvl import InternVL, split_hidden_states
+
+TEXT_BUCKET = 32
+"""Text tokens are padded to a multiple of this, so that a new prompt compiles nothing new."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A frozen multimodal LLM."""
+
+    @property
+    def width(self) -> int:
+        """Channels of a hidden state."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Layers above the embeddings; there is one hidden state more."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values besides the weights that decide what comes out."""
+        ...
+
+    def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
+        """Hidden states of prompts, each with its references; InputError for an empty or too long prompt."""
+        ...
+
+
+class InternVLReader:
+    """InternVL3, compiled per shape."""
+
+    def __init__(self, folder: Path, system_text: str | None, max_tiles: int, dtype: DType) -> None:
+        self.mllm = load_internvl(folder, dtype)
+        self.tokenizer = load_tokenizer(folder)
+        self.system_text, self.max_tiles = system_text, max_tiles
+        self.graph, self.state = nnx.split(self.mllm)
+        self.program = jax.jit(self._states)
+
+    @property
+    def width(self) -> int:
+        return self.mllm.config.text.hidden_size
+
+    @property
+    def layers(self) -> int:
+        return self.mllm.config.text.num_hidden_layers
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        # One tile is left out: records from before there was a choice go on being continued.
+        return {"system_text": self.system_text} | ({"max_tiles": self.max_tiles} if self.max_tiles > 1 else {})
+
+    def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
+        """Hidden states padded to buckets of static shape."""
+        config = self.mllm.config
+        size, per_tile = config.vision.image_size, config.image_tokens
+        tiles = [[image_tiles(image, size, self.max_tiles) for image in row] for row in images]
+        counts = [[per_tile * len(of_image) for of_image in row] for row in tiles]
+        sequences = [
+            build_input(self.tokenizer, prompt, row, self.system_text)
+            for prompt, row in zip(prompts, counts, strict=True)
+        ]
+        most = max(map(sum, counts))
+        text = bucket(max(len(ids) - sum(row) for ids, row in zip(sequences, counts)))
+        ids, mask = pad_inputs(sequences, text + most)
+        pixels = np.zeros((len(prompts) * most // per_tile, size, size, 3), np.float32)
+        for place, tile in enumerate(chain.from_iterable(chain.from_iterable(tiles))):
+            pixels[place] = tile
+        return self.program(self.state, ids, pixels, mask)
+
+    def _states(self, state: Any, ids: jax.Array, pixels: jax.Array, mask: jax.Array) -> HiddenStates:
+        """All hidden states, text and image tokens apart: both lengths follow from the shapes."""
+        mllm: InternVL = nnx.merge(self.graph, state)
+        hidden = mllm(ids, pixels if pixels.shape[0] else None, mask)
+        image = mllm.config.image_tokens * (pixels.shape[0] // ids.shape[0])
+        return split_hidden_states(
+            hidden, ids, mask, mllm.config.image_token_id, text_length=ids.shape[1] - image, image_length=image
+        )
+
+
+class TransformersReader:
+    """Any image-text-to-text model of transformers, with its own processor and chat template, run by PyTorch.
+
+    What the template puts around the prompt is the model's own, without the header of an answer. Image tokens are the
+    positions of the model's image token.
+    """
+
+    def __init__(self, processor: Any, model: Any, system_text: str | None = None) -> None:
+        """Around a processor and a model in memory. Raises InputError where the model's config names no image token."""
+        names = ("image_token_id", "image_token_index")
+        token = next((t for name in names if (t := getattr(model.config, name, None)) is not None), None)
+        if token is None:
+            raise InputError(
+                f"the config of {type(model).__name__} names no image_token_id, so image tokens cannot be told from text"
+            )
+        self.image_token = int(token)
+        self.processor, self.model, self.system_text = processor, model.eval(), system_text
+        self.added = sorted(processor.tokenizer.get_added_vocab(), key=len, reverse=True)
+
+    @classmethod
+    def load(cls, folder: Path, system_text: str | None, dtype: str) -> "TransformersReader":
+        """From a folder, in `dtype`, on the GPU where PyTorch sees one. Raises InputError where that cannot be."""
+        try:
+            import torch
+            from transformers import AutoModelForImageTextToText, AutoProcessor
+        except ImportError as error:
+            raise InputError(
+                f'model.mllm_source "transformers" needs PyTorch and transformers ({error}); '
+                "install them, or use an InternVL folder and the default"
+            ) from None
+        try:
+            processor = AutoProcessor.from_pretrained(folder)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True
+            )
+        except Exception as error:  # many kinds, from its many model classes
+            raise InputError(f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from error
+        return cls(processor, model.to("cuda" if torch.cuda.is_available() else "cpu"), system_text)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"system_text": self.system_text, "source": "transformers"}
+
+    def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
+        """Hidden states; InputError also where a prompt spells one of the tokenizer's special tokens."""
+        import torch
+
+        conversations = [self._conversation(prompt, row) for prompt, row in zip(prompts, images, strict=True)]
+        inputs = self.processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        )
+        ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy().astype(bool)
+        is_image = (ids == self.image_token) & mask
+        text, image = (mask & ~is_image).sum(axis=1), is_image.sum(axis=1)
+        check_text_length(int(text.max()), MAX_TEXT_TOKENS)
+        device = self.model.device
+        moved = {
+            name: value.to(device, self.model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+        with torch.inference_mode():
+            states = self.model(**moved, output_hidden_states=True, use_cache=False).hidden_states
+        hidden = torch.stack(states, dim=1).float().cpu().numpy()
+        return split_hidden_states(
+            hidden, ids, mask, self.image_token, text_length=bucket(int(text.max())), image_length=int(image.max())
+        )
+
+    def _conversation(self, prompt: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        check_prompt(prompt)
+        for said in (prompt, self.system_text or ""):
+            if token := next((token for token in self.added if token in said), None):
+                raise InputError(f"the text {said!r} spells {token!r}, a special token of this model; leave it out")
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        turns = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        if self.system_text is None:
+            return turns
+        return [{"role": "system", "content": [{"type": "text", "text": self.system_text}]}, *turns]
+
+
+def bucket(text_tokens: int) -> int:
+    """Text tokens to pad to."""
+    return min(-(-text_tokens // TEXT_BUCKET) * TEXT_BUCKET, MAX_TEXT_TOKENS)
