@@ -15,12 +15,12 @@ SUBJECT_FACTORS: dict[str, tuple[str, ...]] = {
     "second": ("white", "black", "yellow", "aqua", "brown"),
     "ears": ("pointed", "round", "long", "floppy", "antenna"),
     "tail": ("pompom", "bushy", "fish", "spike", "bolt"),
-    "pattern": ("bands", "stripes", "diagonals", "dots", "checks"),
+    "pattern": ("dipped", "capped", "masked", "saddled", "quartered"),
     "eyes": ("round", "slit", "sleepy", "ring", "cross"),
 }
 """Name of each subject factor to its values, in the order of `Subject`'s fields."""
 
-FINE_FACTORS = ("pattern", "eyes")
+FINE_FACTORS = ("eyes",)
 """Subject factors that blur away in a thumbnail of 16x16 pixels: what only the reference's latents can carry.
 
 Captions leave them out, so that the small MLLM learns to describe and not to copy.

@@ -103,28 +103,18 @@ def tail_shapes(value: str, shape: str) -> list[np.ndarray]:
 
 
 def pattern_shapes(value: str) -> list[np.ndarray]:
-    """Polygons over the whole body, later cut to it; each covers about half: a thumbnail sees one mean colour."""
-    period = 0.68
-    lines = [rectangle(-1.5, k * period - 0.15, 1.5, k * period + 0.15) for k in range(-3, 4)]
-    if value == "bands":
-        return lines
-    if value == "stripes":
-        return [line[:, ::-1] for line in lines]
-    if value == "diagonals":
-        return [line * (1.5, 1) @ rotation(45).T for line in lines]
-    if value == "dots":
-        return [
-            ellipse((i + (j % 2) / 2) * 0.76, (j + 0.5) * 0.66, 0.265, 0.265)
-            for j in range(-3, 3)
-            for i in range(-2, 3)
-        ]
-    cell = 0.46
-    return [
-        rectangle(i * cell, j * cell, (i + 1) * cell, (j + 1) * cell)
-        for j in range(-3, 3)
-        for i in range(-3, 3)
-        if (i + j) % 2
-    ]
+    """Polygons over half of the body, later cut to it; any two values differ on half of it or more."""
+    below, above = rectangle(-2, 0.08, 2, 2), rectangle(-2, -2, 2, 0.08)
+    front, back = rectangle(0.14, -2, 2, 2), rectangle(-2, -2, 0.14, 2)
+    if value == "dipped":
+        return [below]
+    if value == "capped":
+        return [above]
+    if value == "masked":
+        return [front]
+    if value == "saddled":
+        return [back]
+    return [rectangle(-2, -2, 0.14, 0.08), rectangle(0.14, 0.08, 2, 2)]
 
 
 def eye_centres(shape: str) -> list[tuple[Number, Number]]:

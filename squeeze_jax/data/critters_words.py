@@ -58,9 +58,9 @@ def _facing(pose: int) -> str:
 
 
 _CAPTIONS = (
-    "a {colour} {body} critter with {ears} ears and a {second} {tail} tail, {pose}",
-    "a {pose} critter, {body} and {colour}, its ears {ears}, its tail a {second} {tail}",
-    "a {body} critter {pose}, {colour} and {second}, with a {tail} tail and {ears} ears",
+    "a {pattern} {colour} {body} critter with {ears} ears and a {second} {tail} tail, {pose}",
+    "a {pose} critter, {body}, {pattern} and {colour}, its ears {ears}, its tail a {second} {tail}",
+    "a {body} critter {pose}, {colour} {pattern} in {second}, with a {tail} tail and {ears} ears",
 )
 
 
@@ -79,7 +79,7 @@ def questions(subject: Subject, shown: int | Scene, rng: np.random.Generator) ->
     words = _subject_words(subject)
     if isinstance(shown, Scene):
         scene = _scene_phrases(shown)
-        who = f"a {scene['size']} {words['colour']} {words['body']} critter with {words['ears']} ears"
+        who = f"a {scene['size']} {words['pattern']} {words['colour']} {words['body']} critter with {words['ears']} ears"
         who += f" and a {words['second']} {words['tail']} tail"
         things = (scene["accessory"], scene["position"])
         critter = f"the {words['colour']} {words['body']} critter"
@@ -90,14 +90,15 @@ def questions(subject: Subject, shown: int | Scene, rng: np.random.Generator) ->
             ("what will it do?", f"{critter} is {scene['pose']}"),
             ("what will it have?", f"{words['ears']} ears, a {words['second']} {words['tail']} tail, {things[0]}"),
             ("on which side will it be?", f"the {scene['size']} {words['colour']} critter is {things[1]}"),
-            ("which colours will it have?", f"{words['colour']} and {words['second']}, {things[0]}"),
+            ("which coat will it have?", f"{words['colour']} {words['pattern']} in {words['second']}, {things[0]}"),
         ]
     else:
         asked = [
             ("what is it?", caption(subject, shown)),
             ("which colour is it?", words["colour"]),
             ("which second colour does it have?", words["second"]),
-            ("which colours?", f"{words['colour']} and {words['second']}"),
+            ("which coat?", f"{words['colour']} {words['pattern']} in {words['second']}"),
+            ("which pattern?", words["pattern"]),
             ("which body?", words["body"]),
             ("which ears?", words["ears"]),
             ("which tail?", f"a {words['second']} {words['tail']} tail"),

@@ -44,13 +44,13 @@ ANSWER = "assistant\n"
 class MLLMTraining:
     """How the demo's MLLM is trained; the defaults made the shipped weights."""
 
-    vision_steps: int = 600
+    vision_steps: int = 900
     """Steps in which the vision tower and the projector learn to name factors, before the conversations."""
     vision_batch: int = 128
-    steps: int = 800
+    steps: int = 1200
     batch: int = 32
     """Conversations a step, each about one picture."""
-    length: int = 80
+    length: int = 96
     """Tokens a conversation; it holds as many questions as fit."""
     learning_rate: float = 0.02
     """Muon's peak, for kernels, reached after `warmup` steps, then a cosine to zero."""
