@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop.mapping import Entry, MappingError, Tensors, export_entries, load_entries, without_prefix
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from squeeze_jax.models.dit import DiT, DiTConfig
-from squeeze_jax.models.internvl import InternVL, InternVLConfig
+from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.internvl import InternVL
 from squeeze_jax.sharding import parameter_spec
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -49,27 +49,38 @@ def load_dit(
     Weights are kept in `dtype` and products computed in `compute_dtype` (default: the same). On a mesh they lie as the
     sharding table says, and each process reads its own part alone. `options` go to `DiT` (remat, unroll).
     """
-    config, table, tensors = dit_source(folder)
+    source = dit_source(folder)
     kinds: Any = {"dtype": compute_dtype or dtype, "param_dtype": dtype}
-    return _load(lambda: DiT(config, **kinds, rngs=nnx.Rngs(0), **options), table, tensors, dtype, folder, mesh)
+    return _load(lambda: DiT(source.config, **kinds, rngs=nnx.Rngs(0), **options), source, dtype, folder, mesh)
 
 
 def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32) -> Autoencoder:
     """FLUX.1's autoencoder from a diffusers folder or the single file `ae.safetensors` (`demo`: the miniature's)."""
-    config, table, tensors = autoencoder_source(folder)
-    make = lambda: Autoencoder(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-    return _load(make, table, tensors, dtype, folder)
+    source = autoencoder_source(folder)
+    make = lambda: Autoencoder(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+    return _load(make, source, dtype, folder)
 
 
 def load_internvl(folder: str | Path, dtype: DType = jnp.bfloat16) -> InternVL:
     """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the miniature's)."""
-    config, table, tensors = internvl_source(folder)
-    make = lambda: InternVL(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-    return _load(make, table, tensors, dtype, folder)
+    source = internvl_source(folder)
+    make = lambda: InternVL(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+    return _load(make, source, dtype, folder)
 
 
-def dit_source(folder: str | Path) -> tuple[DiTConfig, list[Entry], Tensors]:
-    """Config, table and tensors of a transformer's checkpoint."""
+class Source(NamedTuple):
+    """A published checkpoint and how it is to be read."""
+
+    config: Any
+    entries: Callable[[Any], list[Entry]]
+    """The mapping table of its layout, for a config."""
+    tensors: Tensors
+    layout: str
+    """Whose names it has."""
+
+
+def dit_source(folder: str | Path) -> Source:
+    """A transformer's checkpoint."""
     tensors = without_prefix(TensorFolder(folder), DIT_PREFIXES)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     file = _config_file(folder)
@@ -82,29 +93,32 @@ def dit_source(folder: str | Path) -> tuple[DiTConfig, list[Entry], Tensors]:
             raise InputError(f"{folder}: no FLUX.1 transformer in it ({error}); download it again") from None
     else:
         raise InputError(f"{folder}: no config.json beside it; download the whole folder")
-    return config, (flux_format.original_entries if original else flux_format.diffusers_entries)(config), tensors
+    if original:
+        return Source(config, flux_format.original_entries, tensors, "Black Forest Labs")
+    return Source(config, flux_format.diffusers_entries, tensors, "diffusers")
 
 
-def autoencoder_source(folder: str | Path) -> tuple[AutoencoderConfig, list[Entry], Tensors]:
-    """Config, table and tensors of an autoencoder's checkpoint; a file without config.json is FLUX.1's."""
+def autoencoder_source(folder: str | Path) -> Source:
+    """An autoencoder's checkpoint; a file without config.json is FLUX.1's."""
     folder = encoder_folder(folder, "autoencoder")
     tensors = without_prefix(TensorFolder(folder), AUTOENCODER_PREFIXES)
     file = _config_file(folder)
     config = AutoencoderConfig() if file is None else _config(autoencoder_format.config_from_json, file)
-    original = "encoder.norm_out.weight" in tensors.names()
-    return config, (autoencoder_format.original_entries if original else autoencoder_format.entries)(config), tensors
+    if "encoder.norm_out.weight" in tensors.names():
+        return Source(config, autoencoder_format.original_entries, tensors, "Black Forest Labs")
+    return Source(config, autoencoder_format.entries, tensors, "diffusers")
 
 
-def internvl_source(folder: str | Path) -> tuple[InternVLConfig, list[Entry], Tensors]:
-    """Config, table and tensors of an MLLM's checkpoint."""
+def internvl_source(folder: str | Path) -> Source:
+    """An MLLM's checkpoint."""
     folder = encoder_folder(folder, "mllm")
     tensors = TensorFolder(folder)
     file = folder / "config.json"
     if "llm_config" in read_json(file):
         config = _config(internvl_format.original_config_from_json, file)
-        return config, internvl_format.original_entries(config), tensors
+        return Source(config, internvl_format.original_entries, tensors, "InternVL's own code")
     config = _config(internvl_format.config_from_json, file)
-    return config, internvl_format.entries(config), tensors
+    return Source(config, internvl_format.entries, tensors, "transformers (-hf)")
 
 
 def save_dit(folder: Path, dit: DiT, dtype: DType) -> None:
@@ -149,16 +163,12 @@ def _config(parse: Callable[[dict[str, Any]], Config], file: Path) -> Config:
 
 
 def _load(
-    make: Callable[[], Module],
-    table: list[Entry],
-    tensors: Tensors,
-    dtype: DType,
-    folder: str | Path,
-    mesh: Mesh | None = None,
+    make: Callable[[], Module], source: Source, dtype: DType, folder: str | Path, mesh: Mesh | None = None
 ) -> Module:
     module = nnx.eval_shape(make)
+    place = partial(_by_table, mesh) if mesh is not None else None
     try:
-        load_entries(module, table, tensors, dtype, partial(_by_table, mesh) if mesh is not None else None)
+        load_entries(module, source.entries(source.config), source.tensors, dtype, place)
     except MappingError as error:
         raise InputError(f"{folder}: {error}") from None
     return jax.block_until_ready(module)

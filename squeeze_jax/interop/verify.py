@@ -26,7 +26,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import flux as flux_format
 from squeeze_jax.interop import internvl as internvl_format
-from squeeze_jax.interop.load import autoencoder_source, dit_source, internvl_source
+from squeeze_jax.interop.load import Source, autoencoder_source, dit_source, internvl_source
 from squeeze_jax.interop.mapping import (
     Entry,
     Index,
@@ -82,15 +82,6 @@ class Report:
         return {**dataclasses.asdict(self), "rows": rows, "tolerance": TOLERANCE, "passed": self.passed}
 
 
-class Source(NamedTuple):
-    """A checkpoint and how it is to be read."""
-
-    config: Any
-    table: list[Entry]
-    tensors: Tensors
-    layout: str
-
-
 def detect(folder: str | Path) -> Kind:
     """What a folder or file holds, by its config.json or else by its names."""
     path = Path(folder) / "config.json"
@@ -119,26 +110,17 @@ def verify(
     kind = kind or detect(folder)
     if kind not in get_args(Kind):
         raise InputError(f"no kind {kind!r}; choose one of {', '.join(get_args(Kind))}")
-    make, parts = {
-        "flux": (_dit, _dit_rows), "autoencoder": (_autoencoder, _autoencoder_rows), "internvl": (_internvl, _internvl_rows)
-    }[kind]  # fmt: skip
-    source: Source = make(folder)
-    module = nnx.eval_shape(MODULES[kind](source.config))
+    read, make, parts = KINDS[kind]
+    source = read(folder)
+    table, module = source.entries(source.config), nnx.eval_shape(lambda: make(source.config, rngs=nnx.Rngs(0)))
     count = sum(int(np.prod(leaf.shape)) for leaf in parameters_by_path(module).values())
-    report = Report(str(folder), kind, source.layout, count, differences(module, source.table, source.tensors))
+    report = Report(str(folder), kind, source.layout, count, differences(module, table, source.tensors))
     if not report.problems:
         with jax.default_matmul_precision("highest"):
             for row in parts(source):
                 report.rows.append(row)
                 progress(row)
     return report
-
-
-MODULES: dict[Kind, Callable[[Any], Callable[[], nnx.Module]]] = {
-    "flux": lambda config: lambda: DiT(config, rngs=nnx.Rngs(0)),
-    "autoencoder": lambda config: lambda: Autoencoder(config, rngs=nnx.Rngs(0)),
-    "internvl": lambda config: lambda: InternVL(config, rngs=nnx.Rngs(0)),
-}
 
 
 def _row(part: str, ours: np.ndarray, theirs: np.ndarray | None) -> Row:
@@ -150,8 +132,8 @@ def _row(part: str, ours: np.ndarray, theirs: np.ndarray | None) -> Row:
     return Row(part, error, tuple(float(f"{value:.4e}") for value in (np.linalg.norm(flat), *directions @ flat)))
 
 
-def _loaded(kind: Kind, config: Any, table: list[Entry], tensors: Tensors) -> Any:
-    module = nnx.eval_shape(MODULES[kind](config))
+def _loaded(make: type[Any], config: Any, table: list[Entry], tensors: Tensors) -> Any:
+    module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
     load_entries(module, table, tensors, jnp.float32)
     return module
 
@@ -163,17 +145,10 @@ def _has(*modules: str) -> bool:
 # --- FLUX.1's transformer ---------------------------------------------------------------------------------------------
 
 
-def _dit(folder: str | Path) -> Source:
-    config, table, tensors = dit_source(folder)
-    original = any(name.startswith("double_blocks.") for name in tensors.names())
-    return Source(config, table, tensors, "Black Forest Labs" if original else "diffusers")
-
-
 def _dit_rows(source: Source) -> Iterator[Row]:
     full: DiTConfig = source.config
     config = dataclasses.replace(full, double_blocks=1, single_blocks=1)
-    original = source.layout != "diffusers"
-    table = (flux_format.original_entries if original else flux_format.diffusers_entries)(config)
+    table = source.entries(config)
     grid, references = (4, 4), ((2, 3),)
     rng = np.random.default_rng(0)
 
@@ -197,15 +172,15 @@ def _dit_rows(source: Source) -> Iterator[Row]:
         double, single = min(k, full.double_blocks - 1), min(k, full.single_blocks - 1)
         layers = {r"^(double|transformer)_blocks\.0\.": double, r"^single_(transformer_)?blocks\.0\.": single}
         tensors = _one_block(source.tensors, table, layers)
-        dit = _loaded("flux", config, table, tensors)
+        dit: DiT = _loaded(DiT, config, table, tensors)
         found = np.asarray(ours(dit, inputs))
         theirs = None
         if _has("torch", "diffusers"):
             # The file's own tensors, or ours under diffusers' names where the file has others.
             weights = (
-                export_entries(dit, flux_format.diffusers_entries(config))
-                if original
-                else {name: tensors.read(name) for name in tensors.names()}
+                {name: tensors.read(name) for name in tensors.names()}
+                if source.entries is flux_format.diffusers_entries
+                else export_entries(dit, flux_format.diffusers_entries(config))
             )
             del dit
             theirs = _diffusers_flux(config, weights, inputs, grid, references)
@@ -255,15 +230,9 @@ def _diffusers_flux(
 # --- the autoencoder --------------------------------------------------------------------------------------------------
 
 
-def _autoencoder(folder: str | Path) -> Source:
-    config, table, tensors = autoencoder_source(folder)
-    original = "encoder.norm_out.weight" in tensors.names()
-    return Source(config, table, tensors, "Black Forest Labs" if original else "diffusers")
-
-
 def _autoencoder_rows(source: Source) -> Iterator[Row]:
     config = source.config
-    module: Autoencoder = _loaded("autoencoder", config, source.table, source.tensors)
+    module: Autoencoder = _loaded(Autoencoder, config, source.entries(config), source.tensors)
     side = config.downsampling
     rng = np.random.default_rng(0)
     pictures = rng.uniform(-1, 1, (1, 12 * side, 7 * side, 3)).astype(np.float32)
@@ -279,7 +248,7 @@ def _autoencoder_rows(source: Source) -> Iterator[Row]:
         twin: Any = AutoencoderKL(**settings).eval()
         weights = (
             {name: source.tensors.read(name) for name in source.tensors.names()}
-            if source.layout == "diffusers"
+            if source.entries is autoencoder_format.entries
             else export_entries(module, autoencoder_format.entries(config))
         )
         twin.load_state_dict({k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()}, strict=True)
@@ -321,12 +290,6 @@ class _FewWords:
         return self.tensors.read(name, index)
 
 
-def _internvl(folder: str | Path) -> Source:
-    config, table, tensors = internvl_source(folder)
-    original = any(name.startswith("mlp1.") for name in tensors.names())
-    return Source(config, table, tensors, "original" if original else "transformers (-hf)")
-
-
 def _internvl_rows(source: Source) -> Iterator[Row]:
     full: InternVLConfig = source.config
     words = min(WORDS, full.text.vocab_size)
@@ -336,8 +299,7 @@ def _internvl_rows(source: Source) -> Iterator[Row]:
         text=dataclasses.replace(full.text, num_hidden_layers=1, vocab_size=words),
         image_token_id=words - 1,
     )
-    original = source.layout == "original"
-    table = (internvl_format.original_entries if original else internvl_format.entries)(config)
+    table = source.entries(config)
     rng = np.random.default_rng(0)
     image = [words - 1] * config.image_tokens
     ids = np.array([[1, 2, *image, 3, 4, 5], [6, *image, 7, 8, 9, 10]], np.int32)
@@ -354,14 +316,14 @@ def _internvl_rows(source: Source) -> Iterator[Row]:
             r"^language_model\.model\.layers\.0\.": text,
         }
         tensors = _FewWords(_one_block(source.tensors, table, layers), cut)
-        module = _loaded("internvl", config, table, tensors)
+        module = _loaded(InternVL, config, table, tensors)
         found = np.asarray(forward(module, ids, pixels, mask))
         theirs = None
         if _has("torch", "transformers"):
             weights = (
-                export_entries(module, internvl_format.entries(config))
-                if original
-                else {name: tensors.read(name).astype(np.float32) for name in tensors.names()}
+                {name: tensors.read(name).astype(np.float32) for name in tensors.names()}
+                if source.entries is internvl_format.entries
+                else export_entries(module, internvl_format.entries(config))
             )
             theirs = _transformers_internvl(config, weights, ids, pixels, mask)
         seen = np.where(mask[:, None, :, None], found, 0)
@@ -391,3 +353,11 @@ def _transformers_internvl(
             output_hidden_states=True,
         ).hidden_states
     return torch.stack(states, 1).numpy()
+
+
+KINDS: dict[Kind, tuple[Callable[[str | Path], Source], type[Any], Callable[[Source], Iterator[Row]]]] = {
+    "flux": (dit_source, DiT, _dit_rows),
+    "autoencoder": (autoencoder_source, Autoencoder, _autoencoder_rows),
+    "internvl": (internvl_source, InternVL, _internvl_rows),
+}
+"""How a kind is read, built and compared."""

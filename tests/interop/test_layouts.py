@@ -16,11 +16,15 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop import load_autoencoder, load_dit, load_internvl
-from squeeze_jax.interop.flux import config_from_shapes, original_entries
-from squeeze_jax.interop.mapping import export_entries, parameters_by_path
+from squeeze_jax.interop.flux import config_from_shapes, config_to_json, diffusers_entries, original_entries
+from squeeze_jax.interop.load import autoencoder_source, dit_source, internvl_source
+from squeeze_jax.interop.mapping import export_entries, load_entries, parameters_by_path
+from squeeze_jax.interop.tensors import write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.models.internvl import InternVL
 
+DIT = dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14))
 SMALL = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
 
 
@@ -197,3 +201,48 @@ def test_a_fused_tensor_of_another_size_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     with pytest.raises(InputError, match=r"layers\.1\.attn\.qkv\.weight gives"):
         load_internvl(tmp_path, jnp.float32)
+
+
+# --- in and out again --------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "flux-diffusers": (dit_source, DiT, DIT, diffusers_entries, config_to_json),
+    "flux-original": (dit_source, DiT, DIT, original_entries, None),
+    "autoencoder-diffusers": (
+        autoencoder_source, Autoencoder, SMALL, autoencoder_format.entries, autoencoder_format.config_to_json,
+    ),
+    "autoencoder-original": (
+        autoencoder_source, Autoencoder, SMALL, autoencoder_format.original_entries, autoencoder_format.config_to_json,
+    ),
+    "internvl-hf": (
+        internvl_source, InternVL, INTERNVL, internvl_format.entries, internvl_format.config_to_json,
+    ),
+    "internvl-original": (
+        internvl_source, InternVL, dataclasses.replace(INTERNVL, image_token_id=151667),
+        internvl_format.original_entries, lambda config: PUBLISHED,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_import_and_export_give_the_file_back_byte_for_byte(tmp_path, layout, dtype):
+    """The file is written with safetensors' own PyTorch writer, from names and shapes of the table."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    from safetensors.torch import save_file as save_torch
+
+    source_of, make, config, entries, to_json = FORMATS[layout]
+    module = randomly(lambda: make(config, rngs=nnx.Rngs(0)))
+    tensors = {name: torch.tensor(value) for name, value in export_entries(module, entries(config)).items()}
+    file = tmp_path / "in" / "model.safetensors"
+    file.parent.mkdir()
+    save_torch({n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    if to_json is not None:
+        (file.parent / "config.json").write_text(json.dumps(to_json(config)))
+    source = source_of(file.parent)
+    assert source.entries is entries
+    assert source.config == config
+    fresh = nnx.eval_shape(lambda: make(config, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(1)))
+    load_entries(fresh, source.entries(source.config), source.tensors)
+    write_tensors(tmp_path / "out.safetensors", export_entries(fresh, source.entries(source.config)))
+    assert (tmp_path / "out.safetensors").read_bytes() == file.read_bytes()

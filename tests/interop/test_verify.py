@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -116,6 +117,142 @@ def test_what_does_not_fit_is_named_and_nothing_is_computed(tmp_path, layout, ch
     assert not report.passed
     assert not report.rows
     assert re.search(message, "\n".join(report.problems)), report.problems
+
+
+def sharded(folder, change=lambda weight_map: None):
+    """The one file in two shards with an index; `change` edits the index."""
+    whole = folder / "model.safetensors"
+    tensors, weight_map = load_file(whole), {}
+    for number, names in enumerate(np.array_split(sorted(tensors), 2), 1):
+        shard = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / shard)
+        weight_map |= dict.fromkeys(map(str, names), shard)
+    whole.unlink()
+    change(weight_map)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def rewritten(change):
+    """Edits the file's tensors."""
+
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def truncated(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def linked(folder):
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (folder / "model.safetensors").rename(outside / "model.safetensors")
+    (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
+
+
+def float8(folder, scales=True):
+    """Matrices as float8 with a scale each, as quantised checkpoints are published."""
+
+    def quantise(tensors):
+        for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
+            scale = np.array(np.abs(tensors[name]).max() / 448, np.float32)
+            tensors[name] = (tensors[name] / scale).astype(ml_dtypes.float8_e4m3fn)
+            if scales or "linear1" not in name:
+                tensors[name.removesuffix("weight") + "scale_weight"] = scale
+
+    rewritten(quantise)(folder)
+
+
+def without_scales(folder):
+    float8(folder, scales=False)
+
+
+ANY = "model.safetensors"
+FIRST = {
+    "flux-diffusers": "context_embedder.bias", "flux-original": "double_blocks.0.img_attn.norm.key_norm.scale",
+    "autoencoder-diffusers": "decoder.conv_in.bias", "autoencoder-original": "decoder.conv_in.bias",
+    "internvl": "language_model.lm_head.weight",
+}  # fmt: skip
+"""A tensor of each layout that stands in the first of two shards."""
+BROKEN = {
+    "a missing shard": (
+        lambda folder: (sharded(folder), (folder / "model-00002-of-00002.safetensors").unlink()),
+        r"the shard model-00002-of-00002\.safetensors is missing",
+    ),
+    "a name absent from its shard": (
+        lambda folder: sharded(folder, lambda w: w.update({"one.more": "model-00001-of-00002.safetensors"})),
+        r"model-00001-of-00002\.safetensors: lacks one\.more",
+    ),
+    "an index that leads out": (
+        lambda folder: sharded(folder, lambda w: w.update({"one.more": "../x.safetensors"})),
+        "points to '../x.safetensors', out of the folder",
+    ),
+    "a truncated file": (truncated, f"{ANY}: not a whole safetensors file"),
+    "a download pointer": (
+        lambda folder: (folder / ANY).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "a download pointer",
+    ),
+    "a pickle": (pickled, r"pytorch_model\.bin is a pickle, which is never read"),
+    "a link that leads out": (linked, "a link out of the folder"),
+}
+DIFFERENT = {
+    "a tensor missing": (lambda name: lambda tensors: tensors.pop(name), "missing: {}"),
+    "a tensor too many": (lambda name: put("extra", np.ones(1, np.float32)), "unexpected: extra"),
+    "another shape": (lambda name: lambda t: t.update({name: t[name][1:]}), "shape: .*{}"),
+    "another type": (lambda name: lambda t: t.update({name: t[name].astype(np.int32)}), "dtype: {} is int32"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_broken_folder_has_its_own_sentence(tmp_path, layout, monkeypatch):
+    monkeypatch.setattr(verifier, "_has", lambda *modules: pytest.fail("numbers of a broken folder were compared"))
+    name, kind, said = FIRST[layout], layout.split("-")[0], []
+    good = write(tmp_path / "good", layout)
+    for number, (spoil, message) in enumerate(BROKEN.values()):
+        folder = shutil.copytree(good, tmp_path / str(number) / "x")
+        spoil(folder)
+        with pytest.raises(InputError, match=message) as refusal:
+            verify(folder, kind)
+        said.append(str(refusal.value))
+    for number, (change, message) in enumerate(DIFFERENT.values(), len(BROKEN)):
+        folder = shutil.copytree(good, tmp_path / str(number))
+        rewritten(change(name))(folder)
+        report = verify(folder, kind)
+        assert not report.passed
+        found = "\n".join(report.problems)
+        assert re.search(message.format(re.escape(name)), found), found
+        said.append(found)
+    assert len(set(said)) == len(said)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_with_a_stray_file_beside_them_pass(tmp_path, layout):
+    pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    folder = write(tmp_path / "x", layout)
+    sharded(folder)
+    save_file({"stray": np.ones(1)}, folder / "stray.safetensors")
+    assert verify(folder).passed
+
+
+def test_float8_with_scales_passes_and_without_is_refused(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    folder = write(tmp_path / "x", "flux-original")
+    float8(folder)
+    report = verify(folder)
+    assert report.passed, report
+    folder = write(tmp_path / "y", "flux-original")
+    without_scales(folder)
+    with pytest.raises(InputError, match=r"single_blocks\.0\.linear1\.weight is float8 and has no scale beside it"):
+        verify(folder)
 
 
 def test_half_precision_files_pass(tmp_path):
