@@ -132,7 +132,7 @@ def config_from_json(values: dict[str, Any]) -> InternVLConfig:
     vision, text = values["vision_config"], values["text_config"]
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or rope
-    tied = text.get("tie_word_embeddings", False)
+    tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))  # transformers asks the whole
     wanted = [
         ("model_type", values.get("model_type", "internvl"), ("internvl",)),
         ("projector_hidden_act", values.get("projector_hidden_act", "gelu"), ("gelu",)),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from parity import relative_error
+from safetensors.numpy import load_file
 from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit, run_twin, torch_twin
 from tiny import tiny_config
 
 from squeeze_jax.config import Config, load_preset
 from squeeze_jax.interop.build import build_system, is_trained
 from squeeze_jax.interop.flux import diffusers_entries
+from squeeze_jax.interop.load import save_dit
 from squeeze_jax.interop.mapping import export_entries
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.lora import (
@@ -351,3 +353,20 @@ def test_full_size_counts():
     assert found["frozen dit"] == pytest.approx(11.9e9, rel=0.01)
     lean = sizes(dataclasses.replace(full, lora=LoRAConfig(rank=16)))
     assert sum(lean["trained dit"]) == 956_301_312 // 32
+
+
+def test_a_merged_transformer_is_saved_under_the_bases_names(tmp_path):
+    dit = random_dit(dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14)))
+    save_dit(tmp_path / "base", dit, jnp.float32)
+    add_lora(dit, LoRAConfig(4, target=UNO), rngs=nnx.Rngs(0))
+    fill(dit)
+    merge_lora(dit)
+    save_dit(tmp_path / "merged", dit, jnp.float32)
+    base, merged = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("base", "merged"))
+    assert {name: tensor.shape for name, tensor in merged.items()} == {n: tensor.shape for n, tensor in base.items()}
+    double = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_add_out")
+    double += ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    single = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_out")
+    carried = {f"transformer_blocks.{i}.{name}.weight" for i in range(2) for name in double}
+    carried |= {f"single_transformer_blocks.{i}.{name}.weight" for i in range(3) for name in single}
+    assert {name for name in base if (merged[name] != base[name]).any()} == carried

@@ -249,6 +249,17 @@ def test_split_refuses_to_cut(model, forward, pictures):
         split_hidden_states(hidden, ids, mask, IMAGE, text_length=20, image_length=4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_whether_embeddings_are_tied_is_the_whole_models_to_say(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    values = config_to_json(TINY) | {"tie_word_embeddings": tied}
+    config = transformers.InternVLConfig.from_dict({k: v for k, v in values.items() if k != "architectures"})
+    config.save_pretrained(tmp_path)
+    read = config_from_json(json.loads((tmp_path / "config.json").read_text()))
+    assert read.text.tie_word_embeddings is tied
+    assert config_from_json(config_to_json(read)) == read
+
+
 def test_published_config_is_the_default_and_round_trips():
     published = config_from_json(json.loads((CHECKPOINTS / "internvl3_8b.config.json").read_text()))
     assert published == InternVLConfig()
