@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from squeeze_jax.batch import HiddenStates, References
@@ -22,6 +23,7 @@ from squeeze_jax.interop.checkpoint import check_leaves, read_weights
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
+from squeeze_jax.sharding import batch_sharding
 
 REFERENCE_BUCKET = 16
 """Reference tokens are padded to a multiple of this, so that similar sizes share a program."""
@@ -157,13 +159,27 @@ class Pipeline:
             program = make_sampler(self.graph, target_grid=grid, guided=guided, guidance=guidance)
             self._programs[grid, guided] = program
         noise = noise_for(list(seeds), grid[0] * grid[1], self.config.model.dit.in_channels)
-        return program(self.leaves, noise, states, references, schedule, jnp.float32(resolved.cfg_scale))
+        inputs = beside(self.leaves, (noise, states, references))
+        return program(self.leaves, *inputs, schedule, jnp.float32(resolved.cfg_scale))
 
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
         resolved = self.resolved(settings)
         latents = unpack(np.asarray(tokens), self.config.grid(resolved.height, resolved.width))
         return np.clip(self.encoders.decode(latents), -1.0, 1.0)
+
+
+def beside(leaves: Any, inputs: Any) -> Any:
+    """Inputs on the mesh that the weights lie on: rows split over it where they divide evenly, else everywhere."""
+    where = getattr(jax.tree.leaves(leaves)[0], "sharding", None)
+    if not isinstance(where, NamedSharding) or where.mesh.size == 1:
+        return inputs
+    rows = batch_sharding(where.mesh)
+
+    def place(x: jax.Array | np.ndarray) -> NamedSharding:
+        return rows if x.shape[0] % rows.num_devices == 0 else NamedSharding(where.mesh, PartitionSpec())
+
+    return jax.device_put(inputs, jax.tree.map(place, inputs))
 
 
 def reference_tokens(latents: Sequence[Sequence[np.ndarray]], target_grid: tuple[int, int]) -> References | None:

@@ -51,7 +51,7 @@ def split_system(system: System, config: Config) -> tuple[Leaves, Split]:
     """The trained leaves by dotted path, and the rest."""
     graph, trained, frozen = nnx.split(system, is_trained(config), ...)
     flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(trained)}
-    leaves = {name: variable[...] for name, (_, variable) in flat.items()}
+    leaves = {name: variable.get_value() for name, (_, variable) in flat.items()}
     empty = {name: (path, variable.replace(None)) for name, (path, variable) in flat.items()}
     return leaves, Split(graph, empty, frozen)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from parity import relative_error
 from tiny import row, tiny_batch, tiny_config
 
@@ -22,6 +23,7 @@ from squeeze_jax.interop.build import build_system
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import REFERENCE_BUCKET, Pipeline, Settings, reference_tokens
 from squeeze_jax.sampling.sampler import MAX_STEPS, make_sampler, make_schedule, noise_for
+from squeeze_jax.sharding import make_mesh
 
 GRID, TOKENS = (2, 2), 4
 
@@ -201,6 +203,18 @@ def test_image_i_equals_what_its_seed_alone_gives(pipeline):
         alone = pipeline.sample(states, latents, [5 + i], settings)
         assert relative_error(three[i : i + 1], alone) < 1e-5
     assert relative_error(three[0], three[1]) > 0.1
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_weights_on_a_mesh_draw_the_same(pipeline, count):
+    """As in training: the weights lie on eight devices, what the encoders made on one."""
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    settings, seeds = Settings(cfg_scale=1.0), range(count)
+    everywhere = NamedSharding(make_mesh(data=8, fsdp=1), PartitionSpec())
+    spread = dataclasses.replace(pipeline, leaves=jax.device_put(pipeline.leaves, everywhere), _programs={})
+    drawn = spread.sample(jax.device_put(states, jax.devices()[0]), latents, seeds, settings)
+    assert len(drawn.sharding.device_set) == 8
+    assert relative_error(drawn, pipeline.sample(states, latents, seeds, settings)) < 1e-5
 
 
 def test_text_alone_equals_the_mllm_throughout(pipeline, programs):
