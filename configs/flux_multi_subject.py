@@ -2,7 +2,8 @@
 
     python train.py configs/flux_multi_subject.py --data.features FEATURES --workdir runs/multi --from runs/stage2
 
-Hardware: a TPU pod slice. The paper gives no number of steps; this one, and the smaller rate, are our decision.
+Licence of the weights: FLUX.1-dev Non-Commercial License. Hardware: a TPU pod slice.
+The paper gives no number of steps; this one, and the smaller rate, are our decision.
 """
 
 import dataclasses

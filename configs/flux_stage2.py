@@ -2,7 +2,8 @@
 
     python train.py configs/flux_stage2.py --data.features FEATURES --workdir runs/stage2 --from runs/stage1
 
-Hardware: a TPU pod slice. To expect at full scale: DreamBench DINO-I 0.748, CLIP-I 0.844, CLIP-T 0.301 (the paper's).
+Licence of the weights: FLUX.1-dev Non-Commercial License. Hardware: a TPU pod slice.
+To expect at full scale: DreamBench DINO-I 0.748, CLIP-I 0.844, CLIP-T 0.301 (the paper's).
 """
 
 import dataclasses

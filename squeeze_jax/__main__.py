@@ -8,6 +8,7 @@ COMMANDS = {
     "sample": "draw pictures from a prompt and references",
     "extract": "run the frozen encoders over a manifest",
     "evaluate": "score a checkpoint",
+    "plan": "what a pod run will need and take",
     "verify": "check a published checkpoint, by name and by number",
     "demo-encoders": "train the miniature's autoencoder and MLLM",
 }

@@ -25,6 +25,22 @@ INTERNVL = InternVLConfig(
 )  # fmt: skip
 
 
+ORIGINAL_CONFIG = {
+    "ps_version": "v2", "select_layer": -1, "downsample_ratio": 0.5, "force_image_size": 16,
+    "vision_config": {
+        "model_type": "intern_vit_6b", "image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "intermediate_size": 40, "qkv_bias": True, "qk_normalization": False,
+        "hidden_act": "gelu", "norm_type": "layer_norm", "initializer_factor": 0.1, "layer_norm_eps": 1e-6,
+    },
+    "llm_config": {
+        "model_type": "qwen2", "vocab_size": 600, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 56, "max_position_embeddings": 128, "rope_theta": 1000000.0,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+"""The same model's config as InternVL's own code writes it."""
+
+
 def randomly(make):
     """A module with random parameters: norms around 1, kernels of scale in^-1/2, the rest of scale 0.3."""
     module, rng = nnx.eval_shape(make), np.random.default_rng(0)

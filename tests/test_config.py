@@ -106,6 +106,27 @@ def test_a_file_without_a_config_is_refused(tmp_path):
         load_preset(path)
 
 
+FAMILY = {
+    "flux_stage2": ("FLUX.1-dev", True, 25, "Non-Commercial"),
+    "flux_krea": ("FLUX.1-Krea-dev", True, 25, "Non-Commercial"),
+    "flux_kontext": ("FLUX.1-Kontext-dev", True, 25, "Non-Commercial"),
+    "flux_schnell": ("FLUX.1-schnell", False, 4, "Apache-2.0"),
+}
+
+
+def test_the_family_shares_an_architecture_and_each_names_its_licence():
+    base = load_preset(ROOT / "configs" / "flux_stage2.py").model.dit
+    for name, (repository, guidance, steps, licence) in FAMILY.items():
+        config = load_preset(ROOT / "configs" / f"{name}.py")
+        assert config.model.dit == dataclasses.replace(base, guidance=guidance)
+        assert config.model.dit_weights == f"{repository}/transformer"
+        assert config.sampling.steps == steps
+        assert config.sampling.shifted == guidance  # schnell's schedule is not shifted
+        assert licence in (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+    for path in (ROOT / "configs").glob("flux_*.py"):
+        assert "Licence of the weights: " in path.read_text().split('"""')[1], path.name
+
+
 def test_the_papers_numbers_stand_in_the_presets():
     one, two = (load_preset(ROOT / "configs" / f"flux_stage{i}.py") for i in (1, 2))
     assert [stage.steps for stage in one.training.stages] == [25_000]

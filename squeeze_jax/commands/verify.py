@@ -15,7 +15,7 @@ class Verify:
     """Checks a checkpoint's names and shapes, then its numbers against PyTorch where it is installed, block by block."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder or single .safetensors file of a FLUX.1 transformer, its autoencoder or InternVL3."""
+    """Folder of a FLUX.1 transformer, its autoencoder or InternVL3; or a single-file transformer or autoencoder."""
     kind: Literal["flux", "autoencoder", "internvl"] | None = None
     """What it is; none: found out from config.json or the names."""
     json: Path = Path("verify.json")
@@ -46,8 +46,12 @@ def run(given: Verify) -> None:
         shown = "\n  ".join(report.problems[:40])
         more = f"\n  … and {len(report.problems) - 40} more in {given.json}" if len(report.problems) > 40 else ""
         raise InputError(f"{report.folder} does not fit ({len(report.problems)} differences):\n  {shown}{more}")
-    if report.rows and report.rows[0].error is None:
-        print("PyTorch is not installed: compare these digests with another machine's")
     if not report.passed:
-        raise InputError(f"{report.folder}: some parts differ by more than {TOLERANCE:g}; see {given.json}")
-    print(f"passed; report: {given.json}")
+        raise InputError(
+            f"{report.folder}: some parts differ by more than {TOLERANCE:g} or are not finite; see {given.json}"
+        )
+    if report.rows[0].error is None:
+        print("names, shapes and types fit; PyTorch is not installed, so compare the digests with another machine's")
+    else:
+        print("passed")
+    print(f"report: {given.json}")

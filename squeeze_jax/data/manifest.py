@@ -96,6 +96,8 @@ def _rows(path: Path, content: bytes) -> list[Any]:
         raise InputError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}; {hint}") from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply; a manifest is a JSON list of rows") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{path}: not JSON ({error}); correct it there") from error
     if not isinstance(values, list):
         raise InputError(f"{path}: holds {_kind(values)}; a manifest is a JSON list of rows")
     if not values:

@@ -17,6 +17,7 @@ from PIL import Image
 from squeeze_jax.array_types import DType
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.data.chat import (
+    IMAGE,
     MAX_TEXT_TOKENS,
     build_input,
     check_prompt,
@@ -27,7 +28,7 @@ from squeeze_jax.data.chat import (
 )
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import load_internvl
-from squeeze_jax.models.internvl import InternVL, split_hidden_states
+from squeeze_jax.models.internvl import InternVL, InternVLConfig, split_hidden_states
 
 TEXT_BUCKET = 32
 """Text tokens are padded to a multiple of this, so that a new prompt compiles nothing new."""
@@ -64,6 +65,7 @@ class InternVLReader:
         self.mllm = load_internvl(folder, dtype)
         self.tokenizer = load_tokenizer(folder)
         self.system_text, self.max_tiles = system_text, max_tiles
+        check_vocabulary(folder, self.tokenizer, self.mllm.config)
         self.graph, self.state = nnx.split(self.mllm)
         self.program = jax.jit(self._states)
 
@@ -139,12 +141,13 @@ class TransformersReader:
                 "install them, or use an InternVL folder and the default"
             ) from None
         try:
-            processor = AutoProcessor.from_pretrained(folder)
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
             )
         except Exception as error:  # many kinds, from its many model classes
-            raise InputError(f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]})") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{folder}: transformers cannot load it ({reason})") from error
         return cls(processor, model.to("cuda" if torch.cuda.is_available() else "cpu"), system_text)
 
     @property
@@ -193,6 +196,21 @@ class TransformersReader:
         if self.system_text is None:
             return turns
         return [{"role": "system", "content": [{"type": "text", "text": self.system_text}]}, *turns]
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, config: InternVLConfig) -> None:
+    """Raises InputError where tokenizer and model cannot belong together: a picture would be lost without a word."""
+    image, most = tokenizer.token_to_id(IMAGE), tokenizer.get_vocab_size() - 1
+    if image is not None and image != config.image_token_id:
+        raise InputError(
+            f"{folder}: tokenizer.json gives {IMAGE} the id {image}, config.json {config.image_token_id}; "
+            "they are not of one model"
+        )
+    if most >= config.text.vocab_size:
+        raise InputError(
+            f"{folder}: tokenizer.json has ids up to {most}, the model embeds {config.text.vocab_size} tokens; "
+            "they are not of one model"
+        )
 
 
 def bucket(text_tokens: int) -> int:

@@ -4,16 +4,15 @@ Module names are diffusers' but for two: an up- or downsampler is `conv` of its 
 is `attention`. Published folders and ours hold the same two files, so that each side reads the other's.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.interop.mapping import Entry, Layout, export_entries
+from squeeze_jax.interop.tensors import write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -103,16 +102,11 @@ def save_autoencoder(
 
     `dtype` converts the weights (default: as they are).
     """
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = export_entries(autoencoder, entries(autoencoder.config))
     if dtype is not None:
         tensors = {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()}
-    aside = directory / (WEIGHTS_FILE + ".partial")
-    save_file(tensors, aside, metadata={"format": "pt"})
-    aside.replace(directory / WEIGHTS_FILE)
-    aside = directory / (CONFIG_FILE + ".partial")
-    aside.write_text(json.dumps(config_to_json(autoencoder.config, sample_size), indent=2, sort_keys=True) + "\n")
-    aside.replace(directory / CONFIG_FILE)
+    write_tensors(directory / WEIGHTS_FILE, tensors)
+    write_json(directory / CONFIG_FILE, config_to_json(autoencoder.config, sample_size))
 
 
 def _coder(coder: str, direction: str, widths: tuple[int, ...], depth: int) -> list[Entry]:

@@ -119,7 +119,7 @@ def read_weights(folder: Path) -> tuple[Config, dict[str, np.ndarray], int | Non
     if step is None:
         raise InputError(f"{folder}: no finished checkpoint yet; let the training run reach its first save")
     # Onto one device, however many the run had.
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), manager.item_metadata(step)["state"]
     )

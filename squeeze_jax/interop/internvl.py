@@ -132,6 +132,7 @@ def config_from_json(values: dict[str, Any]) -> InternVLConfig:
     vision, text = values["vision_config"], values["text_config"]
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or rope
+    scaling_type = scaling.get("rope_type", scaling.get("type", "default"))  # `type` is its old name
     tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))  # transformers asks the whole
     wanted = [
         ("model_type", values.get("model_type", "internvl"), ("internvl",)),
@@ -153,7 +154,7 @@ def config_from_json(values: dict[str, Any]) -> InternVLConfig:
         ("text_config.hidden_act", text.get("hidden_act", "silu"), ("silu",)),
         ("text_config.use_sliding_window", text.get("use_sliding_window", False), (False,)),
         # Dynamic scaling begins beyond max_position_embeddings, which the model refuses.
-        ("text_config.rope_scaling.rope_type", scaling.get("rope_type", "default"), ("default", "dynamic")),
+        ("text_config.rope_scaling.rope_type", scaling_type, ("default", "dynamic")),
     ]
     for name, found, allowed in wanted:
         if found not in allowed:

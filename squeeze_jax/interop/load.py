@@ -91,8 +91,10 @@ def dit_source(folder: str | Path) -> Source:
             config = flux_format.config_from_shapes(tensors)
         except (KeyError, ValueError, IndexError, SafetensorError) as error:
             raise InputError(f"{folder}: no FLUX.1 transformer in it ({error}); download it again") from None
+    elif Path(folder).is_file():
+        raise InputError(f"{folder}: diffusers' names, whose sizes config.json holds; give the folder that has both")
     else:
-        raise InputError(f"{folder}: no config.json beside it; download the whole folder")
+        raise InputError(f"{folder}: no config.json in it; download the whole folder")
     if original:
         return Source(config, flux_format.original_entries, tensors, "Black Forest Labs")
     return Source(config, flux_format.diffusers_entries, tensors, "diffusers")
@@ -112,6 +114,8 @@ def autoencoder_source(folder: str | Path) -> Source:
 def internvl_source(folder: str | Path) -> Source:
     """An MLLM's checkpoint."""
     folder = encoder_folder(folder, "mllm")
+    if folder.is_file():
+        raise InputError(f"{folder}: InternVL is read from its folder, with config.json and tokenizer.json; give that")
     tensors = TensorFolder(folder)
     file = folder / "config.json"
     if "llm_config" in read_json(file):
@@ -158,7 +162,7 @@ def _config(parse: Callable[[dict[str, Any]], Config], file: Path) -> Config:
         raise
     except KeyError as error:
         raise InputError(f"{file}: has no field {error}; is it another model's, or cut short?") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{file}: {error}") from None
 
 

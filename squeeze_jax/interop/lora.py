@@ -187,8 +187,12 @@ def read_pairs(
         raise InputError(f"{file}: no LoRA of the transformer in it")
     dialect, names = _recognise(keys, dit.config, file)
     grouped: dict[str, dict[str, str]] = {}
+    spelled_as: dict[tuple[str, str], str] = {}
     for key in keys:
         module, role = _split_role(key) or ("", "")
+        other = spelled_as.setdefault((names[module][0], role), key)
+        if other != key:
+            raise InputError(f"{file}: {other} and {key} are the same matrix of one layer; delete one of the two pairs")
         grouped.setdefault(module, {})[role] = key
     settings = _Settings.read(file, tensors)
     kernels = {path: linear.kernel.shape for path, linear in linears(dit)}
@@ -197,6 +201,8 @@ def read_pairs(
         if lacking := [role for role in ("A", "B") if role not in roles]:
             raise InputError(f"{file}: {module} has no {lacking[0]} matrix beside {next(iter(roles.values()))}")
         a, b = (_matrix(tensors.read(roles[role]), roles[role], file) for role in ("A", "B"))
+        if not a.shape[0]:
+            raise InputError(f"{file}: {module} has rank 0; delete the pair, it does nothing")
         alpha = _alpha(tensors.read(roles["alpha"]), roles["alpha"], file) if "alpha" in roles else None
         bare, target = names[module]
         fan_in, fan_out = kernels[target.path][-2:]
@@ -284,12 +290,18 @@ def _alpha(tensor: np.ndarray, key: str, file: str | Path) -> float:
     """An alpha, 0-d or with one element."""
     if tensor.size != 1:
         raise InputError(f"{file}: {key} has shape {tensor.shape}; a single number is wanted")
-    return float(tensor.astype(np.float64).item())
+    alpha = float(tensor.astype(np.float64).item())
+    if not math.isfinite(alpha):
+        raise InputError(f"{file}: {key} is {alpha}; a finite number is wanted")
+    return alpha
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Rank and alpha as metadata give them (diffusers' and PEFT's), against which the tensors are checked."""
+    """Rank and alpha as metadata give them (diffusers' and PEFT's), against which the tensors are checked.
+
+    Kohya's `ss_network_alpha` only fills in where the file has no alpha.
+    """
 
     file: str | Path
     rank: int | None = None
@@ -297,6 +309,8 @@ class _Settings:
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
     rank_stabilised: bool = False
+    absent: float | None = None
+    """Alpha of a layer about which nothing else says anything."""
 
     @staticmethod
     def read(file: str | Path, tensors: TensorFolder) -> "_Settings":
@@ -304,28 +318,35 @@ class _Settings:
         with safe_open(where, framework="np") as opened:
             metadata = opened.metadata() or {}
         values: dict[str, Any] = {}
-        if (beside := where.with_name("adapter_config.json")).is_file():
+        # PEFT's file beside PEFT's weights, or beside the only ones: not one that another file left there.
+        alone = where.name == "adapter_model.safetensors" or len(list(where.parent.glob("*.safetensors"))) == 1
+        if alone and (beside := where.with_name("adapter_config.json")).is_file():
             values = read_json(beside)
         elif "lora_adapter_metadata" in metadata:
             try:
                 values = json.loads(metadata["lora_adapter_metadata"])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}: its lora_adapter_metadata is not JSON ({error})") from None
+            if not isinstance(values, dict):
+                raise InputError(f"{file}: its lora_adapter_metadata is no JSON object")
         else:
-            values = {name: metadata[name] for name in ("transformer.r", "transformer.lora_alpha") if name in metadata}
+            values = {name: value for name, value in metadata.items() if name.startswith("transformer.")}
         values = {name.removeprefix("transformer."): value for name, value in values.items()}
         if values.get("use_dora"):
             raise InputError(f"{file}: its metadata say DoRA, which is not supported; merge it with the tool that made it")
         try:
+            for pattern in (*dict(values.get("rank_pattern") or {}), *dict(values.get("alpha_pattern") or {})):
+                re.compile(pattern)
             return _Settings(
                 file,
                 None if values.get("r") is None else int(values["r"]),
                 None if values.get("lora_alpha") is None else float(values["lora_alpha"]),
                 {name: int(rank) for name, rank in dict(values.get("rank_pattern") or {}).items()},
                 {name: float(alpha) for name, alpha in dict(values.get("alpha_pattern") or {}).items()},
-                bool(values.get("use_rslora")),
+                str(values.get("use_rslora", False)).lower() == "true",
+                _number(metadata.get("ss_network_alpha")),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, re.error) as error:
             raise InputError(f"{file}: its metadata give no usable rank or alpha ({error})") from None
 
     def scale(self, name: str, rank: int, alpha: float | None) -> float:
@@ -336,16 +357,26 @@ class _Settings:
         declared = _by_pattern(self.alphas, name, self.alpha)
         if declared is not None and alpha is not None and not math.isclose(declared, alpha, rel_tol=1e-2):
             raise InputError(f"{self.file}: {name} has alpha {alpha:g}, its metadata say {declared:g}")
-        chosen = next((value for value in (alpha, declared) if value is not None), float(rank))
+        chosen = next((value for value in (alpha, declared, self.absent) if value is not None), float(rank))
+        if not math.isfinite(chosen):
+            raise InputError(f"{self.file}: {name} has alpha {chosen}; a finite number is wanted")
         return chosen / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is the end of the name, else the default."""
+    """PEFT's rule: the first pattern (a regular expression) that fits the end of the name, else the default."""
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}", name):
+        if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def _number(text: str | None) -> float | None:
+    """A number in a file's metadata, where tools write "None" for none."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -395,9 +426,11 @@ def save_lora(file: str | Path, dit: DiT, dialect: DialectName = "diffusers", dt
     write_tensors(Path(file), tensors)
     if dialect == "peft":
         most = max(ranks.values())
-        others = {name: rank for name, rank in ranks.items() if rank != most}
+        # Whole names: PEFT would take a bare one for the end of many.
+        others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != most}
         peft = {"peft_type": "LORA", "r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others}
-        write_json(Path(file).with_name("adapter_config.json"), {**peft, "target_modules": list(ranks)})
+        peft["target_modules"] = "|".join(map(re.escape, ranks))
+        write_json(Path(file).with_name("adapter_config.json"), peft)
     return len(ranks)
 
 

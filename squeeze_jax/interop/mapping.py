@@ -27,9 +27,9 @@ Shape = tuple[int, ...]
 class Entry(NamedTuple):
     """`sources` of the file, joined along their first (output) axis, make `path` of ours.
 
-    layout: `same` (vectors, embeddings), `linear` (weight [out, in] to kernel [in, out]), `pointwise` (the same from a
-    convolution [out, in, 1, 1]), `conv` ([out, in, h, w] to [h, w, in, out]), `swap_halves` (a vector or linear weight
-    whose two output halves stand in the other order).
+    layout: `same` (vectors, embeddings), `linear` (weight [out, in] to kernel [in, out]), `pointwise` (the same, written
+    as a convolution [out, in, 1, 1]), `conv` ([out, in, h, w] to [h, w, in, out]), `swap_halves` (a vector or linear
+    weight whose two output halves stand in the other order).
     """
 
     sources: tuple[str, ...]
@@ -56,7 +56,7 @@ def to_ours(tensors: list[np.ndarray], layout: Layout) -> np.ndarray:
         case "linear":
             return joined.T
         case "pointwise":
-            return joined[:, :, 0, 0].T
+            return joined.reshape(joined.shape[:2]).T
         case "conv":
             return joined.transpose(2, 3, 1, 0)
         case "swap_halves":
@@ -166,8 +166,8 @@ def load_entries(
     """Sets every parameter of `module` from a checkpoint.
 
     `dtype` converts (default: the dtype that the parameter has). `place(path, shape)` says how a parameter lies on the
-    devices (default: on the first one): only what this process's devices hold is read, one tensor at a time. All missing,
-    unexpected and misshapen names are raised together as `MappingError` before anything is read.
+    devices (default: on this process's first one): only what this process's devices hold is read, one tensor at a time.
+    All missing, unexpected and misshapen names are raised together as `MappingError` before anything is read.
     """
     tensors = ArrayTensors(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     parameters, table = parameters_by_path(module), list(table)
@@ -181,7 +181,7 @@ def load_entries(
         shape, kept = parameters[path].shape, np.dtype(dtype or parameters[path].dtype)
         read = partial(_piece, tensors, entries, shape, kept)
         if place is None:
-            value = jax.device_put(read(None), jax.devices()[0])
+            value = jax.device_put(read(None), jax.local_devices()[0])
         else:
             value = jax.make_array_from_callback(shape, place(path, shape), read)
         parameters[path].set_value(value)
@@ -192,23 +192,32 @@ def differences(module: nnx.Module, table: Iterable[Entry], tensors: Tensors) ->
     """What keeps a checkpoint from being a model's: missing and unexpected names, then shapes and types. Reads nothing."""
     parameters, table, present = parameters_by_path(module), list(table), set(tensors.names())
     wanted = {name for entry in table for name in entry.sources}
-    problems = [f"missing: {name}{_nearest(name, present - wanted)}" for name in sorted(wanted - present)]
-    problems += [f"unexpected: {name}{_nearest(name, wanted - present)}" for name in sorted(present - wanted)]
+    missing, unexpected = sorted(wanted - present), sorted(present - wanted)
+    problems = [f"missing: {name}{_nearest(name, unexpected)}" for name in missing[:SUGGESTIONS]]
+    problems += [f"missing: {name}" for name in missing[SUGGESTIONS:]]
+    problems += [f"unexpected: {name}{_nearest(name, missing)}" for name in unexpected[:SUGGESTIONS]]
+    problems += [f"unexpected: {name}" for name in unexpected[SUGGESTIONS:]]
     problems += [f"no entry for our parameter {path}" for path in sorted(set(parameters) - {e.path for e in table})]
-    if not problems:
-        problems = [problem for entry in table if (problem := _misshapen(entry, parameters[entry.path], tensors))]
-        kinds = {name: tensors.dtype(name) for name in sorted(wanted)}
-        problems += [
-            f"dtype: {name} is {kind}, a floating-point type is wanted"
-            for name, kind in kinds.items()
-            if not jnp.issubdtype(kind, jnp.floating)
-        ]
+    whole = [entry for entry in table if entry.path in parameters and present.issuperset(entry.sources)]
+    problems += [problem for entry in whole if (problem := _misshapen(entry, parameters[entry.path], tensors))]
+    kinds = {name: tensors.dtype(name) for name in sorted(wanted & present)}
+    problems += [
+        f"dtype: {name} is {kind}, a floating-point type is wanted"
+        for name, kind in kinds.items()
+        if not jnp.issubdtype(kind, jnp.floating)
+    ]
     return problems
+
+
+SUGGESTIONS = 20
+"""Names for which the nearest other one is looked up: it costs a comparison with all of them."""
 
 
 def _misshapen(entry: Entry, parameter: nnx.Param, tensors: Tensors) -> str | None:
     """What is wrong with the shapes of an entry's tensors."""
     shapes = [tensors.shape(name) for name in entry.sources]
+    if (entry.sizes or entry.part is not None) and not all(shapes):
+        return f"shape: {' + '.join(entry.sources)} must have rows, but is a single number"
     first, rest = sum(shape[0] if shape else 1 for shape in shapes), shapes[0][1:]
     if entry.part is not None:
         first = first // entry.part[1] if first % entry.part[1] == 0 else -1
@@ -219,7 +228,7 @@ def _misshapen(entry: Entry, parameter: nnx.Param, tensors: Tensors) -> str | No
         case "linear" | "swap_halves":
             found = (*rest, first)
         case "pointwise":
-            found = (*rest[:-2], first) if rest[-2:] == (1, 1) else (*rest, first)
+            found = (*rest[:1], first) if set(rest[1:]) <= {1} else (*rest, first)
         case "conv":
             found = (*rest[1:], *rest[:1], first)
     uneven = any(shape[1:] != rest for shape in shapes)

@@ -40,7 +40,7 @@ class TensorFolder:
         """Float8 tensor → its scale."""
         self._opened: dict[Path, Any] = {}
         self._hidden: frozenset[str] = frozenset()
-        if path.is_file():
+        if _is_file(path):
             self._add_all(path)
         elif not path.is_dir():
             raise InputError(f"{path}: no such folder; give the folder that holds config.json and .safetensors files")
@@ -62,19 +62,21 @@ class TensorFolder:
             pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.ckpt"), *path.glob("*.pth")]
             hint = f"; {pickles[0].name} is a pickle, which is never read: convert it" if pickles else ""
             raise InputError(f"{path}: no .safetensors file in it{hint}")
+        elif indexes:
+            raise InputError(f"{path}: {len(indexes)} indexes of shards ({indexes[0].name}, …); keep one of them")
         else:
             raise InputError(f"{path}: {len(singles)} .safetensors files and no index that says which belong together")
 
     def _add_index(self, folder: Path, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
             raise InputError(f"{index}: not an index of shards (no weight_map of names to files); download it again")
         for name, shard in weight_map.items():
             file = folder / shard
             if shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard or "\0" in shard:
                 raise InputError(f"{index}: {name} points to {shard!r}, out of the folder")
-            if not file.is_file():
-                raise InputError(f"{index}: the shard {shard} is missing; download it")
+            if not _is_file(file):
+                raise InputError(f"{index}: the shard {shard[:80]} is missing; download it")
             self.files[name] = file
         for file in sorted(set(self.files.values())):
             _check_inside(folder, file)
@@ -91,7 +93,7 @@ class TensorFolder:
     def _find_scales(self, path: Path) -> None:
         """Where there are scales, every float8 tensor must have one; they and their like are no tensors of the model."""
         extras = {name for name in self.files if name.endswith((*SCALES, ".input_scale", ".scale_input"))}
-        extras |= {"scaled_fp8"} & set(self.files)
+        extras |= {name for name in self.files if name == "scaled_fp8" or name.endswith(".scaled_fp8")}
         for name in list(self.files) if extras else ():
             if name in extras or self._slice(name).get_dtype() not in FLOAT8:
                 continue
@@ -99,6 +101,9 @@ class TensorFolder:
             found = [spelling for spelling in spellings if spelling in extras]
             if not found:
                 raise InputError(f"{path}: {name} is float8 and has no scale beside it; take the bfloat16 checkpoint")
+            rows, scale = self.shape(name)[:1], tuple(self._slice(found[0]).get_shape())
+            if scale not in ((), (1,), rows, (*rows, 1)):
+                raise InputError(f"{path}: {found[0]} has shape {scale}; one scale, or one a row of {name}, is wanted")
             self.scales[name] = found[0]
         if self.scales:
             self._hidden = frozenset(extras)
@@ -146,10 +151,18 @@ class TensorFolder:
 
 
 def _check_inside(folder: Path, file: Path) -> None:
-    """A link may lead to the folder itself or, as in a download cache, to the `blobs` two folders above it."""
+    """A link may lead to the folder itself or, as in a download cache, to the `blobs` beside its `snapshots`."""
     home = folder.resolve()
-    if file.resolve().parent not in (home, home.parent.parent / "blobs"):
+    blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"][:1]
+    if file.resolve().parent not in (home, *blobs):
         raise InputError(f"{file}: a link out of the folder, to {file.resolve()}; put the file itself there")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _open(file: Path) -> Any:
@@ -173,7 +186,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(start.read(length), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _TwiceError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a name twice, a number of 5,000 digits
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
     if not isinstance(header, dict):
         raise InputError(f"{file}: not a whole safetensors file (its header is no table); download it again")
@@ -197,7 +212,9 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except ValueError as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object")

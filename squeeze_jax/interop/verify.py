@@ -58,7 +58,8 @@ class Row(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.error is None or self.error <= TOLERANCE
+        finite = bool(np.isfinite(self.digest).all())
+        return finite and (self.error is None or self.error <= TOLERANCE)
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""Scaled dot-product attention behind one function."""
+"""Scaled dot-product attention behind one function: a kernel where there is one for the platform, else plain products."""
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, Bool, Float
+from squeeze_jax.sharding import platform
 
 # Large and finite: a row that may attend to nothing becomes a mean over everything, never NaN, in any dtype.
 MASKED = -1e30
@@ -15,13 +17,31 @@ def attention(
     value: Float[Array, "B S K D"],
     *,
     mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None = None,
+    name: str | None = None,
 ) -> Float[Array, "B T H D"]:
     """softmax(q·kᵀ / sqrt(D))·v with the softmax in float32.
 
     `mask` is True where a query may attend: one row of keys for the whole sample [B, S], or one per query
     [B, T, S]. Fewer key/value heads than query heads (H a multiple of K) are shared by neighbouring query heads.
-    A query that may attend to nothing gives a finite, meaningless value: mask it out further on.
+    A query that may attend to nothing gives a finite, meaningless value: mask it out further on. `name` is the
+    `checkpoint_name` of the result, or of what a kernel keeps for its backward pass.
     """
+    if platform() == "tpu":
+        from squeeze_jax.layers.splash import splash_attention, suits  # Pallas is slow to import
+
+        if suits(query, key, mask):
+            return splash_attention(query, key, value, mask, name=name)
+    mixed = plain_attention(query, key, value, mask)
+    return mixed if name is None else checkpoint_name(mixed, name)
+
+
+def plain_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None,
+) -> Float[Array, "B T H D"]:
+    """`attention` as products of whole arrays."""
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)

@@ -17,7 +17,8 @@ from squeeze_jax.batch import Context, HiddenStates
 from squeeze_jax.layers.attention import attention
 from squeeze_jax.layers.linear import Linear, swish
 from squeeze_jax.layers.norm import RMSNorm
-from squeeze_jax.layers.stack import Remat, scan_blocks, stacked
+from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stacked
+from squeeze_jax.sharding import constrain
 
 Kind = Literal["last_layer", "last_layer_vit", "lap", "dla"]
 KINDS = get_args(Kind)
@@ -171,7 +172,8 @@ class FusionBlock(nnx.Module):
         y = self.norm1(x)
         shape = (*y.shape[:2], self.heads, y.shape[-1] // self.heads)  # no -1: there may be no tokens at all
         q, k, v = (part.reshape(shape) for part in jnp.split(self.to_qkv(y), 3, axis=-1))
-        mixed = attention(self.norm_q(q), self.norm_k(k), v, mask=mask).reshape(y.shape)
-        x = x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y)))
+        q, k, v = (constrain(part, "heads") for part in (self.norm_q(q), self.norm_k(k), v))
+        mixed = attention(q, k, v, mask=mask, name=ATTENTION).reshape(y.shape)
+        x = constrain(x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y))), "tokens")
         y = self.norm2(x)
-        return x + self.ff_down(swish(self.ff_gate(y)) * self.ff_up(y))
+        return constrain(x + self.ff_down(constrain(swish(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens")

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
@@ -23,6 +22,7 @@ from squeeze_jax.layers.modulation import NORM_EPS, Embedder, Modulation, gated,
 from squeeze_jax.layers.norm import RMSNorm
 from squeeze_jax.layers.rope import Rotation, rotate, rotation
 from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stacked
+from squeeze_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class DiT(nnx.Module):
         by = self._rotation(positions, context.shape[1])
 
         vec = vec.astype(jnp.float32)
-        txt, img = self.txt_in(context), self.img_in(tokens)
+        txt, img = constrain(self.txt_in(context), "tokens"), constrain(self.img_in(tokens), "tokens")
         (txt, img), _ = scan_blocks(
             self.double_blocks,
             lambda block, streams, _: (block(*streams, vec, by, mask), None),
@@ -225,7 +225,7 @@ class MLP(nnx.Module):
         self.out_layer = Linear(hidden, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
+        return self.out_layer(constrain(jax.nn.gelu(self.in_layer(x), approximate=True), "hidden"))
 
 
 class DoubleBlock(nnx.Module):
@@ -260,7 +260,7 @@ class DoubleBlock(nnx.Module):
         img = gated(img, img_gate, self.img_attn.proj(mixed[:, length:]))
         txt = gated(txt, txt_gate_mlp, self.txt_mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
         img = gated(img, img_gate_mlp, self.img_mlp(modulate(img, img_shift_mlp, img_scale_mlp)))
-        return txt, img
+        return constrain(txt, "tokens"), constrain(img, "tokens")
 
 
 class SingleBlock(nnx.Module):
@@ -281,8 +281,8 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
         mixed = joint_attention(*self.norm(*split_heads(qkv, self.heads)), by, mask)
-        hidden = jax.nn.gelu(hidden, approximate=True)
-        return gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1)))
+        hidden = constrain(jax.nn.gelu(hidden, approximate=True), "hidden")
+        return constrain(gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens")
 
 
 class FinalLayer(nnx.Module):
@@ -310,5 +310,6 @@ def joint_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, by: Rotation, mask: Bool[Array, "B S"] | None
 ) -> Float[Array, "B S C"]:
     """Attention of rotated q and k over the joint sequence, heads merged."""
-    mixed = attention(rotate(q, by), rotate(k, by), v, mask=mask)
-    return checkpoint_name(mixed.reshape(*mixed.shape[:2], -1), ATTENTION)
+    q, k, v = (constrain(x, "heads") for x in (rotate(q, by), rotate(k, by), v))
+    mixed = attention(q, k, v, mask=mask, name=ATTENTION)
+    return mixed.reshape(*mixed.shape[:2], -1)

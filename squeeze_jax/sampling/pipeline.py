@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from squeeze_jax.batch import HiddenStates, References
@@ -172,12 +172,13 @@ class Pipeline:
 def beside(leaves: Any, inputs: Any) -> Any:
     """Inputs on the mesh that the weights lie on: rows split over it where they divide evenly, else everywhere."""
     where = getattr(jax.tree.leaves(leaves)[0], "sharding", None)
-    if not isinstance(where, NamedSharding) or where.mesh.size == 1:
+    mesh = where.mesh if isinstance(where, NamedSharding) else None
+    if not isinstance(mesh, Mesh) or mesh.size == 1:
         return inputs
-    rows = batch_sharding(where.mesh)
+    rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def place(x: jax.Array | np.ndarray) -> NamedSharding:
-        return rows if x.shape[0] % rows.num_devices == 0 else NamedSharding(where.mesh, PartitionSpec())
+        return rows if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else everywhere
 
     return jax.device_put(inputs, jax.tree.map(place, inputs))
 

@@ -13,7 +13,7 @@ from squeeze_jax.batch import Context, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.diffusion.flow import loss_per_sample, noisy, sample_times, schedule_shift
 from squeeze_jax.models.system import System
-from squeeze_jax.sharding import batch_sharding
+from squeeze_jax.sharding import batch_sharding, on_mesh
 from squeeze_jax.training.optimizer import learning_rate
 from squeeze_jax.training.state import Leaves, Split, TrainState
 
@@ -125,8 +125,14 @@ def make_train_step(
 
     if where is None:
         return jax.jit(step, donate_argnums=0)
-    examples = batch_sharding(jax.tree.leaves(where)[0].mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, None))
+    mesh = jax.tree.leaves(where)[0].mesh
+
+    def placed(state: TrainState, frozen: nnx.State, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
+        with on_mesh(mesh):
+            return step(state, frozen, batch)
+
+    examples = batch_sharding(mesh)
+    return jax.jit(placed, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, None))
 
 
 def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: float) -> Leaves:

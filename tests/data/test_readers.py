@@ -109,6 +109,21 @@ def test_our_internvl_reads_as_pytorchs_does(internvl_folder, system, tiles):
     close(ours.read(PROMPTS[:1], [[]]), theirs.read(PROMPTS[:1], [[]]))
 
 
+def test_a_tokenizer_of_another_model_is_refused(internvl_folder, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((internvl_folder / name).read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"image_token_id": 3}))
+    with pytest.raises(InputError, match=r"tokenizer\.json gives <IMG_CONTEXT> the id \d+, config\.json 3"):
+        InternVLReader(tmp_path, None, 1, jnp.float32)
+    larger = qwen_like()
+    larger.add_tokens([f"<word {i}>" for i in range(200)])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"the model embeds 600 tokens"):
+        InternVLReader(tmp_path, None, 1, jnp.float32)
+
+
 def test_tiles_are_part_of_what_decides_the_features(internvl_folder):
     one, four = (InternVLReader(internvl_folder, None, tiles, jnp.float32).settings for tiles in (1, 4))
     assert one == {"system_text": None}

@@ -21,6 +21,7 @@ def check(folder, kind: str, parameters: int, rows: int) -> None:
     assert not report.problems
     assert report.parameters == parameters
     assert len(report.rows) == rows
+    assert all(row.error is not None for row in report.rows)
     assert report.passed, report.rows
 
 

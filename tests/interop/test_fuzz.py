@@ -22,7 +22,7 @@ from small_dit import CONFIG, random_dit  # isort: skip
 TOKENS = [
     b'"', b"{", b"}", b"[", b"]", b",", b":", b"0", b"-1", b"1e999", b"99999999999999999999", b"null", b"true", b"NaN",
     b'"F32"', b'"F8_E4M3"', b'"I4"', b'"a"', b"\xff", b"\0", b"\\u0000", b"\\ud800", b"../", b"/etc/passwd", b"weight_map",
-    b"__metadata__", b"data_offsets", b"shape", b" " * 50,
+    b"__metadata__", b"data_offsets", b"shape", b" " * 50, b"[" * 3000, b"9" * 5000, b'{"a":' * 2000,
 ]  # fmt: skip
 
 
@@ -62,10 +62,11 @@ def read_all(path):
 def test_two_thousand_spoilt_checkpoints_and_manifests(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.weight": np.ones(4, ml_dtypes.bfloat16)}
+    tensors |= {"q.weight": np.ones((2, 3), ml_dtypes.float8_e4m3fn), "q.scale_weight": np.ones((2, 1), np.float32)}
     whole = save(tensors, {"format": "pt"})
     (header,) = struct.unpack("<Q", whole[:8])
     text, data = whole[8 : 8 + header], whole[8 + header :]
-    index = json.dumps({"metadata": {"total_size": 32}, "weight_map": {"a": "x.safetensors", "b.weight": "x.safetensors"}})
+    index = json.dumps({"metadata": {"total_size": 32}, "weight_map": dict.fromkeys(tensors, "x.safetensors")})
     Image.new("RGB", (16, 16)).save(tmp_path / "p.png")
     manifest = json.dumps([{"prompt": "a cat", "image_paths": ["p.png"], "image_tgt_path": "p.png"}] * 2)
     counts: dict[str, int] = {}
@@ -96,6 +97,7 @@ def test_two_thousand_spoilt_checkpoints_and_manifests(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     assert all(counts[f"{kind} refused"] > 100 for kind in ("header", "length", "index", "manifest")), counts
+    assert all(counts[f"{kind} loaded"] >= 3 for kind in ("header", "length", "index", "manifest")), counts
 
 
 def test_spoilt_lora_files_attach_nothing(tmp_path):

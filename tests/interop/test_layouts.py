@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 from small_dit import CONFIG, random_dit
-from small_internvl import INTERNVL, random_internvl, randomly
+from small_internvl import INTERNVL, ORIGINAL_CONFIG, random_internvl, randomly
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop import load_autoencoder, load_dit, load_internvl
 from squeeze_jax.interop.flux import config_from_shapes, config_to_json, diffusers_entries, original_entries
-from squeeze_jax.interop.load import autoencoder_source, dit_source, internvl_source
+from squeeze_jax.interop.load import WEIGHTS, autoencoder_source, dit_source, internvl_source, save_dit
 from squeeze_jax.interop.mapping import export_entries, load_entries, parameters_by_path
 from squeeze_jax.interop.tensors import write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -131,20 +131,6 @@ def test_the_autoencoder_loads_from_one_file(tmp_path, prefix):
 
 # --- InternVL's original names ---------------------------------------------------------------------------------------
 
-PUBLISHED = {
-    "ps_version": "v2", "select_layer": -1, "downsample_ratio": 0.5, "force_image_size": 16,
-    "vision_config": {
-        "model_type": "intern_vit_6b", "image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "intermediate_size": 40, "qkv_bias": True, "qk_normalization": False,
-        "hidden_act": "gelu", "norm_type": "layer_norm", "initializer_factor": 0.1, "layer_norm_eps": 1e-6,
-    },
-    "llm_config": {
-        "model_type": "qwen2", "vocab_size": 600, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 56, "max_position_embeddings": 128, "rope_theta": 1000000.0,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6,
-    },
-}  # fmt: skip
-
 
 def by_hand(tensors):
     """`-hf` tensors under the original names: q, k and v of the vision tower fused."""
@@ -176,7 +162,7 @@ def test_the_original_internvl_loads(tmp_path):
     mllm = random_internvl()
     original = by_hand(export_entries(mllm, internvl_format.entries(INTERNVL)))
     save_file(original, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL_CONFIG))
     loaded = load_internvl(tmp_path, jnp.float32)
     assert loaded.config == dataclasses.replace(INTERNVL, image_token_id=151667)  # their config does not say
     same(loaded, mllm)
@@ -188,9 +174,21 @@ def test_the_original_internvl_loads(tmp_path):
 
 def test_another_pixel_shuffle_is_refused(tmp_path):
     save_file({"x": np.ones(1)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, "ps_version": "v1"}))
+    (tmp_path / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, "ps_version": "v1"}))
     with pytest.raises(InputError, match="ps_version is 'v1'"):
         load_internvl(tmp_path)
+
+
+def test_internvl_is_read_from_a_folder(tmp_path):
+    save_file({"x": np.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="InternVL is read from its folder"):
+        load_internvl(tmp_path / "model.safetensors")
+
+
+def test_diffusers_names_in_a_single_file_need_their_folder(tmp_path):
+    save_dit(tmp_path, random_dit(), jnp.float32)
+    with pytest.raises(InputError, match="give the folder that has both"):
+        load_dit(tmp_path / WEIGHTS)
 
 
 def test_a_fused_tensor_of_another_size_is_named(tmp_path):
@@ -198,7 +196,7 @@ def test_a_fused_tensor_of_another_size_is_named(tmp_path):
     original = by_hand(export_entries(mllm, internvl_format.entries(INTERNVL)))
     original["vision_model.encoder.layers.1.attn.qkv.weight"] = np.ones((71, 24), np.float32)
     save_file(original, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL_CONFIG))
     with pytest.raises(InputError, match=r"layers\.1\.attn\.qkv\.weight gives"):
         load_internvl(tmp_path, jnp.float32)
 
@@ -219,7 +217,7 @@ FORMATS = {
     ),
     "internvl-original": (
         internvl_source, InternVL, dataclasses.replace(INTERNVL, image_token_id=151667),
-        internvl_format.original_entries, lambda config: PUBLISHED,
+        internvl_format.original_entries, lambda config: ORIGINAL_CONFIG,
     ),
 }  # fmt: skip
 

@@ -153,6 +153,13 @@ def adapter_metadata(**values):
         (4.0, adapter_metadata(r=8, lora_alpha=4), 0.5),
         (None, adapter_metadata(r=8, lora_alpha=4, use_rslora=True), 4 / math.sqrt(8)),
         (None, adapter_metadata(r=2, lora_alpha=4, rank_pattern={"attn.to_v": 8}, alpha_pattern={"to_v": 24}), 3.0),
+        (None, adapter_metadata(r=8, lora_alpha=4, alpha_pattern={r"^transformer_blocks\.\d\.attn\.to_[kv]$": 24}), 3.0),
+        (None, adapter_metadata(r=8, lora_alpha=4, alpha_pattern={"^to_v$": 24}), 0.5),
+        (None, {"transformer.lora_alpha": "16", "transformer.use_rslora": "True"}, 16 / math.sqrt(8)),
+        (None, {"transformer.lora_alpha": "16", "transformer.use_rslora": "False"}, 2.0),
+        (None, {"ss_network_alpha": "2"}, 0.25),
+        (None, {"ss_network_alpha": "None"}, 1.0),
+        (4.0, {"ss_network_alpha": "2"}, 0.5),
     ],
 )
 def test_scale_is_alpha_over_rank_wherever_alpha_stands(tmp_path, alpha, metadata, scale):
@@ -170,6 +177,12 @@ def test_scale_is_alpha_over_rank_wherever_alpha_stands(tmp_path, alpha, metadat
         (None, adapter_metadata(r=16, lora_alpha=4), "rank 8, its metadata say 16"),
         (None, adapter_metadata(r="many"), "no usable rank"),
         (None, {"lora_adapter_metadata": "{"}, "not JSON"),
+        (None, {"lora_adapter_metadata": "[" * 100_000}, "not JSON"),
+        (None, {"lora_adapter_metadata": "[]"}, "no JSON object"),
+        (None, adapter_metadata(r=1e999), "no usable rank"),
+        (None, adapter_metadata(lora_alpha=math.inf), "alpha inf"),
+        (None, adapter_metadata(alpha_pattern={"(": 1}), "no usable rank or alpha"),
+        (math.nan, {}, "is nan; a finite number"),
         (None, adapter_metadata(use_dora=True), "DoRA"),
     ],
 )
@@ -201,6 +214,33 @@ def test_an_adapter_config_beside_the_file_gives_alpha(tmp_path):
     load_lora(dit, tmp_path)
     (found,) = deltas(dit).values()
     np.testing.assert_allclose(found, 0.5 * product, rtol=1e-4, atol=1e-4)
+    # Beside several files it is that of PEFT's own.
+    write(tmp_path / "adapter_model.safetensors", load_file(tmp_path / "lora.safetensors"))
+    for name, scale in (("lora", 1.0), ("adapter_model", 0.5)):
+        dit = random_dit()
+        load_lora(dit, tmp_path / f"{name}.safetensors")
+        (found,) = deltas(dit).values()
+        np.testing.assert_allclose(found, scale * product, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("transformer.x_embedder", A, B), ("x_embedder", A, B)),
+        (("x_embedder", A, B), ("x_embedder", "lora_A.default.weight", "lora_B.default.weight")),
+    ],
+)
+def test_one_layer_named_twice_is_refused(tmp_path, first, second):
+    a, b = pair(np.random.default_rng(0), 2, 64, W)
+    tensors = {f"{key}.{role}": matrix for key, *roles in (first, second) for role, matrix in zip(roles, (a, b))}
+    with pytest.raises(InputError, match="the same matrix of one layer"):
+        load_lora(random_dit(), write(tmp_path / "x.safetensors", tensors))
+
+
+def test_rank_0_is_refused(tmp_path):
+    a, b = np.ones((0, 64), np.float32), np.ones((W, 0), np.float32)
+    with pytest.raises(InputError, match="x_embedder has rank 0"):
+        load_lora(random_dit(), write(tmp_path / "x.safetensors", {f"x_embedder.{A}": a, f"x_embedder.{B}": b}))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -288,6 +328,27 @@ def test_out_and_in_again_is_the_same_delta(tmp_path, dialect, qkv):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-4, err_msg=name)
     if not DIALECTS[dialect].alpha:
         assert not any(name.endswith("alpha") for name in load_file(tmp_path / "lora.safetensors"))
+
+
+@pytest.mark.parametrize("dialect", sorted(DIALECTS))
+def test_ranks_of_their_own_go_out_and_in(tmp_path, dialect):
+    """Names that are ends of others (`proj_out` of a block and of the whole) included."""
+    ranks = {r"single_blocks\.linear2": 5, r"double_blocks\.img_attn\.proj": 2}
+    if dialect != "xlabs":
+        ranks |= {r"final_layer\.linear": 3, r"double_blocks\.txt_mod\.lin": 4}
+    dit, rng = random_dit(), np.random.default_rng(0)
+    for target, rank in ranks.items():
+        add_lora(dit, LoRAConfig(rank=rank, alpha=float(rank), target=target), rngs=nnx.Rngs(rank))
+    for _, linear in linears(dit):
+        for part in linear.adapter.parts if linear.adapter is not None else ():
+            part.up.set_value(jnp.asarray(rng.standard_normal(part.up.shape), jnp.float32))
+    save_lora(tmp_path / "lora.safetensors", dit, dialect)
+    again = random_dit()
+    load_lora(again, tmp_path / "lora.safetensors")
+    wanted, found = deltas(dit), deltas(again)
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_three_ranks_fused_are_block_diagonal_with_alpha_grown(tmp_path):

@@ -77,7 +77,7 @@ def test_an_index_that_is_wrong_is_refused(tmp_path, change, message):
         TensorFolder(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {}}', "{"])
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match=r"index\.json"):
@@ -96,6 +96,7 @@ GOOD = entry("F32", [2], 0, 8)
          b"\0" * 8, "a name stands twice"),
         ({"__metadata__": {"format": "pt"}}, b"", "no tensor in it"),
         (b"[" * 100_000, b"", "not a whole safetensors file"),
+        (b'{"a": ' + b"9" * 5000 + b"}", b"", "not a whole safetensors file"),
         (b"\xff\xfe", b"", "not a whole safetensors file"),
     ],
 )  # fmt: skip
@@ -139,6 +140,46 @@ def test_links_out_of_the_folder_are_refused_and_those_of_a_download_cache_are_n
     (folder / "x.safetensors").unlink()
     (folder / "x.safetensors").symlink_to("../../blobs/0123")
     assert TensorFolder(folder).names() == ["a"]
+    part = folder / "transformer"  # one of a repository's folders
+    part.mkdir()
+    (part / "y.safetensors").symlink_to("../../../blobs/0123")
+    assert TensorFolder(part).names() == ["a"]
+
+
+def test_names_that_no_file_has_and_folders_in_a_files_place(tmp_path):
+    sharded(tmp_path, one={"a": np.ones(2)}, two={"b": np.zeros(3)})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    with pytest.raises(InputError, match=r"the shard x{80} is missing"):
+        TensorFolder(tmp_path)
+    index.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"index\.json: not JSON"):
+        TensorFolder(tmp_path)
+    (tmp_path / "model.fp16.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="2 indexes of shards"):
+        TensorFolder(tmp_path)
+    other = tmp_path / "other"
+    (other / "x.safetensors").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"x\.safetensors: cannot be read"):
+        TensorFolder(other)
+
+
+def test_types_that_numpy_has_not_are_refused(tmp_path):
+    raw(tmp_path / "x.safetensors", {"a": entry("F4", [2], 0, 1)}, b"\0")
+    with pytest.raises(InputError, match=r"a is of type F4|not a whole safetensors file"):
+        TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (1, 6), (0,), (2, 2)])
+def test_scales_of_no_meaning_are_refused(tmp_path, shape):
+    scale = np.ones(shape, np.float32)
+    raw(
+        tmp_path / "x.safetensors",
+        {"l.weight": entry("F8_E4M3", [4, 6], 0, 24), "l.scale_weight": entry("F32", list(shape), 24, 24 + scale.nbytes)},
+        b"\0" * 24 + scale.tobytes(),
+    )
+    with pytest.raises(InputError, match=r"l\.scale_weight has shape .*one scale, or one a row"):
+        TensorFolder(tmp_path)
 
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
@@ -186,6 +227,23 @@ def test_every_process_reads_its_part_onto_its_devices(tmp_path):
         np.testing.assert_array_equal(array, wanted[path][...], err_msg=path)
     split = parameters_by_path(loaded)["double_blocks.img_attn.qkv.kernel"][...]
     assert {shard.data.size * 8 for shard in split.addressable_shards} == {split.size}
+
+
+def test_a_device_reads_nothing_but_its_slice(tmp_path, monkeypatch):
+    save_dit(tmp_path, random_dit(), jnp.float32)
+    count, read = {}, TensorFolder.read
+
+    def counted(self, name, index=()):
+        part = read(self, name, index)
+        count[name] = count.get(name, 0) + part.size
+        return part
+
+    monkeypatch.setattr(TensorFolder, "read", counted)
+    mesh = make_mesh(1, 8, 1)
+    load_dit(tmp_path, jnp.float32, mesh=mesh)
+    sizes = {name: tensor.size for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    for name in ("transformer_blocks.1.attn.to_k.weight", "single_transformer_blocks.0.proj_mlp.weight"):
+        assert count[name] == sizes[name], name  # eight devices, an eighth each
 
 
 def test_parts_read_are_the_parts_of_the_whole(tmp_path):

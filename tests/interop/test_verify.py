@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_dit import CONFIG, random_dit
-from small_internvl import INTERNVL, random_internvl, randomly
+from small_internvl import INTERNVL, ORIGINAL_CONFIG, random_internvl, randomly
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
@@ -43,8 +43,10 @@ def write(folder, layout, change=lambda tensors: None):
             module, (autoencoder_format.original_entries if original else autoencoder_format.entries)(SMALL)
         )
     else:
-        module, config = random_internvl(), internvl_format.config_to_json(INTERNVL)
-        tensors = export_entries(module, internvl_format.entries(INTERNVL))
+        original = layout == "internvl-original"
+        config = ORIGINAL_CONFIG if original else internvl_format.config_to_json(INTERNVL)
+        table = internvl_format.original_entries if original else internvl_format.entries
+        tensors = export_entries(random_internvl(), table(INTERNVL))
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     if layout != "flux-original":
@@ -52,7 +54,9 @@ def write(folder, layout, change=lambda tensors: None):
     return folder
 
 
-LAYOUTS = ["flux-diffusers", "flux-original", "autoencoder-diffusers", "autoencoder-original", "internvl"]
+LAYOUTS = [
+    "flux-diffusers", "flux-original", "autoencoder-diffusers", "autoencoder-original", "internvl", "internvl-original",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -64,6 +68,18 @@ def test_a_good_checkpoint_passes(tmp_path, layout):
     assert len(report.rows) == {"flux": 3, "autoencoder": 2, "internvl": 3}[report.kind]
     assert all(row.error is not None and row.error > 0 for row in report.rows)
     assert json.loads(json.dumps(report.to_json()))["passed"] is True
+
+
+def put(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def test_weights_that_are_not_finite_fail_with_and_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setattr(verifier, "_has", lambda *modules: False)
+    spoil = put("single_transformer_blocks.1.proj_out.bias", np.full(DIT.width, np.nan, np.float32))
+    report = verify(write(tmp_path / "x", "flux-diffusers", spoil))
+    assert [row.passed for row in report.rows] == [True, False, True]
+    assert not report.passed
 
 
 def test_a_wrong_computation_fails(tmp_path, monkeypatch):
@@ -96,10 +112,6 @@ def test_without_pytorch_there_are_digests(tmp_path, monkeypatch):
     other = verify(write(tmp_path / "y", "flux-diffusers", nudge))
     assert one.rows[0] == other.rows[0]
     assert one.rows[1].digest != other.rows[1].digest
-
-
-def put(name, tensor):
-    return lambda tensors: tensors.update({name: tensor})
 
 
 @pytest.mark.parametrize(
@@ -180,7 +192,7 @@ ANY = "model.safetensors"
 FIRST = {
     "flux-diffusers": "context_embedder.bias", "flux-original": "double_blocks.0.img_attn.norm.key_norm.scale",
     "autoencoder-diffusers": "decoder.conv_in.bias", "autoencoder-original": "decoder.conv_in.bias",
-    "internvl": "language_model.lm_head.weight",
+    "internvl": "language_model.lm_head.weight", "internvl-original": "language_model.lm_head.weight",
 }  # fmt: skip
 """A tensor of each layout that stands in the first of two shards."""
 BROKEN = {

@@ -147,6 +147,19 @@ def test_the_transformer_equals_peft_on_separate_projections(small):
     assert touched == sum(type(m).__name__ == "Linear" and hasattr(m, "lora_A") for m in modules.values()) == 21
     assert relative_error(function(nnx.state(dit), arrays_of(x)), theirs) < 1e-5
 
+    # Gradients of the pairs.
+    weights = np.random.default_rng(5).standard_normal(theirs.shape).astype(np.float32)
+    ours, rest = nnx.state(dit, LoRAParam), nnx.state(dit, nnx.Not(LoRAParam))
+    gradient = jax.grad(lambda pairs: jnp.sum(function(nnx.merge_state(pairs, rest), arrays_of(x)) * weights))
+    found = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(jax.jit(gradient)(ours))}
+    (run_twin(torch, twin, x) * torch.from_numpy(weights)).sum().backward()
+    for path, (prefix, parts) in names.items():
+        for number, name in enumerate(parts):
+            layers = [modules[prefix.format(i) + name] for i in range(3 if path.startswith("single") else 2)]
+            for leaf, matrix in (("down", "lora_A"), ("up", "lora_B")):
+                wanted = np.stack([getattr(layer, matrix)["default"].weight.grad.numpy().T for layer in layers])
+                assert relative_error(found[f"{path}.adapter.parts.{number}.{leaf}"], wanted) < 1e-4, (path, name, leaf)
+
     # Merged, every tensor equals PEFT's merged ones: nothing else has changed.
     merge_lora(dit)
     twin.fuse_lora()

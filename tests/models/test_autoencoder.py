@@ -134,12 +134,19 @@ def test_each_picture_is_on_its_own():
     assert relative(encode(module, images)[1:2], encode(module, images[1:2])) < 1e-6
 
 
-def test_bfloat16_stays_close_and_comes_out_as_float32():
-    images = jnp.asarray(pictures(1, 32, 32))
-    full, half = small(), small(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    latents = encode(half, images)
-    assert latents.dtype == decode(half, latents).dtype == jnp.float32
-    assert relative(latents, encode(full, images)) < 0.05  # 8 bits through 25 convolutions
+def test_bfloat16_stays_close_to_diffusers_float32_and_comes_out_as_float32(theirs):
+    import torch
+
+    images, half = pictures(1, 32, 32), small(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    raw = np.random.default_rng(3).normal(size=(1, 9, 5, 4)).astype(np.float32)
+    with torch.no_grad():
+        mean = theirs.encode(to_torch(images)).latent_dist.mode()
+        drawn = theirs.decode(to_torch(raw) / SMALL.scaling_factor + SMALL.shift_factor).sample
+    latents, decoded = encode(half, jnp.asarray(images)), decode(half, raw)
+    assert latents.dtype == decoded.dtype == jnp.float32
+    wanted = (mean - SMALL.shift_factor) * SMALL.scaling_factor
+    assert relative(latents, wanted.permute(0, 2, 3, 1)) < 2e-2
+    assert relative(decoded, drawn.permute(0, 2, 3, 1)) < 2e-2
 
 
 @pytest.mark.parametrize("size", [(250, 128), (128, 130), (4, 8)])

@@ -50,6 +50,16 @@ def test_gradients_equal_diffusers():
         assert relative_error(mine, theirs.grad) < 1e-4, grid
 
 
+def test_query_and_key_norms_have_an_epsilon_of_1e_6():
+    """Seen on values as small as its root; FLUX.1's norms of q and k have it so (a LayerNorm's default is 1e-5)."""
+    norm = random_dit().double_blocks.img_attn.norm
+    x = 1e-3 * np.random.default_rng(0).standard_normal((1, 5, 3, CONFIG.head_width))
+    for ours, side in zip(norm(*[jnp.asarray(x, jnp.float32)[None]] * 3), (norm.query_norm, norm.key_norm)):
+        scale = np.asarray(side.scale[...], np.float64)[:, None, None, None]
+        wanted = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
+        assert relative_error(ours, wanted) < 1e-5
+
+
 def test_bfloat16_follows_float32():
     x = inputs()
     exact, rounded = run(random_dit(), x), run(random_dit(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16), x)

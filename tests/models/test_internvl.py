@@ -249,6 +249,16 @@ def test_split_refuses_to_cut(model, forward, pictures):
         split_hidden_states(hidden, ids, mask, IMAGE, text_length=20, image_length=4)
 
 
+def test_the_projectors_norm_has_an_epsilon_of_1e_5(model):
+    """Seen on values as small as its root (PyTorch's default; the tower's own norms have 1e-6)."""
+    torch = pytest.importorskip("torch", reason="parity needs PyTorch")
+    norm = model.projector.norm
+    x = (3e-3 * np.random.default_rng(0).standard_normal((2, 4, norm.scale.shape[0]))).astype(np.float32)
+    scale, bias = (torch.tensor(np.asarray(leaf[...])) for leaf in (norm.scale, norm.bias))
+    wanted = torch.nn.functional.layer_norm(torch.from_numpy(x), scale.shape, scale, bias, eps=1e-5)
+    assert relative(np.asarray(norm(jnp.asarray(x))), wanted.numpy()) < 1e-5
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_whether_embeddings_are_tied_is_the_whole_models_to_say(tied, tmp_path):
     transformers = pytest.importorskip("transformers")

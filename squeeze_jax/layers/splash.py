@@ -1,0 +1,76 @@
+"""Attention on TPU: the splash kernel (Pallas), which never holds a [tokens, tokens] array, cut over the mesh.
+
+The partitioner cannot look into a kernel, so on a mesh it runs inside `shard_map`: rows over data and fsdp, heads over
+tensor. Block sizes are our decision: the largest that waste least on padding.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from squeeze_jax.array_types import Array, Bool, Float
+from squeeze_jax.sharding import ROWS, current_mesh, evenly
+
+BLOCKS = (1024, 768, 640, 512, 384, 256, 128)
+"""Tokens of a block, queries and keys alike; more than 1024 overflow a chip's scoped memory."""
+LANES = 128
+
+
+def suits(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether the kernel is made for it: self-attention of many tokens, as many key as query heads, wide ones."""
+    same = query.shape == key.shape and query.shape[1] >= LANES and query.shape[-1] % LANES == 0
+    return same and (mask is None or mask.ndim == 2)
+
+
+def block_of(tokens: int) -> int:
+    """The block that pads a sequence least; of those the largest."""
+    return min(BLOCKS, key=lambda block: (-(-tokens // block) * block, -block))
+
+
+def splash_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    mask: Bool[Array, "B T"] | None,
+    *,
+    name: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H D"]:
+    """softmax(q·kᵀ / sqrt(D))·v of a joint sequence, in which masked tokens see, and are seen by, each other alone.
+
+    `name` is the `checkpoint_name` of what a backward pass needs. `interpret` runs the kernel on a CPU.
+    """
+    batch, tokens, _, width = query.shape
+    block = block_of(tokens)
+    padded = -(-tokens // block) * block
+    valid = jnp.ones((batch, tokens), bool) if mask is None else mask
+    segments = jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, padded - tokens)))
+
+    def ready(x: jax.Array) -> jax.Array:
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
+
+    arrays = (ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value))
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+        whole = masks.MultiHeadMask([masks.FullMask((padded, padded))] * query.shape[1])
+        kernel = splash.make_splash_mha_single_device(
+            whole, block_sizes=sizes, residual_checkpoint_name=name, interpret=interpret
+        )
+        attend: Any = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))
+        return attend(query, key, value, segments)
+
+    mesh = current_mesh()
+    if mesh is not None and mesh.size > 1:
+        spec = evenly(PartitionSpec(ROWS, "tensor", None, None), arrays[0].shape, mesh)
+        rows = PartitionSpec(spec[0], None)
+        # The kernel says nothing of how its outputs vary over the mesh.
+        run = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
+    return run(*arrays, segments)[:, :, :tokens].swapaxes(1, 2)

@@ -1,0 +1,112 @@
+"""What a compiled program sends between chips, read from its HLO text: bytes a chip by kind and mesh axis.
+
+XLA counts a loop's body once; here a collective counts as often as the loops around it run.
+"""
+
+import math
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+          "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+
+
+class Collective(NamedTuple):
+    """One instruction of the program."""
+
+    kind: str
+    axes: tuple[str, ...]
+    """Mesh axes over which its groups reach."""
+    sent: int
+    """Bytes that each chip sends, every time."""
+    times: int
+    """How often it runs."""
+    largest: int
+    """Bytes of its largest operand or result on a chip."""
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-, %]+)\}?")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
+    """Every collective of a compiled program's text. Devices are numbered as the mesh's array is, last axis fastest."""
+    lines_of: dict[str, list[str]] = {}
+    entry, name = "", ""
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            name = found[1]
+            lines_of[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            lines_of[name].append(line)
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for line in lines_of[name]:
+            trips = int(found[1]) if (found := _TRIPS.search(line)) and " while(" in line else 1
+            for called in _CALLED.findall(line):
+                for inner in re.split(r"[, %]+", called):
+                    if inner in lines_of:
+                        visit(inner, count * trips)
+
+    visit(entry, 1)
+    return [
+        collective
+        for name, count in times.items()
+        for line in lines_of[name]
+        if (collective := _parse(line, count, mesh_shape)) is not None
+    ]
+
+
+def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | None:
+    found = _INSTRUCTION.match(line)
+    if found is None:
+        return None
+    kind, sizes = found[2], [_bytes(*shape) for shape in _SHAPE.findall(found[1])]
+    group, axes = _group(line, mesh_shape)
+    whole = max(sizes)
+    share = (group - 1) / group if group > 1 else 0.0
+    match kind:
+        case "all-gather" | "all-to-all" | "ragged-all-to-all":
+            sent = whole * share
+        case "all-reduce":
+            sent = 2 * sum(sizes) * share
+        case "reduce-scatter":
+            sent = min(sizes) * (group - 1)
+            whole = min(sizes) * group
+        case _:
+            sent = whole
+    return Collective(kind, axes, round(sent), times, whole)
+
+
+def _bytes(kind: str, dimensions: str) -> int:
+    return WIDTHS.get(kind, 4) * math.prod(int(size) for size in dimensions.split(",") if size)
+
+
+def _group(line: str, mesh_shape: dict[str, int]) -> tuple[int, tuple[str, ...]]:
+    """Chips that take part together, and the mesh axes along which they differ."""
+    devices = np.arange(math.prod(mesh_shape.values())).reshape(tuple(mesh_shape.values()))
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, source = (tuple(map(int, part.split(","))) for part in found.groups()[:2])
+        order = np.arange(math.prod(source)).reshape(source)
+        if found[3]:
+            order = order.transpose(tuple(map(int, found[3].split(","))))
+        members = order.reshape(shape)[0].ravel().tolist()
+    elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        members = [int(number) for number in found[1].split(",")]
+    elif found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+        members = [int(found[1]), int(found[2])]
+    else:
+        members = devices.ravel().tolist()
+    places = np.array([np.argwhere(devices == member)[0] for member in members])
+    axes = tuple(axis for axis, column in zip(mesh_shape, places.T) if len(set(column.tolist())) > 1)
+    return len(members), axes

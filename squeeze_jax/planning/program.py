@@ -1,0 +1,173 @@
+"""The real train step, compiled for a TPU topology that nobody has to own."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from squeeze_jax.batch import HiddenStates, References, TrainingBatch
+from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.data.chat import MAX_TEXT_TOKENS
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop.build import build_system
+from squeeze_jax.planning.chips import Chip, chip_of
+from squeeze_jax.planning.collectives import Collective, collectives
+from squeeze_jax.planning.flops import matmul_flops
+from squeeze_jax.sharding import AXES, batch_sharding, shardings
+from squeeze_jax.training.optimizer import make_optimizer
+from squeeze_jax.training.state import Split, TrainState, initial_state, split_system, state_shardings
+from squeeze_jax.training.step import draw, losses, make_train_step, step_key
+
+IMAGE_TOKENS = 256
+"""Of one reference in the MLLM's sequence: a tile of InternVL3."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a program; bytes on one chip."""
+
+    arguments: int
+    temporaries: int
+    output: int
+    aliased: int
+    """Of the output, what takes the place of donated arguments."""
+    seconds: float
+    """How long compiling took."""
+    collectives: list[Collective]
+    text: str
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.output - self.aliased
+
+
+def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1) -> tuple[Mesh, Chip]:
+    """A mesh over a described topology, and its chip; one size may be -1 and takes what the others leave.
+
+    With several slices `data` goes over the network between them, the other axes stay within one.
+    Raises InputError for an unknown topology or a mesh of another size.
+    """
+    from jax.experimental import mesh_utils, topologies
+
+    chip = chip_of(topology)
+    options: dict[str, Any] = dict(chip.options)
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        devices = topologies.get_topology_desc(topology, "tpu", **options).devices
+    except Exception as error:  # the plugin raises plain runtime errors of many texts
+        raise InputError(f"topology {topology!r}: the TPU compiler does not know it ({error})") from None
+    shape = [sizes[axis] for axis in AXES]
+    if shape.count(-1) == 1:
+        shape[shape.index(-1)] = max(1, len(devices) // math.prod(size for size in shape if size != -1))
+    wanted = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+    if math.prod(shape) != len(devices):
+        raise InputError(f"a mesh of {wanted} needs {math.prod(shape)} chips, {topology} has {len(devices)}")
+    if slices > 1:
+        if shape[0] % slices:
+            raise InputError(f"a mesh of {wanted} on {slices} slices: data must be a multiple of {slices}")
+        within = (shape[0] // slices, *shape[1:])
+        array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices=devices)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES)), chip
+
+
+def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBatch:
+    """Shapes of a batch: the longest text, and as many square references as are asked for."""
+    height, width = config.target_grid
+    side = config.data.reference_long_side // (2 * config.model.latent_pixels)
+    channels, layers, mllm = config.model.dit.in_channels, config.aggregator.layers[-1] + 1, config.aggregator.width
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((rows, *sizes), dtype)
+
+    def tokens(length: int) -> tuple[Any, Any, Any]:
+        states = shape(layers, length, mllm, dtype=jnp.bfloat16)
+        return states, shape(length, dtype=jnp.bool_), shape(length, dtype=jnp.int32)
+
+    length = references * side * side
+    return TrainingBatch(
+        shape(height * width, channels),
+        HiddenStates(*tokens(MAX_TEXT_TOKENS), *tokens(max(1, references) * IMAGE_TOKENS)),
+        References(shape(length, channels), shape(length, dtype=jnp.bool_), shape(length, 2, dtype=jnp.int32)),
+        shape(dtype=jnp.int32),
+    )
+
+
+def abstract_system(config: Config) -> tuple[TrainState, Split]:
+    """A training state and the rest of the system as shapes; no weights are read or made."""
+    system = nnx.eval_shape(lambda: build_system(config, with_base=False))
+    trained, split = split_system(system, config)
+    optimizer = make_optimizer(config)
+    return jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), trained), split
+
+
+def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, references: int = 1) -> Compiled:
+    """The step that `train` runs, compiled for the mesh."""
+    state, split = abstract_system(config)
+    where = state_shardings(state, mesh)
+    rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
+    examples = batch_sharding(mesh)
+    batch = jax.tree.map(lambda x: _placed(x, examples), abstract_batch(config, rows, references))
+    flat = nnx.to_flat_state(split.frozen)
+    leaves = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+    places = shardings(leaves, mesh)
+    frozen = nnx.from_flat_state(
+        [(path, v.replace(_placed(v.get_value(), places[".".join(map(str, path))]))) for path, v in flat]
+    )
+    step = make_train_step(split, make_optimizer(config), config, stage, where)
+    began = time.perf_counter()
+    lowered = step.lower(jax.tree.map(_placed, state, where), frozen, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    compiled = lowered.compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        time.perf_counter() - began,
+        collectives(text, dict(mesh.shape)),
+        text,
+    )
+
+
+def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 1) -> int:
+    """Model FLOPs of a step of `rows` examples: forward, activations' gradients through the frozen weights, and trained
+    weights' gradients; nothing is counted twice for being rematerialised.
+    """
+    plain = replace(config, parallel=replace(config.parallel, remat="none"))
+    state, split = abstract_system(plain)
+    batch = abstract_batch(plain, 1, references)
+
+    def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
+        draws = draw(step_key(plain, 0), batch.target.shape, plain, stage)
+        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, plain, stage))
+
+    return rows * matmul_flops(jax.value_and_grad(loss), state.trained, split.frozen, batch)
+
+
+def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
+    """FLOPs of one example's loss without gradients."""
+    state, split = abstract_system(config)
+
+    def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
+        draws = draw(step_key(config, 0), batch.target.shape, config, stage)
+        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
+
+    return matmul_flops(loss, state.trained, split.frozen, abstract_batch(config, 1, references))
+
+
+def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def count(tree: Any) -> int:
+    """Values in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
