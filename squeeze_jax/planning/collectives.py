@@ -30,8 +30,10 @@ class Collective(NamedTuple):
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-, %]+)\}?")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # the CPU's compiler says it, the TPU's does not
+_BOUND = re.compile(r"compare\(.*%([\w.\-]+)\), direction=LT")
 _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -52,9 +54,11 @@ def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
     def visit(name: str, count: int) -> None:
         times[name] += count
         for line in lines_of[name]:
-            trips = int(found[1]) if (found := _TRIPS.search(line)) and " while(" in line else 1
-            for called in _CALLED.findall(line):
-                for inner in re.split(r"[, %]+", called):
+            trips = 1
+            if loop := _LOOP.search(line):
+                trips = int(known[1]) if (known := _KNOWN.search(line)) else _trips(lines_of[loop[1]])
+            for one, several in _CALLED.findall(line):
+                for inner in [one, *re.split(r"[, %]+", several)]:
                     if inner in lines_of:
                         visit(inner, count * trips)
 
@@ -65,6 +69,15 @@ def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
         for line in lines_of[name]
         if (collective := _parse(line, count, mesh_shape)) is not None
     ]
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop runs that counts from 0 while its counter is below a constant; 1 where it is of another kind."""
+    for line in condition:
+        if found := _BOUND.search(line):
+            bound = re.compile(rf"%{re.escape(found[1])} = s32\[\]\S* constant\((\d+)\)")
+            return next((int(constant[1]) for other in condition if (constant := bound.search(other))), 1)
+    return 1
 
 
 def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | None:

@@ -1,0 +1,76 @@
+"""The TPU's attention kernel, interpreted on the CPU: the same numbers and gradients as whole products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import relative_error
+
+from squeeze_jax.layers.attention import plain_attention
+from squeeze_jax.layers.splash import block_of, splash_attention, suits
+from squeeze_jax.sharding import make_mesh, on_mesh
+
+
+def inputs(batch=2, tokens=300, heads=2):
+    """q, k, v with large numbers where the mask says padding; 300 tokens are no multiple of any block."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((batch, tokens, heads, 128)).astype(np.float32) for _ in "qkv")
+    mask = np.ones((batch, tokens), bool)
+    mask[0, 250:], mask[1, :40] = False, False
+    for x in (q, k, v):
+        x[~mask] = 1e4
+    return q, k, v, mask
+
+
+def with_gradients(attend, q, k, v, mask):
+    """Output of valid tokens, and gradients of a loss that sees nothing else."""
+
+    def loss(q, k, v):
+        out = attend(q, k, v, mask)
+        return jnp.sum(jnp.where(mask[..., None, None], jnp.sin(out), 0.0)), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return np.asarray(out)[mask], *(np.asarray(g) for g in gradients)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+def test_output_and_gradients_equal_whole_products(mesh):
+    q, k, v, mask = inputs()
+    if mesh is not None:
+        q, k, v, mask = (np.concatenate([x, x]) for x in (q, k, v, mask))
+
+    def kernel(q, k, v, mask):
+        with on_mesh(make_mesh(*mesh) if mesh else None):
+            return splash_attention(q, k, v, jnp.asarray(mask), interpret=True)
+
+    ours = with_gradients(kernel, q, k, v, mask)
+    wanted = with_gradients(plain_attention, q, k, v, mask)
+    for one, other in zip(ours, wanted):
+        assert np.isfinite(one).all()
+        assert relative_error(one, other) < 1e-5
+
+
+def test_a_sample_that_sees_nothing_stays_finite():
+    q, k, v, mask = inputs(batch=2, tokens=128, heads=1)
+    mask[:] = False
+    out, *gradients = with_gradients(lambda *x: splash_attention(*x, interpret=True), q, k, v, mask)
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert out.size == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(128, 128), (300, 384), (1024, 1024), (1408, 768), (2432, 640), (4608, 768), (3456, 384)]
+)
+def test_blocks_waste_little(tokens, block):
+    assert block_of(tokens) == block
+    assert -(-tokens // block) * block <= 1.3 * tokens
+
+
+def test_what_the_kernel_is_not_made_for():
+    x = jnp.zeros((1, 256, 4, 128))
+    assert suits(x, x, None)
+    assert suits(x, x, jnp.ones((1, 256), bool))
+    assert not suits(x, x, jnp.ones((1, 256, 256), bool))  # a mask for each query
+    assert not suits(x, x[:, :, :2], None)  # shared heads
+    assert not suits(x[:, :29], x[:, :29], None)  # the layer axis
+    assert not suits(x[..., :64], x[..., :64], None)
