@@ -117,7 +117,7 @@ def test_a_tokenizer_of_another_model_is_refused(internvl_folder, tmp_path):
     with pytest.raises(InputError, match=r"tokenizer\.json gives <IMG_CONTEXT> the id \d+, config\.json 3"):
         InternVLReader(tmp_path, None, 1, jnp.float32)
     larger = qwen_like()
-    larger.add_tokens([f"<word {i}>" for i in range(200)])
+    larger.add_tokens([f"<word {i}>" for i in range(400)])
     larger.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"the model embeds 600 tokens"):

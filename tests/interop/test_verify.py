@@ -246,7 +246,7 @@ def test_every_broken_folder_has_its_own_sentence(tmp_path, layout, monkeypatch)
     assert len(set(said)) == len(said)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["flux-diffusers", "internvl-original"])
 def test_shards_with_a_stray_file_beside_them_pass(tmp_path, layout):
     pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
     folder = write(tmp_path / "x", layout)

@@ -10,7 +10,7 @@ from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit
 
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.models.dit import DiTConfig
+from squeeze_jax.models.dit import DiTConfig, QKNorm
 
 SCHNELL = DiTConfig(**{**vars(CONFIG), "guidance": False})
 
@@ -52,12 +52,14 @@ def test_gradients_equal_diffusers():
 
 def test_query_and_key_norms_have_an_epsilon_of_1e_6():
     """Seen on values as small as its root; FLUX.1's norms of q and k have it so (a LayerNorm's default is 1e-5)."""
-    norm = random_dit().double_blocks.img_attn.norm
-    x = 1e-3 * np.random.default_rng(0).standard_normal((1, 5, 3, CONFIG.head_width))
-    for ours, side in zip(norm(*[jnp.asarray(x, jnp.float32)[None]] * 3), (norm.query_norm, norm.key_norm)):
-        scale = np.asarray(side.scale[...], np.float64)[:, None, None, None]
-        wanted = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
-        assert relative_error(ours, wanted) < 1e-5
+    norm, rng = QKNorm(CONFIG.head_width, param_dtype=jnp.float32), np.random.default_rng(0)
+    x = 1e-3 * rng.standard_normal((1, 5, 3, CONFIG.head_width))
+    sides = (norm.query_norm, norm.key_norm)
+    scales = [rng.uniform(0.5, 2, CONFIG.head_width) for _ in sides]
+    for side, scale in zip(sides, scales):
+        side.scale.set_value(jnp.asarray(scale, jnp.float32))
+    for ours, scale in zip(norm(*[jnp.asarray(x, jnp.float32)] * 3), scales):
+        assert relative_error(ours, x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale) < 1e-5
 
 
 def test_bfloat16_follows_float32():
