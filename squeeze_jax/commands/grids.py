@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -158,7 +157,7 @@ def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence
         points = [100 * value for value in (difference.value, difference.low, difference.high)]
         print("subject hard, staged minus MLLM alone: {:+.1f} points ({:+.1f} to {:+.1f})".format(*points))
         report["staged minus MLLM alone, subject hard"] = difference._asdict()
-    write_json(out, jax.tree.map(lambda x: x, report))
+    write_json(out, report)
     print(f"scores: {out}")
 
 

@@ -162,6 +162,7 @@ def score_settings(
 
     `settings` maps a name to images [n, H, H, 3], uint8 or floating in [0, 1], image i made for pairs[i]; `seed` draws
     the candidates. 512 pairs have 31,232 candidates: seconds to draw, minutes to pass through an autoencoder on a CPU.
+    From 128 pairs on other processes draw them: a script that calls this needs `if __name__ == "__main__":`.
     """
     for name, images in settings.items():
         if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or len(images) != len(pairs):
