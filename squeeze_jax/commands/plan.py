@@ -96,6 +96,8 @@ def run(given: Plan, overrides: list[str]) -> None:
     for (kind, axes), sent in sorted(traffic.items(), key=lambda item: -item[1]):
         if sent >= 1e6:
             print(f"  {kind:20}{'+'.join(axes) or '-':14}{sent / 1e9:10.3f} GB a chip")
+    largest = max((one.largest for one in compiled.collectives), default=0)
+    print(f"largest of them   {largest / 1e6:.0f} MB on a chip")
     network = sum(sent for (_, axes), sent in traffic.items() if given.slices > 1 and "data" in axes)
     links = sum(traffic.values()) - network
     times = {
@@ -136,6 +138,7 @@ def run(given: Plan, overrides: list[str]) -> None:
             "collectives": [
                 {"kind": kind, "axes": list(axes), "bytes_per_chip": sent} for (kind, axes), sent in traffic.items()
             ],
+            "largest_collective": largest,
             "roofline_seconds": times,
             "predicted_step_seconds": seconds,
             "predicted_mfu": utilisation,

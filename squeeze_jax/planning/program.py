@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from squeeze_jax.training.state import Split, TrainState, initial_state, split_s
 from squeeze_jax.training.step import draw, losses, make_train_step, step_key
 
 IMAGE_TOKENS = 256
-"""Of one reference in the MLLM's sequence: a tile of InternVL3."""
+"""Of one tile in the MLLM's sequence (InternVL3)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1) -> tupl
     from jax.experimental import mesh_utils, topologies
 
     chip = chip_of(topology)
+    if find_spec("libtpu") is None:
+        raise InputError('the TPU compiler is not installed; run `pip install "jax[tpu]"`')
     options: dict[str, Any] = dict(chip.options)
     if slices > 1:
         options["num_slices"] = slices
@@ -93,9 +96,10 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
         return states, shape(length, dtype=jnp.bool_), shape(length, dtype=jnp.int32)
 
     length = references * side * side
+    tiles = config.data.max_tiles + (config.data.max_tiles > 1)  # several have the whole as one more
     return TrainingBatch(
         shape(height * width, channels),
-        HiddenStates(*tokens(MAX_TEXT_TOKENS), *tokens(max(1, references) * IMAGE_TOKENS)),
+        HiddenStates(*tokens(MAX_TEXT_TOKENS), *tokens(references * tiles * IMAGE_TOKENS)),
         References(shape(length, channels), shape(length, dtype=jnp.bool_), shape(length, 2, dtype=jnp.int32)),
         shape(dtype=jnp.int32),
     )
@@ -143,25 +147,28 @@ def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 
     weights' gradients; nothing is counted twice for being rematerialised.
     """
     plain = replace(config, parallel=replace(config.parallel, remat="none"))
-    state, split = abstract_system(plain)
-    batch = abstract_batch(plain, 1, references)
-
-    def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
-        draws = draw(step_key(plain, 0), batch.target.shape, plain, stage)
-        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, plain, stage))
-
-    return rows * matmul_flops(jax.value_and_grad(loss), state.trained, split.frozen, batch)
+    return rows * matmul_flops(jax.value_and_grad(_loss(plain, stage)), *_loss_arguments(plain, references))
 
 
 def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
     """FLOPs of one example's loss without gradients."""
-    state, split = abstract_system(config)
+    return matmul_flops(_loss(config, stage), *_loss_arguments(config, references))
+
+
+def _loss(config: Config, stage: StageConfig) -> Any:
+    """The training loss as a function of trained leaves, frozen leaves and a batch."""
+    _, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
         draws = draw(step_key(config, 0), batch.target.shape, config, stage)
         return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
 
-    return matmul_flops(loss, state.trained, split.frozen, abstract_batch(config, 1, references))
+    return loss
+
+
+def _loss_arguments(config: Config, references: int) -> tuple[Any, nnx.State, TrainingBatch]:
+    state, split = abstract_system(config)
+    return state.trained, split.frozen, abstract_batch(config, 1, references)
 
 
 def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -152,14 +152,14 @@ class Pipeline:
             resolved.steps, grid[0] * grid[1], resolved.tau1, resolved.tau2,
             references=references is not None, shifted=self.config.sampling.shifted,
         )  # fmt: skip
-        guided = resolved.cfg_scale != 1.0
+        guided, mesh = resolved.cfg_scale != 1.0, mesh_of(self.leaves)
         program = self._programs.get((grid, guided))
         if program is None:
             guidance = self.config.diffusion.guidance
-            program = make_sampler(self.graph, target_grid=grid, guided=guided, guidance=guidance)
+            program = make_sampler(self.graph, target_grid=grid, guided=guided, guidance=guidance, mesh=mesh)
             self._programs[grid, guided] = program
         noise = noise_for(list(seeds), grid[0] * grid[1], self.config.model.dit.in_channels)
-        inputs = beside(self.leaves, (noise, states, references))
+        inputs = beside(mesh, (noise, states, references))
         return program(self.leaves, *inputs, schedule, jnp.float32(resolved.cfg_scale))
 
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
@@ -169,11 +169,16 @@ class Pipeline:
         return np.clip(self.encoders.decode(latents), -1.0, 1.0)
 
 
-def beside(leaves: Any, inputs: Any) -> Any:
-    """Inputs on the mesh that the weights lie on: rows split over it where they divide evenly, else everywhere."""
+def mesh_of(leaves: Any) -> Mesh | None:
+    """The mesh that the weights lie on; None on a single device."""
     where = getattr(jax.tree.leaves(leaves)[0], "sharding", None)
     mesh = where.mesh if isinstance(where, NamedSharding) else None
-    if not isinstance(mesh, Mesh) or mesh.size == 1:
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
+def beside(mesh: Mesh | None, inputs: Any) -> Any:
+    """Inputs on the mesh: rows split over it where they divide evenly, else everywhere."""
+    if mesh is None:
         return inputs
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 

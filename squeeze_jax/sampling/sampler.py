@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, References
@@ -18,6 +19,7 @@ from squeeze_jax.diffusion.flow import euler_step
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
 from squeeze_jax.models.system import System
+from squeeze_jax.sharding import on_mesh
 
 MAX_STEPS = 100
 """Steps that one compiled program can take: its list of times has this many places."""
@@ -116,8 +118,19 @@ def denoise(
     return x
 
 
-def make_sampler(graph: Any, *, target_grid: tuple[int, int], guided: bool, guidance: float, masked: bool = False):
-    """`denoise` compiled: (leaves of the system, noise, states, references, schedule, cfg scale) to latent tokens."""
+def make_sampler(
+    graph: Any,
+    *,
+    target_grid: tuple[int, int],
+    guided: bool,
+    guidance: float,
+    masked: bool = False,
+    mesh: Mesh | None = None,
+):
+    """`denoise` compiled: (leaves of the system, noise, states, references, schedule, cfg scale) to latent tokens.
+
+    `mesh` is what the arrays lie on.
+    """
 
     @jax.jit
     def sample(
@@ -129,9 +142,10 @@ def make_sampler(graph: Any, *, target_grid: tuple[int, int], guided: bool, guid
         cfg_scale: Array,
     ) -> jax.Array:
         system = nnx.merge(graph, *leaves)
-        return denoise(
-            system, noise, target_grid, states, references, schedule, cfg_scale,
-            guided=guided, guidance=guidance, masked=masked,
-        )  # fmt: skip
+        with on_mesh(mesh):
+            return denoise(
+                system, noise, target_grid, states, references, schedule, cfg_scale,
+                guided=guided, guidance=guidance, masked=masked,
+            )  # fmt: skip
 
     return sample

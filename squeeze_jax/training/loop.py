@@ -113,7 +113,7 @@ def train(
             if step >= end:
                 continue
             train_step = make_train_step(split, optimizer, config, stage, where)
-            validate = make_validation(split, config, stage)
+            validate = make_validation(split, config, stage, mesh)
             task = bar.add_task(f"stage {number}", total=stage.steps, completed=stage.steps - (end - step), figures="")
             meter = Meter(rows)
             pending: tuple[int, Metrics] | None = None

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from squeeze_jax.array_types import Array, Bool, Float, Key
 from squeeze_jax.batch import Context, References, TrainingBatch
@@ -148,10 +149,11 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 Validation = Callable[[Leaves, nnx.State, TrainingBatch], Float[Array, " B"]]
 
 
-def make_validation(split: Split, config: Config, stage: StageConfig) -> Validation:
+def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh | None = None) -> Validation:
     """The compiled validation: (trained, frozen, batch) to each sample's loss, averaged over fixed times and noise.
 
-    Every condition stays; noise depends on the record's index alone, so that runs can be compared.
+    Every condition stays; noise depends on the record's index alone, so that runs can be compared. `mesh` is what the
+    arrays lie on.
     """
 
     def validate(trained: Leaves, frozen: nnx.State, batch: TrainingBatch) -> Float[Array, " B"]:
@@ -159,10 +161,11 @@ def make_validation(split: Split, config: Config, stage: StageConfig) -> Validat
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
         keep = jnp.ones(shape[0], bool)
-        at = jax.lax.map(
-            lambda t: losses(system, batch, Draws(jnp.full(shape[0], t), noise, keep, keep), config, stage),
-            jnp.asarray(VALIDATION_TIMES),
-        )
+        with on_mesh(mesh):
+            at = jax.lax.map(
+                lambda t: losses(system, batch, Draws(jnp.full(shape[0], t), noise, keep, keep), config, stage),
+                jnp.asarray(VALIDATION_TIMES),
+            )
         return at.mean(axis=0)
 
     return jax.jit(validate)

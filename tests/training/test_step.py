@@ -12,7 +12,8 @@ from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.config import OptimizerConfig, StageConfig
 from squeeze_jax.layers.lora import LoRAConfig
-from squeeze_jax.sharding import batch_sharding, make_mesh
+from squeeze_jax.models import dit
+from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh
 from squeeze_jax.training.loop import place_frozen
 from squeeze_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
 from squeeze_jax.training.state import initial_state, split_system, state_shardings
@@ -125,6 +126,20 @@ def test_one_device_equals_eight(axes, way):
         np.testing.assert_allclose(one.trained[name], eight.trained[name], rtol=1e-5, atol=2e-6, err_msg=name)
     step(eight, frozen, batch)
     assert step._cache_size() == 1, "the state comes out where it went in, so the step is compiled once"
+
+
+def test_step_and_validation_are_traced_on_their_mesh(monkeypatch):
+    """A kernel cannot be partitioned from outside: it has to know the mesh (sampling: test_sampler)."""
+    seen = []
+    monkeypatch.setattr(dit, "constrain", lambda x, kind: (seen.append(current_mesh()), x)[1])
+    split, optimizer, state = setup()
+    mesh, batch = make_mesh(2, 4, 1), tiny_batch(rows=8)
+    step = make_train_step(split, optimizer, CONFIG, STAGE, state_shardings(state, mesh))
+    jax.eval_shape(step, state, split.frozen, batch)
+    jax.eval_shape(make_validation(split, CONFIG, STAGE, mesh), state.trained, split.frozen, batch)
+    assert len(seen) > 10
+    assert set(seen) == {mesh}
+    assert current_mesh() is None
 
 
 def test_a_non_finite_batch_changes_nothing_and_is_counted():
