@@ -151,12 +151,12 @@ def train(
                 if first or last or step % config.log.every == 0:
                     watch.read(pending)
                     pending = None
+                if first:
+                    watch.restart()
                 if last or step % config.log.every == 0:
                     row = watch.row(step)
                     writer.write(step, stage=number, **row)
                     bar.update(task, completed=stage.steps - (end - step), figures=watch.text(row, validation))
-                elif first:  # it was compiled, which says nothing of speed
-                    watch.restart()
                 first = False
                 stopping = interruption.asked(step)
                 with watch.pause():
