@@ -1,4 +1,4 @@
-"""Mesh axes, and two tables that say how parameters and activations lie on them.
+"""Mesh axes, and the tables that say how matrices, parameters and activations lie on them.
 
 Axes: `data` (copies of the model, other examples), `fsdp` (parameters in slices, other examples), `tensor` (slices of
 every matrix product). Batches are split over data and fsdp together.
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Literal
 
 import jax
@@ -20,13 +21,21 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 
+# What `tensor` cuts of a matrix [in, out] → spec of its axes.
+Cut = Literal["out", "in", "nothing"]
+MATRICES: dict[Cut, PartitionSpec] = {
+    "out": PartitionSpec("fsdp", "tensor"),
+    "in": PartitionSpec("tensor", "fsdp"),
+    "nothing": PartitionSpec("fsdp", None),
+}
+
 # Pattern of a parameter's dotted path → spec of its last axes (a stack's leading depth axis is never split).
-PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r".*\.adapter\..*\.down", ("fsdp", None)),  # [in, rank]
-    (r".*\.adapter\..*\.up", ("fsdp", "tensor")),  # [rank, out]
-    (r".*(proj|linear2|mlp\.out_layer|to_out|ff_down|aggregator\.out)\.kernel", ("tensor", "fsdp")),  # [in, out]
-    (r".*\.kernel", ("fsdp", "tensor")),  # [in, out]
-    (r".*", ()),  # norms, biases, pooling weights
+PARAMETERS: tuple[tuple[str, PartitionSpec], ...] = (
+    (r".*\.adapter\..*\.down", MATRICES["nothing"]),
+    (r".*\.adapter\..*\.up", MATRICES["out"]),
+    (r".*(proj|linear2|mlp\.out_layer|to_out|ff_down|aggregator\.out)\.kernel", MATRICES["in"]),
+    (r".*\.kernel", MATRICES["out"]),
+    (r".*", PartitionSpec()),  # norms, biases, pooling weights
 )
 
 # Kind of an activation → spec of its axes.
@@ -71,6 +80,33 @@ def constrain(x: jax.Array, kind: Activation) -> jax.Array:
         return x
     spec = evenly(ACTIVATIONS[kind], x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def gathered(matrix: jax.Array, cut: Cut) -> jax.Array:
+    """A matrix [in, out] as a product wants it on the current mesh: whole over fsdp, cut by tensor as the table says.
+
+    Its gradient goes back in slices. Never left to the partitioner, which with a matrix cut by fsdp and tensor gives
+    some products the rows of other examples (seen in JAX 0.10.2 and 0.12.0 where data > 1 and fsdp = tensor > 1), and
+    might send activations where weights are smaller.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return matrix
+    sliced = evenly(MATRICES[cut], matrix.shape, mesh)
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sliced))
+    return _moved(matrix, NamedSharding(mesh, whole), NamedSharding(mesh, sliced))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+    """`x` laid out anew, and its gradient in a layout of its own."""
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+_moved.defvjp(
+    lambda x, there, back: (_moved(x, there, back), None),
+    lambda there, back, _, gradient: (jax.lax.with_sharding_constraint(gradient, back),),
+)
 
 
 def evenly(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
