@@ -180,6 +180,8 @@ class CheckpointConfig:
     """Steps between saves; the last step of a run is saved always."""
     keep: int = 2
     """The newest checkpoints that stay on disk."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for ever; 0: none does."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ class LogConfig:
     every: int = 20
     """Steps between lines of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
+    profile: tuple[int, int] | None = None
+    """First and last step to trace with `jax.profiler`, into the work folder's `profile`."""
     grid: int = 8
     """Held-out pairs in a sample grid."""
     score: int = 0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -140,7 +140,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return evenly(PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec), shape, mesh)
 
 
-def shardings(leaves: dict[str, jax.Array], mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(leaves: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """A sharding for every leaf of a flat dict, by its dotted path."""
     return {path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh)) for path, leaf in leaves.items()}
 

@@ -30,16 +30,26 @@ def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = 
     options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
     aggregator = Aggregator(config.aggregator, dtype=dtype, rngs=rngs, **options)
     if config.model.dit_weights and with_base:
-        dit = load_dit(config.model.dit_weights, kept, compute_dtype=dtype, mesh=mesh, **options)
-        if dit.config != config.model.dit:
-            raise InputError(
-                f"{config.model.dit_weights} holds {dit.config}, but model.dit is {config.model.dit}: make them equal"
-            )
+        dit = load_base(config, mesh)
     else:
         dit = DiT(config.model.dit, dtype=dtype, param_dtype=kept, rngs=rngs, **options)
     if config.lora is not None:
         add_lora(dit, config.lora, rngs=rngs)
     return System(aggregator, dit)
+
+
+def load_base(config: Config, mesh: Mesh | None = None) -> DiT:
+    """The transformer that `model.dit_weights` names, without adapters. Raises InputError where it is another's."""
+    assert config.model.dit_weights is not None
+    dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
+    kept = jnp.float32 if config.lora is None else frozen
+    options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
+    dit = load_dit(config.model.dit_weights, kept, compute_dtype=dtype, mesh=mesh, **options)
+    if dit.config != config.model.dit:
+        raise InputError(
+            f"{config.model.dit_weights} holds {dit.config}, but model.dit is {config.model.dit}: make them equal"
+        )
+    return dit
 
 
 def is_trained(config: Config) -> Callable[[Any, Any], bool]:

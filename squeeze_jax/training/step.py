@@ -1,13 +1,13 @@
 """The loss of a batch and the train step. Randomness is a function of (seed, step, row) alone."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array, Bool, Float, Key
 from squeeze_jax.batch import Context, References, TrainingBatch
@@ -28,12 +28,22 @@ class Draws(NamedTuple):
     keep_vae: Bool[Array, " B"]
 
 
+TIME_BORDERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Noise levels whose losses are told apart (our decision)."""
+
+
 class Metrics(NamedTuple):
-    """Scalars of a step, float32."""
+    """Numbers of a step, float32."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
-    """Before clipping."""
+    """Before clipping, as are the next two."""
+    grad_norm_dit: Float[Array, ""]
+    """Of the transformer's trained leaves: its adapters, or all of it."""
+    grad_norm_aggregator: Float[Array, ""]
+    loss_by_time: Float[Array, " bins"]
+    """Sum of the losses whose t lies between two of `TIME_BORDERS`."""
+    count_by_time: Float[Array, " bins"]
     learning_rate: Float[Array, ""]
     skipped: Array
     """Non-finite steps so far."""
@@ -91,23 +101,29 @@ def make_train_step(
     """
     rate, pieces = learning_rate(config), config.optimizer.accumulate
 
-    def mean_loss(trained: Leaves, frozen: nnx.State, batch: TrainingBatch, draws: Draws) -> jax.Array:
-        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
+    def mean_loss(
+        trained: Leaves, frozen: nnx.State, batch: TrainingBatch, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        each = losses(split.merge(trained, frozen), batch, draws, config, stage)
+        return jnp.mean(each), each
 
     def step(state: TrainState, frozen: nnx.State, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
         draws = draw(step_key(config, state.step), batch.target.shape, config, stage)
-        gradient = jax.value_and_grad(mean_loss)
+        gradient = jax.value_and_grad(mean_loss, has_aux=True)
         if pieces == 1:
-            loss, grads = gradient(state.trained, frozen, batch, draws)
+            (loss, each), grads = gradient(state.trained, frozen, batch, draws)
         else:
+
+            def add(total: Any, piece: Any) -> tuple[Any, jax.Array]:
+                (loss, each), grads = gradient(state.trained, frozen, *piece)
+                return jax.tree.map(jnp.add, total, (loss, grads)), each
+
             cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), (batch, draws))
-            sums, _ = jax.lax.scan(
-                lambda total, piece: (jax.tree.map(jnp.add, total, gradient(state.trained, frozen, *piece)), None),
-                (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained)),
-                cut,
-            )
+            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
+            sums, each = jax.lax.scan(add, nothing, cut)
             loss, grads = jax.tree.map(lambda x: x / pieces, sums)
-        norm = optax.tree.norm(grads)
+        norms = [optax.tree.norm({k: g for k, g in grads.items() if k.startswith(p)}) for p in ("dit.", "aggregator.")]
+        norm = jnp.hypot(*norms)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.moments, state.trained)
         trained: Leaves = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
@@ -120,9 +136,10 @@ def make_train_step(
             keep, (trained, moments, average), (state.trained, state.moments, state.average)
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        return TrainState(state.step + 1, trained, moments, average, skipped), Metrics(
-            loss, norm, jnp.asarray(rate(state.step), jnp.float32), skipped
+        metrics = Metrics(
+            loss, norm, *norms, *by_time(each.ravel(), draws.t), jnp.asarray(rate(state.step), jnp.float32), skipped
         )
+        return TrainState(state.step + 1, trained, moments, average, skipped), metrics
 
     if where is None:
         return jax.jit(step, donate_argnums=0)
@@ -132,8 +149,15 @@ def make_train_step(
         with on_mesh(mesh):
             return step(state, frozen, batch)
 
-    examples = batch_sharding(mesh)
-    return jax.jit(placed, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, None))
+    examples, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(placed, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, everywhere))
+
+
+def by_time(each: Float[Array, " B"], t: Float[Array, " B"]) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
+    """Sums of losses and their numbers in each bin of `TIME_BORDERS`."""
+    bins = jnp.searchsorted(jnp.array(TIME_BORDERS[1:-1]), t, side="right")
+    member = bins[:, None] == jnp.arange(len(TIME_BORDERS) - 1)[None]
+    return jnp.where(member, each[:, None], 0.0).sum(axis=0), member.astype(jnp.float32).sum(axis=0)
 
 
 def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: float) -> Leaves:
@@ -168,4 +192,4 @@ def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh
             )
         return at.mean(axis=0)
 
-    return jax.jit(validate)
+    return jax.jit(validate, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
