@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from squeeze_jax.processes import is_main
 
 FILE = "metrics.jsonl"
