@@ -290,8 +290,6 @@ def _impossible(config: Config):
         value = getattr(getattr(config, section), name)
         if value <= 0:
             yield f"{path} is {value}; it must be larger than 0"
-    if config.parallel.tensor != 1:
-        yield f"parallel.tensor is {config.parallel.tensor}; slices of matrix products are not proven yet, leave it at 1"
     if config.parallel.remat not in REMAT:
         yield f"parallel.remat is {config.parallel.remat!r}; choose one of {', '.join(REMAT)}"
     if config.model.dtype not in get_args(Precision) or config.model.frozen_dtype not in get_args(Precision):

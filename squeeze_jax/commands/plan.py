@@ -71,7 +71,7 @@ def run(given: Plan, overrides: list[str]) -> None:
             raise InputError(f"--mesh {given.mesh!r} is not understood; write data=1,fsdp=8,tensor=1") from None
         if unknown := set(sizes) - set(AXES):
             raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
-    mesh, chip = program.topology_mesh(given.topology, sizes, given.slices)
+    mesh, chip = program.topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(f"{config.name} on {given.slices} x {given.topology}: {mesh.size} chips, {shape}; {rows} examples a step")

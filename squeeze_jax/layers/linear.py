@@ -8,13 +8,16 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.norm import per_channel
+from squeeze_jax.sharding import Cut, gathered
 
 
 class Linear(nnx.Module):
     """y = x·kernel + bias (+ the adapter's delta).
 
     `kernel` is [in, out]: the transpose of PyTorch's `weight`. Initial values: normal with standard deviation
-    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored.
+    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored. `cut` is
+    the axis of the kernel that a mesh's tensor axis cuts: `in` where the inputs come in slices (after attention, or as
+    the second layer of a feed-forward), and as `sharding.PARAMETERS` has it for the layer's name.
     """
 
     def __init__(
@@ -24,6 +27,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         gain: float = 1.0,
+        cut: Cut = "out",
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
@@ -32,11 +36,11 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
         self.adapter: Any = nnx.data(None)  # layers.lora.Adapter
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.cut = jnp.dtype(dtype), cut
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype)
+        y = x @ gathered(self.kernel[...].astype(self.dtype), self.cut)
         if self.bias is not None:
             y = y + per_channel(self.bias[...].astype(self.dtype), y)
         if self.adapter is not None:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.linear import Linear
+from squeeze_jax.sharding import gathered
 
 QKVLayout = Literal["shared", "separate"]
 
@@ -68,7 +69,8 @@ class LowRank(nnx.Module):
         return self.up.shape[-1]
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
-        delta = (x @ self.down[...].astype(x.dtype)) @ self.up[...].astype(x.dtype)
+        down, up = (leaf[...].astype(x.dtype) for leaf in (self.down, self.up))
+        delta = (x @ gathered(down, "nothing")) @ gathered(up, "out")
         return delta * self.scale[...].astype(x.dtype)
 
     def matrix(self) -> Float[Array, "*depth C _"]:

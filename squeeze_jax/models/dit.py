@@ -200,7 +200,7 @@ class SelfAttention(nnx.Module):
         width = config.width
         self.qkv = Linear(width, 3 * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
-        self.proj = Linear(width, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.proj = Linear(width, width, cut="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.heads = config.heads
 
     def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -222,7 +222,7 @@ class MLP(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         self.in_layer = Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.out_layer = Linear(hidden, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.out_layer = Linear(hidden, width, cut="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         return self.out_layer(constrain(jax.nn.gelu(self.in_layer(x), approximate=True), "hidden"))
@@ -271,7 +271,7 @@ class SingleBlock(nnx.Module):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.modulation = Modulation(width, 3, param_dtype=param_dtype, rngs=rngs)
         self.linear1 = Linear(width, 3 * width + hidden, **kinds)
-        self.linear2 = Linear(width + hidden, width, **kinds)
+        self.linear2 = Linear(width + hidden, width, cut="in", **kinds)
         self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
         self.heads, self.width = config.heads, width
 

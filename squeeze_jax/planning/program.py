@@ -1,6 +1,5 @@
 """The real train step, compiled for a TPU topology that nobody has to own."""
 
-import math
 import time
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from squeeze_jax.batch import HiddenStates, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
@@ -20,7 +19,7 @@ from squeeze_jax.interop.build import build_system
 from squeeze_jax.planning.chips import Chip, chip_of
 from squeeze_jax.planning.collectives import Collective, collectives
 from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.sharding import AXES, batch_sharding, shardings
+from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import Split, TrainState, initial_state, split_system, state_shardings
 from squeeze_jax.training.step import draw, losses, make_train_step, step_key
@@ -48,13 +47,12 @@ class Compiled:
         return self.arguments + self.temporaries + self.output - self.aliased
 
 
-def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1) -> tuple[Mesh, Chip]:
-    """A mesh over a described topology, and its chip; one size may be -1 and takes what the others leave.
+def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: int = 0) -> tuple[Mesh, Chip]:
+    """`sharding.make_mesh` over a described topology, and its chip.
 
-    With several slices `data` goes over the network between them, the other axes stay within one.
-    Raises InputError for an unknown topology or a mesh of another size.
+    Raises InputError for an unknown topology or a mesh that cannot lie on it.
     """
-    from jax.experimental import mesh_utils, topologies
+    from jax.experimental import topologies
 
     chip = chip_of(topology)
     if find_spec("libtpu") is None:
@@ -66,20 +64,7 @@ def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1) -> tupl
         devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:  # the plugin raises plain runtime errors of many texts
         raise InputError(f"topology {topology!r}: the TPU compiler does not know it ({error})") from None
-    shape = [sizes[axis] for axis in AXES]
-    if shape.count(-1) == 1:
-        shape[shape.index(-1)] = max(1, len(devices) // math.prod(size for size in shape if size != -1))
-    wanted = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
-    if math.prod(shape) != len(devices):
-        raise InputError(f"a mesh of {wanted} needs {math.prod(shape)} chips, {topology} has {len(devices)}")
-    if slices > 1:
-        if shape[0] % slices:
-            raise InputError(f"a mesh of {wanted} on {slices} slices: data must be a multiple of {slices}")
-        within = (shape[0] // slices, *shape[1:])
-        array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
-    else:
-        array = mesh_utils.create_device_mesh(shape, devices=devices)
-    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES)), chip
+    return make_mesh(**sizes, devices=devices, heads=heads), chip
 
 
 def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBatch:

@@ -26,7 +26,7 @@ from squeeze_jax.interop.checkpoint import (
     write_config,
 )
 from squeeze_jax.processes import is_main, place, place_rows
-from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
+from squeeze_jax.sharding import batch_sharding, make_mesh, part_of_batch, shardings
 from squeeze_jax.training.interruption import Interruption
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
 from squeeze_jax.training.optimizer import make_optimizer
@@ -83,7 +83,8 @@ def train(
     Preempted after SIGTERM, when the state is saved.
     """
     say = say if is_main() else lambda text: None
-    mesh = make_mesh(config.parallel.data, config.parallel.fsdp, config.parallel.tensor)
+    parallel = config.parallel
+    mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     data = training_batches(features / "train", config, mesh, rows)
     held_out = validation_batches(features / "held_out", mesh, rows // config.optimizer.accumulate)
@@ -252,12 +253,12 @@ def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
 
 def training_batches(folder: Path, config: Config, mesh: Mesh, rows: int) -> BatchIterator:
     """This process's rows of every global batch."""
-    count = jax.process_count()
+    index, count = part_of_batch(mesh.devices, jax.process_index())
     return make_dataset(
         folder,
         batch=rows // count,
         seed=config.training.seed,
-        process_index=jax.process_index(),
+        process_index=index,
         process_count=count,
         workers=config.data.workers,
     )
