@@ -157,7 +157,7 @@ def arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 
 def _slices(devices: Sequence[Any]) -> int:
     """TPU slices that these devices lie on; other devices count as one."""
-    return len({device.slice_index if device.platform == "tpu" else None for device in devices})
+    return len({getattr(device, "slice_index", None) if device.platform == "tpu" else None for device in devices})
 
 
 def nearest_meshes(

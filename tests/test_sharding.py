@@ -142,11 +142,11 @@ def test_nearest_meshes_can_all_be_and_none_is_nearer(devices, wanted, slices, h
 
 
 def chips(slices, side):
-    """Devices of TPU slices of side x side chips, a host of 2 x 2 each."""
+    """Devices of TPU slices of side x side chips, a host of 2 x 2 each; a lone slice has no number, as a topology's."""
     return [
         SimpleNamespace(
             id=s * side * side + x * side + y, platform="tpu", device_kind="TPU v6 lite", coords=(x, y, 0), core_on_chip=0,
-            process_index=(s * side + x // 2 * 2) * side // 4 + y // 2, slice_index=s if slices > 1 else None,
+            process_index=(s * side + x // 2 * 2) * side // 4 + y // 2, **({"slice_index": s} if slices > 1 else {}),
         )
         for s in range(slices) for x in range(side) for y in range(side)
     ]  # fmt: skip
