@@ -77,6 +77,10 @@ class DataConfig:
     """Rows of a manifest kept for validation: the last ones, at most a tenth of it."""
     batch_per_chip: int = 1
     """Examples a step on each device; the global batch is this times the devices."""
+    codec: Literal["bf16", "int8"] = "bf16"
+    """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error it makes)."""
+    keep: Literal["all", "read"] = "all"
+    """Which hidden states records keep: all of the MLLM's, or only those that this config's aggregator reads."""
     extract_batch: int = 8
     """Examples that go through the frozen encoders at once."""
     workers: int = 0

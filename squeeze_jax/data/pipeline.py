@@ -32,7 +32,7 @@ def collate(records: Sequence[FeatureRecord], sizes: ShardSummary) -> Arrays:
     Every array has the leading axis B; hidden states are kept as the bits of bf16 in uint16 (`to_batch` names them),
     because workers hand arrays over in shared memory, which knows NumPy's types only.
     """
-    count, m, c = len(records), sizes.shape.layers, sizes.shape.width
+    count, (m, _, c) = len(records), records[0].text.shape
     lt, li, r = sizes.max_text, sizes.max_image, sizes.max_reference_tokens
     channels = 4 * sizes.shape.target[-1]
     arrays = {
@@ -202,16 +202,18 @@ def make_dataset(
     prefetch: int = 2,
     workers: int = 0,
     cache: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> BatchIterator:
     """Batches of `batch` records (on this process) from a folder of feature records, reshuffled every epoch.
 
     Epochs run into each other, so every batch is full however few records there are. prefetch: batches made ahead, each
     by a thread. workers: processes that make them instead; they are spawned, so the main script needs
-    `if __name__ == "__main__"`. cache: reads all of this process's records into memory first.
-    Raises InputError where the folder is unfinished or damaged, has fewer records than processes, or where workers
-    would each need the cache.
+    `if __name__ == "__main__"`. cache: reads all of this process's records into memory first. layers: the hidden states
+    that batches hold, of those that the records do; None: all of these.
+    Raises InputError where the folder is unfinished or damaged, lacks hidden states, has fewer records than processes, or
+    where workers would each need the cache.
     """
-    source = FeatureSource(feature_dir)
+    source = FeatureSource(feature_dir, layers)
     if len(source) < process_count:
         raise InputError(f"{feature_dir}: {len(source)} records are too few for {process_count} processes")
     if cache and workers:

@@ -63,8 +63,9 @@ def train(
         process_index=jax.process_index(),
         process_count=count,
         workers=config.data.workers,
+        layers=config.aggregator.reads,
     )
-    held_out = validation_batches(features / "held_out", rows // config.optimizer.accumulate)
+    held_out = validation_batches(features / "held_out", rows // config.optimizer.accumulate, config.aggregator.reads)
 
     check_records(data.source.metadata.summary.shape, config, features)
 
@@ -147,7 +148,7 @@ def train(
 
 
 def check_records(shape: Shape, config: Config, features: Path) -> None:
-    """Raises InputError unless records of this shape fit the config's transformer and aggregator."""
+    """Raises InputError unless records of this shape fit the config's transformer and aggregator's width."""
     rows, columns = config.target_grid
     for what, theirs, ours in (
         ("latents of targets", shape.target, (2 * rows, 2 * columns, config.model.dit.in_channels // 4)),
@@ -155,11 +156,6 @@ def check_records(shape: Shape, config: Config, features: Path) -> None:
     ):
         if theirs != ours:
             raise InputError(f"{features}: {what} are {theirs}, this config wants {ours}; extract with this config")
-    if config.aggregator.layers[-1] >= shape.layers:
-        raise InputError(
-            f"{features}: records have hidden states 0 to {shape.layers - 1}, "
-            f"aggregator.layers asks for {config.aggregator.layers[-1]}; extract with this config"
-        )
 
 
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
@@ -203,11 +199,13 @@ class Meter:
         )
 
 
-def validation_batches(folder: Path, rows: int, most: int = 128) -> list[TrainingBatch]:
+def validation_batches(
+    folder: Path, rows: int, layers: tuple[int, ...] | None = None, most: int = 128
+) -> list[TrainingBatch]:
     """The first `most` held-out records in batches of `rows`, in one fixed order; rows of the last may come again."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no held-out records; extract them too")
-    batches: BatchIterator = make_dataset(folder, batch=rows, seed=0)
+    batches: BatchIterator = make_dataset(folder, batch=rows, seed=0, layers=layers)
     count = -(-min(most, len(batches.source)) // rows)
     taken = [next(batches) for _ in range(count)]
     batches.close()
