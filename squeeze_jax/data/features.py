@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 from jaxtyping import Float, Int32
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from squeeze_jax.data.codec import CODECS, Codec
 from squeeze_jax.data.storage import remove_parts, write_json, write_whole
@@ -137,6 +138,12 @@ def encode(record: FeatureRecord, codec: Codec) -> dict[str, Any]:
     }
 
 
+def serialise(features: tfds.features.FeaturesDict, example: dict[str, Any]) -> bytes:
+    """TFDS's bytes of a record, the same from every process: its own `serialize_example` mixes the order of the fields."""
+    serializer = ExampleSerializer(features.get_serialized_info())
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
 def decode(
     example: dict[str, Any], number: int, codec: Codec, rows: Sequence[int] | None = None
 ) -> FeatureRecord:
@@ -230,7 +237,7 @@ def write_shard(
                 one = _summarise(record)
                 summaries[:] = [merge([*summaries, one])]
                 features = features or record_features(one.shape, CODECS[codec])
-                writer.write(features.serialize_example(encode(record, CODECS[codec])))
+                writer.write(serialise(features, encode(record, CODECS[codec])))
         finally:
             writer.close()
         if not summaries:
