@@ -140,7 +140,7 @@ def encode(record: FeatureRecord, codec: Codec) -> dict[str, Any]:
 
 def serialise(features: tfds.features.FeaturesDict, example: dict[str, Any]) -> bytes:
     """TFDS's bytes of a record, the same from every process: its own `serialize_example` mixes the order of the fields."""
-    serializer = ExampleSerializer(features.get_serialized_info())
+    serializer = ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
     return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
 
 

@@ -33,7 +33,7 @@ class AggregatorConfig:
     """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last hidden state;
     `last_layer_vit`: the same, image tokens blended with the vision tower's features by a learned weight."""
     layers: tuple[int, ...] = tuple(range(29))
-    """Which hidden states the pooling sees, 0 = input embeddings; of them `last_layer` and `last_layer_vit` take the last."""
+    """Which hidden states the pooling sees, 0 = input embeddings; `last_layer` and `last_layer_vit` take the last one."""
     width: int = 3584
     """Width of the MLLM's hidden states."""
     out_width: int = 4096

@@ -93,9 +93,8 @@ def test_bf16_bits_survive_with_infinities_and_nan():
 
 def test_float32_states_are_rounded_once():
     states = np.random.default_rng(0).normal(size=(3, 5, 8)).astype(np.float32)
-    np.testing.assert_array_equal(
-        encode(some_record()._replace(text=states), CODECS["bf16"])["text"], states.astype(ml_dtypes.bfloat16).view(np.uint16)
-    )
+    found = encode(some_record()._replace(text=states), CODECS["bf16"])["text"]
+    np.testing.assert_array_equal(found, states.astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
 def test_records_of_other_shapes_are_refused(tmp_path):

@@ -94,7 +94,7 @@ def test_a_shard_lost_on_its_way_is_made_again(bucket):
     shard = bucket.folder / "b" / "records" / "squeeze-train.array_record-00001-of-00003"
     before = contents(shard.parent)
     shard.unlink()
-    with pytest.raises(InputError, match="gs://b/records.*00001-of-00003: the shard is missing"):
+    with pytest.raises(InputError, match=r"gs://b/records.*00001-of-00003: the shard is missing"):
         FeatureSource("gs://b/records")
     encoders = FakeEncoders()
     extract(some_examples(10), encoders, "gs://b/records", **OPTIONS)
