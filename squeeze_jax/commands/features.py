@@ -59,6 +59,7 @@ def extract_features(
                 encoders,
                 out / split,
                 target_size=(config.data.height, config.data.width),
+                buckets=config.data.buckets,
                 reference_long_side=config.data.reference_long_side,
                 examples_per_shard=rows_of_shard(config, len(layers or range(encoders.reader.layers + 1))),
                 batch=config.data.extract_batch,

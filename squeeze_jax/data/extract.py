@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int32
 from PIL import Image
 
 from squeeze_jax.data.features import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
-from squeeze_jax.data.images import load_image, resize_for_reference, resize_for_target
+from squeeze_jax.data.images import load_image, nearest_size, resize_for_reference, resize_for_target
 from squeeze_jax.data.manifest import Row
 from squeeze_jax.data.storage import write_json
 from squeeze_jax.errors import InputError
@@ -93,6 +93,7 @@ def extract(
     out_dir: epath.PathLike,
     *,
     target_size: tuple[int, int],
+    buckets: Sequence[tuple[int, int]] = (),
     reference_long_side: int,
     examples_per_shard: int = 1024,
     batch: int = 32,
@@ -104,10 +105,12 @@ def extract(
 ) -> Metadata | None:
     """Writes the feature records of all rows into `out_dir`.
 
-    target_size: (height, width) of every target in pixels. codec: how hidden states are kept, of `codec.CODECS`. layers:
-    the MLLM's hidden states to keep, ascending; None keeps all. source: a fingerprint of the rows (a manifest's digest, a
-    generator's seed), kept so that a folder is never continued with other rows. shard: (i, n) does every n-th shard
-    from i. Returns the metadata, or None while other parts are missing.
+    target_size: (height, width) of every target in pixels. buckets: several of them instead; a target gets the one that is
+    nearest in aspect ratio (`nearest_size`), and batches go by size and number of references (`buckets.py`).
+    codec: how hidden states are kept, of `codec.CODECS`. layers: the MLLM's hidden states to keep, ascending; None keeps
+    all. source: a fingerprint of the rows (a manifest's digest, a generator's seed), kept so that a folder is never
+    continued with other rows. shard: (i, n) does every n-th shard from i. Returns the metadata, or None while other parts
+    are missing.
     Raises InputError where `out_dir` holds an extraction of other rows or other settings.
     """
     part, parts = shard
@@ -119,7 +122,7 @@ def extract(
     settings = {
         "rows": len(rows),
         "source": source,
-        "target_size": list(target_size),
+        "target_size": [list(size) for size in buckets] if buckets else list(target_size),
         "reference_long_side": reference_long_side,
         "examples_per_shard": examples_per_shard,
         "encoders": encoders.settings,
@@ -134,8 +137,9 @@ def extract(
     for number in range(part, shards, parts):
         first, last = number * examples_per_shard, min((number + 1) * examples_per_shard, len(rows))
         if shard_summary(folder, number, shards) is None:
-            records = _records(rows, range(first, last), encoders, target_size, reference_long_side, batch, layers)
-            write_shard(folder, number, shards, _counted(records, done, len(rows), progress), codec)
+            sizes = list(buckets) or [target_size]
+            records = _records(rows, range(first, last), encoders, sizes, reference_long_side, batch, layers)
+            write_shard(folder, number, shards, _counted(records, done, len(rows), progress), codec, bool(buckets))
         done += last - first
         if progress:
             progress(done, len(rows))
@@ -162,7 +166,7 @@ def _records(
     rows: Rows,
     numbers: range,
     encoders: Encoders,
-    target_size: tuple[int, int],
+    target_sizes: Sequence[tuple[int, int]],
     reference_long_side: int,
     batch: int,
     layers: Sequence[int] | None,
@@ -172,7 +176,8 @@ def _records(
         examples = [rows[number] for number in numbers[start : start + batch]]
         references = [list(example.references) for example in examples]
         encoded = encoders.hidden_states([example.prompt for example in examples], references)
-        pictures = [resize_for_target(example.target, *target_size) for example in examples]
+        targets = [example.target for example in examples]
+        pictures = [resize_for_target(t, *nearest_size(t.height, t.width, target_sizes)) for t in targets]
         pictures += [resize_for_reference(r, reference_long_side) for sample in references for r in sample]
         latents = _latents(encoders, pictures, batch)
         of_references = iter(latents[len(examples) :])

@@ -15,7 +15,8 @@ this file.
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,10 @@ from etils import epath
 from jaxtyping import Float, Int32
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from squeeze_jax.data.buckets import Sizes
 from squeeze_jax.data.codec import CODECS, Codec
 from squeeze_jax.data.storage import remove_parts, write_json, write_whole
+from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.errors import InputError
 
 METADATA_FILE = "squeeze.json"
@@ -61,8 +64,8 @@ class Shape:
     """M: hidden states a token has in the record."""
     width: int
     """C."""
-    target: tuple[int, int, int]
-    """Height, width and channels of the target's latent."""
+    target: tuple[int | None, int | None, int]
+    """Height, width and channels of the target's latent; height and width None where targets are of several sizes."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class ShardSummary:
     max_references: int
     max_reference_tokens: int
     """Largest number of packed reference tokens of a record, all its references together."""
+    sizes: tuple[Sizes, ...] = ()
+    """Each record's; empty in folders from before they were kept."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,14 @@ class Metadata:
     """Of `CODECS`."""
     layers: tuple[int, ...] = ()
     """Which of the MLLM's hidden states the records hold, ascending, 0 = input embeddings."""
+
+    @property
+    def target_shapes(self) -> list[tuple[int, int, int]]:
+        """Heights, widths and channels that targets' latents have."""
+        height, width, channels = self.summary.shape.target
+        if height is None or width is None:
+            return [(*size, channels) for size in sorted({(one.height, one.width) for one in self.summary.sizes})]
+        return [(height, width, channels)]
 
 
 # Encoding
@@ -176,11 +189,11 @@ def decode(
 # Writing
 
 
-def record_shape(record: FeatureRecord) -> Shape:
-    """The shape of the data set that a record belongs to."""
+def record_shape(record: FeatureRecord, mixed: bool = False) -> Shape:
+    """The shape of the data set that a record belongs to; `mixed`: one with targets of several sizes."""
     layers, _, width = record.text.shape
     height, width_of_target, channels = record.target.shape
-    return Shape(layers, width, (height, width_of_target, channels))
+    return Shape(layers, width, (None, None, channels) if mixed else (height, width_of_target, channels))
 
 
 def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
@@ -189,17 +202,18 @@ def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
     if len(shapes) != 1:
         raise ValueError(f"records of one data set must share one shape, found {sorted(map(str, shapes))}")
     largest = {f: max(getattr(s, f) for s in summaries) for f in _MAXIMA}
-    return ShardSummary(records=sum(s.records for s in summaries), shape=shapes.pop(), **largest)
+    sizes = tuple(chain.from_iterable(s.sizes for s in summaries))
+    return ShardSummary(records=sum(s.records for s in summaries), shape=shapes.pop(), sizes=sizes, **largest)
 
 
 _MAXIMA = [f.name for f in fields(ShardSummary) if f.name.startswith("max_")]
 
 
-def _summarise(record: FeatureRecord) -> ShardSummary:
-    tokens = sum(r.shape[0] // 2 * (r.shape[1] // 2) for r in record.references)
-    return ShardSummary(
-        1, record_shape(record), record.text.shape[1], record.image.shape[1], len(record.references), tokens
-    )
+def _summarise(record: FeatureRecord, mixed: bool) -> ShardSummary:
+    tokens = sum(r.shape[0] // PATCH * (r.shape[1] // PATCH) for r in record.references)
+    (height, width, _), text, image = record.target.shape, record.text.shape[1], record.image.shape[1]
+    sizes = Sizes(height, width, text, image, len(record.references), tokens)
+    return ShardSummary(1, record_shape(record, mixed), text, image, len(record.references), tokens, (sizes,))
 
 
 def shard_path(folder: epath.Path, shard: int, shards: int) -> epath.Path:
@@ -222,9 +236,17 @@ def shard_summary(folder: epath.Path, shard: int, shards: int) -> ShardSummary |
 
 
 def write_shard(
-    folder: epath.Path, shard: int, shards: int, records: Iterable[FeatureRecord], codec: str = "bf16"
+    folder: epath.Path,
+    shard: int,
+    shards: int,
+    records: Iterable[FeatureRecord],
+    codec: str = "bf16",
+    mixed: bool = False,
 ) -> ShardSummary:
-    """Writes one shard whole or not at all, then its summary. An earlier, unfinished one is overwritten."""
+    """Writes one shard whole or not at all, then its summary. An earlier, unfinished one is overwritten.
+
+    mixed: targets are of several sizes. Raises ValueError where shapes differ otherwise.
+    """
     path = shard_path(folder, shard, shards)
     summaries: list[ShardSummary] = []
 
@@ -234,8 +256,9 @@ def write_shard(
         features = None
         try:
             for record in records:
-                one = _summarise(record)
-                summaries[:] = [merge([*summaries, one])]
+                one = _summarise(record, mixed)
+                merge([*summaries[:1], one])  # refuses another shape
+                summaries.append(one)
                 features = features or record_features(one.shape, CODECS[codec])
                 writer.write(serialise(features, encode(record, CODECS[codec])))
         finally:
@@ -244,8 +267,9 @@ def write_shard(
             raise ValueError("a shard needs at least one record")
 
     write_whole(path, write)
-    write_json(_beside(path), asdict(summaries[0]))
-    return summaries[0]
+    summary = merge(summaries)
+    write_json(_beside(path), asdict(summary))
+    return summary
 
 
 def write_metadata(
@@ -295,7 +319,8 @@ def _beside(shard: epath.Path) -> epath.Path:
 
 def _read_summary(value: dict[str, Any]) -> ShardSummary:
     shape = Shape(**{**value["shape"], "target": tuple(value["shape"]["target"])})
-    return ShardSummary(**{**value, "shape": shape})
+    sizes = tuple(Sizes(*one) for one in value.get("sizes", ()))
+    return ShardSummary(**{**value, "shape": shape, "sizes": sizes})
 
 
 # Reading
@@ -359,7 +384,9 @@ class FeatureSource:
             raise InputError(f"{self.folder}: record {index} cannot be read ({error}); extract again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None}
+        # A copy, made for a worker, reads by number and has no use for the sizes of them all.
+        metadata = replace(self.metadata, summary=replace(self.metadata.summary, sizes=()))
+        return {**self.__dict__, "_records": None, "metadata": metadata}
 
 
 def _ranges(numbers: Iterable[int]) -> str:

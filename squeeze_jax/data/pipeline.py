@@ -1,6 +1,7 @@
 """Feature records to training batches: shuffled for ever, shared out over processes, padded, prefetched (Grain).
 
-The order of records is a function of (seed, process, batch number) alone, so an iterator's state is one number.
+The order of records is a function of (seed, process, batch number) alone, so an iterator's state is one number. Where
+targets are of several sizes, every batch comes from one bucket (`buckets.py`), the same on every process.
 """
 
 import json
@@ -16,8 +17,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 
+from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, shapes, waste
 from squeeze_jax.data.features import FeatureRecord, FeatureSource, ShardSummary
-from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions
+from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, reference_positions
 from squeeze_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,18 +28,19 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 
-def collate(records: Sequence[FeatureRecord], sizes: ShardSummary) -> Arrays:
-    """Records of one data set as padded arrays of its largest sizes, whatever each record's own are.
+def collate(records: Sequence[FeatureRecord], padding: Padding, with_grid: bool = False) -> Arrays:
+    """Records with equally many target tokens as arrays padded to these lengths, whatever each record's own are.
 
-    Every array has the leading axis B; hidden states are kept as the bits of bf16 in uint16 (`to_batch` names them),
-    because workers hand arrays over in shared memory, which knows NumPy's types only.
+    with_grid: each target's rows and columns are told, since they may differ. Every array has the leading axis B; hidden
+    states are kept as the bits of bf16 in uint16 (`to_batch` names them), because workers hand arrays over in shared
+    memory, which knows NumPy's types only.
     """
     count, (m, _, c) = len(records), records[0].text.shape
-    lt, li, r = sizes.max_text, sizes.max_image, sizes.max_reference_tokens
-    channels = 4 * sizes.shape.target[-1]
+    lt, li, r = padding
+    channels = PATCH * PATCH * records[0].target.shape[-1]
     arrays = {
         "index": np.array([record.number for record in records], np.int32),
-        "target": pack(np.stack([record.target for record in records])),
+        "target": np.stack([pack(record.target) for record in records]),
         "text": np.zeros((count, m, lt, c), np.uint16),
         "text_mask": np.zeros((count, lt), bool),
         "text_positions": np.zeros((count, lt), np.int32),
@@ -48,6 +51,8 @@ def collate(records: Sequence[FeatureRecord], sizes: ShardSummary) -> Arrays:
         "reference_mask": np.zeros((count, r), bool),
         "reference_positions": np.zeros((count, r, 2), np.int32),
     }
+    if with_grid:
+        arrays["grid"] = np.array([latent_grid(record.target) for record in records], np.int32)
     for i, record in enumerate(records):
         for name, states, positions in (
             ("text", record.text, record.text_positions),
@@ -90,45 +95,85 @@ def to_batch(arrays: Arrays) -> "TrainingBatch":
             tokens=arrays["references"], mask=arrays["reference_mask"], positions=arrays["reference_positions"]
         ),
         index=arrays["index"],
+        grid=arrays.get("grid"),
     )
+
+
+Numbers = tuple[int, np.ndarray]
+"""A bucket, and the numbers of some of its records."""
+
+
+class _Order:
+    """For Grain: the records of every batch of this process, by the batch's number."""
+
+    def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, process_index: int, process_count: int):
+        self.records = [bucket.records for bucket in buckets]
+        self.turns = Turns([len(own) for own in self.records], batch * process_count, seed)
+        # Slice before the shuffle: after it, each epoch's shuffle would hand this process other records. Nothing remains
+        # to be dropped, but without saying so Grain computes the endless length in floating point, which overflows.
+        self.streams = [
+            grain.MapDataset.range(len(own))[process_index::process_count]
+            .shuffle(seed=seed)
+            .repeat()
+            .batch(batch, drop_remainder=True)
+            for own in self.records
+        ]
+
+    def __len__(self) -> int:
+        return min(len(stream) for stream in self.streams)
+
+    def __getitem__(self, index: int) -> Numbers:
+        bucket, batch = self.turns(int(index))
+        return bucket, self.records[bucket][self.streams[bucket][batch]]
 
 
 class _ReadBatch:
     """Record numbers to their padded arrays."""
 
-    def __init__(self, source: FeatureSource):
-        self.source = source
+    def __init__(self, source: FeatureSource, paddings: Sequence[Padding]):
+        self.source, self.paddings = source, paddings
+        self.with_grid = None in source.metadata.summary.shape.target
 
-    def __call__(self, numbers: np.ndarray) -> Arrays:
-        return collate([self.source[number] for number in numbers.tolist()], self.source.metadata.summary)
+    def __call__(self, numbers: Numbers) -> Arrays:
+        records = [self.source[number] for number in numbers[1].tolist()]
+        return collate(records, self.paddings[numbers[0]], self.with_grid)
 
 
 class _CachedBatch:
     """The same from memory: all of this process's records, padded once."""
 
-    def __init__(self, source: FeatureSource, numbers: range):
-        self.numbers = numbers
-        self.arrays: Arrays = {}
-        read = _ReadBatch(source)
-        for start in range(0, len(numbers), 256):
-            part = read(np.array(numbers[start : start + 256]))
-            for name, array in part.items():
-                if not start:
-                    self.arrays[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
-                self.arrays[name][start : start + len(array)] = array
+    def __init__(self, read: _ReadBatch, own: Sequence[np.ndarray]):
+        self.own = own
+        self.arrays: list[Arrays] = []
+        for bucket, numbers in enumerate(own):
+            arrays: Arrays = {}
+            for start in range(0, len(numbers), 256):
+                for name, array in read((bucket, numbers[start : start + 256])).items():
+                    if not start:
+                        arrays[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
+                    arrays[name][start : start + len(array)] = array
+            self.arrays.append(arrays)
 
-    def __call__(self, numbers: np.ndarray) -> Arrays:
-        rows = (numbers - self.numbers.start) // self.numbers.step
-        return {name: array[rows] for name, array in self.arrays.items()}
+    def __call__(self, numbers: Numbers) -> Arrays:
+        bucket, wanted = numbers
+        rows = np.searchsorted(self.own[bucket], wanted)
+        return {name: array[rows] for name, array in self.arrays[bucket].items()}
 
 
 class BatchIterator:
     """Training batches for ever. `get_state` and `set_state` continue exactly, also with other numbers of workers."""
 
     def __init__(
-        self, source: FeatureSource, batches: grain.MapDataset, identity: dict[str, Any], prefetch: int, workers: int
+        self,
+        source: FeatureSource,
+        batches: grain.MapDataset,
+        identity: dict[str, Any],
+        prefetch: int,
+        workers: int,
+        buckets: Sequence[Bucket],
     ):
         self.source = source
+        self.buckets = buckets
         self._batches = batches
         self._identity = identity
         self._prefetch = prefetch
@@ -137,6 +182,19 @@ class BatchIterator:
         self._running: list[grain.DatasetIterator] = []
         # Also at the interpreter's exit: Grain's iterators complain when they outlive Grain's modules.
         weakref.finalize(self, _end, self._running)
+
+    @property
+    def epoch(self) -> int:
+        """Batches in which each record, of all processes, has come once."""
+        rows = self._identity["batch"] * self._identity["process_count"]
+        return sum(-(-len(bucket.records) // rows) for bucket in self.buckets)
+
+    def describe(self) -> str:
+        """Records, shapes of batches (each one compiled program) and the share of padding, for people."""
+        sizes = self.source.metadata.summary.sizes
+        padding = f", {100 * waste(self.buckets, sizes):.1f} % of their tokens padding" if sizes else ""
+        count = shapes(self.buckets)
+        return f"{len(self.source):,} records, {count} shape{'s' * (count > 1)} of batch{padding}"
 
     def __iter__(self) -> Iterator["TrainingBatch"]:
         return self
@@ -218,19 +276,29 @@ def make_dataset(
         raise InputError(f"{feature_dir}: {len(source)} records are too few for {process_count} processes")
     if cache and workers:
         raise InputError(f"records cached in memory are not for {workers} workers to copy; use one or the other")
-    # Slice before the shuffle: after it, each epoch's shuffle would hand this process other records.
-    numbers = grain.MapDataset.range(len(source))[process_index::process_count]
-    # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's. Nothing remains to be
-    # dropped, but without saying so Grain computes the endless length in floating point, which overflows at batch 1.
-    own = range(process_index, len(source), process_count)
-    read = _CachedBatch(source, own) if cache else _ReadBatch(source)
-    batches = numbers.shuffle(seed=seed).repeat().batch(batch, drop_remainder=True).map(read)
+    buckets = buckets_of(source.metadata.summary, batch, process_count)
+    # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's.
+    order = _Order(buckets, batch, seed, process_index, process_count)
+    read = _ReadBatch(source, [bucket.padding for bucket in buckets])
+    if cache:
+        read = _CachedBatch(read, [bucket.records[process_index::process_count] for bucket in buckets])
+    metadata = source.metadata
+    described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
     identity = {
         "version": 1,
         "records": len(source),
-        "data": sha256(repr(source.metadata).encode()).hexdigest()[:16],
+        "data": sha256(repr(described).encode()).hexdigest()[:16],
         "seed": seed,
         "batch": batch,
         "process_count": process_count,
     }
-    return BatchIterator(source, batches, identity, prefetch, workers)
+    return BatchIterator(source, grain.MapDataset.source(order).map(read), identity, prefetch, workers, buckets)
+
+
+def buckets_of(summary: ShardSummary, batch: int, process_count: int) -> tuple[Bucket, ...]:
+    """The buckets of a data set: one for all records where their targets are of one size."""
+    height, width, _ = summary.shape.target
+    if height is None or width is None:
+        return make_buckets(summary.sizes, batch, process_count)
+    padding = Padding(summary.max_text, summary.max_image, summary.max_reference_tokens)
+    return (Bucket(np.arange(summary.records), height // PATCH * (width // PATCH), padding),)

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.config import Config
-from squeeze_jax.data.features import Shape
 from squeeze_jax.data.pipeline import BatchIterator, make_dataset
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system
@@ -67,7 +66,8 @@ def train(
     )
     held_out = validation_batches(features / "held_out", rows // config.optimizer.accumulate, config.aggregator.reads)
 
-    check_records(data.source.metadata.summary.shape, config, features)
+    check_records(data, config, features)
+    say(data.describe())
 
     trained, split = split_system(build_system(config, mesh=mesh), config)
     optimizer = make_optimizer(config)
@@ -147,14 +147,16 @@ def train(
     return Result(split, weights(), step, validation)
 
 
-def check_records(shape: Shape, config: Config, features: Path) -> None:
-    """Raises InputError unless records of this shape fit the config's transformer and aggregator's width."""
-    rows, columns = config.target_grid
+def check_records(data: BatchIterator, config: Config, features: Path) -> None:
+    """Raises InputError unless the records fit the config's transformer and aggregator's width."""
+    channels = config.model.dit.in_channels // 4
+    wanted = [(2 * rows, 2 * columns, channels) for rows, columns in config.training_grids]
     for what, theirs, ours in (
-        ("latents of targets", shape.target, (2 * rows, 2 * columns, config.model.dit.in_channels // 4)),
-        ("width of hidden states", shape.width, config.aggregator.width),
+        ("latents of targets", data.source.metadata.target_shapes, wanted),
+        ("width of hidden states", [data.source.metadata.summary.shape.width], [config.aggregator.width]),
     ):
-        if theirs != ours:
+        if not set(theirs) <= set(ours):
+            theirs, ours = (", ".join(map(str, some)) for some in (theirs, ours))
             raise InputError(f"{features}: {what} are {theirs}, this config wants {ours}; extract with this config")
 
 
@@ -206,7 +208,7 @@ def validation_batches(
     if not folder.is_dir():
         raise InputError(f"{folder}: no held-out records; extract them too")
     batches: BatchIterator = make_dataset(folder, batch=rows, seed=0, layers=layers)
-    count = -(-min(most, len(batches.source)) // rows)
+    count = min(batches.epoch, max(-(-most // rows), len(batches.buckets)))
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fake_encoders import FakeEncoders, some_examples
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -19,7 +19,7 @@ from squeeze_jax.errors import InputError
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4}
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(
     arrays.arrays(np.float32, (2, 3, 16), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
     st.integers(0, 3),
@@ -34,7 +34,7 @@ def test_every_value_is_within_half_a_step_of_its_tokens_scale(states, kept):
 
 
 @given(arrays.arrays(np.float32, (1, 2, 600), elements=st.sampled_from([0.0, 1.0, -3.0, 1e5, np.inf, -np.inf, np.nan])))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 def test_no_number_ever_stands_where_there_was_none(states):
     back = dequantise(quantise(states, outliers(600))).astype(np.float32)
     bad = ~np.isfinite(states)

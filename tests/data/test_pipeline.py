@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.data.extract import extract
 from squeeze_jax.data.features import FeatureSource
-from squeeze_jax.data.pipeline import collate, make_dataset, to_batch
+from squeeze_jax.data.pipeline import buckets_of, collate, make_dataset, to_batch
 from squeeze_jax.diffusion.latents import pack, reference_positions
 from squeeze_jax.errors import InputError
 
@@ -41,7 +41,8 @@ def flat(lists):
 
 
 def leaves(batch):
-    return [batch.target, *batch.hidden_states, *batch.references, batch.index]
+    grid = [] if batch.grid is None else [batch.grid]
+    return [batch.target, *batch.hidden_states, *batch.references, batch.index, *grid]
 
 
 def assert_equal_batches(one, other):
@@ -74,7 +75,7 @@ def test_a_batch_has_the_documented_fields(folder):
 @given(st.lists(st.integers(0, RECORDS - 1), min_size=1, max_size=6))
 def test_a_mixed_batch_equals_each_record_alone(folder, numbers):
     source = FeatureSource(folder)
-    sizes = source.metadata.summary
+    sizes = buckets_of(source.metadata.summary, 1, 1)[0].padding
     records = [source[number] for number in numbers]
     batch = to_batch(collate(records, sizes))
     assert batch.index.tolist() == numbers
