@@ -45,3 +45,5 @@ class TrainingBatch(NamedTuple):
     references: References
     index: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """The record's index in the data set."""
+    grid: Int[Array, "B 2"] | None = None
+    """Rows and columns of each target's tokens, where targets are of several sizes; None: the config's."""

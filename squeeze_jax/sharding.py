@@ -193,23 +193,6 @@ def _named(sizes: Sequence[int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
 
 
-def part_of_batch(devices: np.ndarray, process: int) -> tuple[int, int]:
-    """(index, number) of the equal parts of a batch that processes read: a process reads part `index`.
-
-    `devices` [data, fsdp, tensor] are a mesh's. Processes whose devices hold the same rows, as where a tensor group goes
-    over hosts, read the same part. Raises InputError where two processes share some rows and not others.
-    """
-    holders = np.vectorize(lambda device: device.process_index)(devices).reshape(-1, devices.shape[-1])
-    rows = {one: tuple(np.flatnonzero((holders == one).any(axis=1)).tolist()) for one in np.unique(holders)}
-    parts = sorted(set(rows.values()))
-    if sum(map(len, parts)) != len(holders) or len({len(part) for part in parts}) > 1:
-        raise InputError(
-            f"a mesh of {_named(devices.shape)} gives processes rows that overlap in part; "
-            f"choose a tensor size that divides a process's devices, or is a multiple of them"
-        )
-    return parts.index(rows[process]), len(parts)
-
-
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The table's row for a parameter; an axis that the mesh does not divide evenly stays whole."""
     spec = next(spec for pattern, spec in PARAMETERS if re.fullmatch(pattern, path))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from squeeze_jax.array_types import Array, Float
+from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.models.aggregator import Aggregator
 from squeeze_jax.models.dit import DiT
@@ -23,7 +23,7 @@ class System(nnx.Module):
     def velocity(
         self,
         target: Float[Array, "B N c"],
-        target_grid: tuple[int, int],
+        target_grid: tuple[int, int] | Int[Array, "B 2"],
         t: Float[Array, " B"],
         context: Context,
         references: References | None,
@@ -31,6 +31,7 @@ class System(nnx.Module):
     ) -> Float[Array, "B N c"]:
         """Velocity of noisy target tokens; masked context and reference tokens have no influence.
 
+        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch.
         `references=None` leaves reference tokens out. `guidance` is the distilled value (PAPER, decision 5: 1.0), unused
         by a transformer that takes none; the pooled vector is zero (decision 2).
         """

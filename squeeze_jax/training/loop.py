@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.config import Config, StageConfig
-from squeeze_jax.data.features import Shape
 from squeeze_jax.data.pipeline import BatchIterator, make_dataset
 from squeeze_jax.errors import InputError, Preempted
 from squeeze_jax.interop.checkpoint import (
@@ -25,8 +24,8 @@ from squeeze_jax.interop.checkpoint import (
     read_weights,
     write_config,
 )
-from squeeze_jax.processes import is_main, place, place_rows
-from squeeze_jax.sharding import batch_sharding, make_mesh, part_of_batch, shardings
+from squeeze_jax.processes import is_main, local_rows, place, place_rows
+from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.interruption import Interruption
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
 from squeeze_jax.training.optimizer import make_optimizer
@@ -87,8 +86,9 @@ def train(
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     data = training_batches(features / "train", config, mesh, rows)
-    held_out = validation_batches(features / "held_out", mesh, rows // config.optimizer.accumulate)
-    check_records(data.source.metadata.summary.shape, config, features)
+    held_out = validation_batches(features / "held_out", config, mesh, rows // config.optimizer.accumulate)
+    check_records(data, config, features)
+    say(data.describe())
 
     trained, split = create(config, mesh)
     base = fingerprint(split.frozen)
@@ -229,20 +229,17 @@ def trace(steps: tuple[int, int] | None, done: int, workdir: Path) -> None:
         jax.profiler.stop_trace()
 
 
-def check_records(shape: Shape, config: Config, features: Path) -> None:
-    """Raises InputError unless records of this shape fit the config's transformer and aggregator."""
-    rows, columns = config.target_grid
+def check_records(data: BatchIterator, config: Config, features: Path) -> None:
+    """Raises InputError unless the records fit the config's transformer and aggregator's width."""
+    channels = config.model.dit.in_channels // 4
+    wanted = [(2 * rows, 2 * columns, channels) for rows, columns in config.training_grids]
     for what, theirs, ours in (
-        ("latents of targets", shape.target, (2 * rows, 2 * columns, config.model.dit.in_channels // 4)),
-        ("width of hidden states", shape.width, config.aggregator.width),
+        ("latents of targets", data.source.metadata.target_shapes, wanted),
+        ("width of hidden states", [data.source.metadata.summary.shape.width], [config.aggregator.width]),
     ):
-        if theirs != ours:
+        if not set(theirs) <= set(ours):
+            theirs, ours = (", ".join(map(str, some)) for some in (theirs, ours))
             raise InputError(f"{features}: {what} are {theirs}, this config wants {ours}; extract with this config")
-    if config.aggregator.layers[-1] >= shape.layers:
-        raise InputError(
-            f"{features}: records have hidden states 0 to {shape.layers - 1}, "
-            f"aggregator.layers asks for {config.aggregator.layers[-1]}; extract with this config"
-        )
 
 
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
@@ -252,27 +249,27 @@ def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def training_batches(folder: Path, config: Config, mesh: Mesh, rows: int) -> BatchIterator:
-    """This process's rows of every global batch."""
-    index, count = part_of_batch(mesh.devices, jax.process_index())
+    """Global batches of `rows` records, of which this process reads what lies on its devices."""
     return make_dataset(
         folder,
-        batch=rows // count,
+        batch=rows,
+        rows=local_rows(batch_sharding(mesh), rows),
         seed=config.training.seed,
-        process_index=index,
-        process_count=count,
         workers=config.data.workers,
+        layers=config.aggregator.reads,
     )
 
 
-def validation_batches(folder: Path, mesh: Mesh, rows: int, most: int = 128) -> list[TrainingBatch]:
+def validation_batches(folder: Path, config: Config, mesh: Mesh, rows: int, most: int = 128) -> list[TrainingBatch]:
     """The first `most` held-out records in batches of `rows`, in one fixed order; rows of the last may come again."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no held-out records; extract them too")
-    batches: BatchIterator = make_dataset(folder, batch=rows, seed=0)
-    count = -(-min(most, len(batches.source)) // rows)
-    taken = [next(batches) for _ in range(count)]
+    where = batch_sharding(mesh)
+    batches = make_dataset(folder, batch=rows, rows=local_rows(where, rows), seed=0, layers=config.aggregator.reads)
+    count = min(batches.epoch, max(-(-most // rows), len(batches.buckets)))
+    taken = [place_rows(next(batches), where, rows) for _ in range(count)]
     batches.close()
-    return [place(batch, batch_sharding(mesh)) for batch in taken]
+    return taken
 
 
 def mean_validation(

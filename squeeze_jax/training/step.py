@@ -78,7 +78,8 @@ def losses(
         mask = batch.references.mask & draws.keep_vae[:, None]
         references = References(batch.references.tokens, mask, batch.references.positions)
     x_t = noisy(batch.target, draws.noise, draws.t)
-    velocity = system.velocity(x_t, config.target_grid, draws.t, context, references, config.diffusion.guidance)
+    grid = config.target_grid if batch.grid is None else batch.grid
+    velocity = system.velocity(x_t, grid, draws.t, context, references, config.diffusion.guidance)
     return loss_per_sample(velocity, batch.target, draws.noise)
 
 

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from training_runs import assert_same, ended, features, final_state, start, steps, wait_for_step  # noqa: F401
+from training_runs import assert_same, ended, final_state, steps, wait_for_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
 

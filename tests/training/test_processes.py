@@ -1,10 +1,9 @@
 """Real processes over loopback: together they are one run, killed or not."""
 
-import json
 import signal
 
 import pytest
-from training_runs import assert_same, ended, features, final_state, free_address, start, steps, wait_for_step  # noqa: F401
+from training_runs import assert_same, ended, final_state, free_address, steps, wait_for_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
 
