@@ -82,6 +82,9 @@ class DataConfig:
     """Examples a step on each device; the global batch is this times the devices."""
     codec: Literal["bf16", "int8"] = "bf16"
     """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error it makes)."""
+    online: bool = False
+    """Runs the frozen encoders inside the training program instead of extracting records first: more work a step (the MLLM
+    and the autoencoder), nothing on disk. References must all have one size after resizing."""
     keep: Literal["all", "read"] = "all"
     """Which hidden states records keep: all of the MLLM's, or only those that this config's aggregator reads."""
     extract_batch: int = 8
@@ -270,6 +273,13 @@ def _impossible(config: Config):
         yield f"model.latent_pixels is {config.model.latent_pixels}; it must be 1, 2, 4 or 8"
     if data.max_tiles != 1 and config.model.mllm_source != "internvl":
         yield f"data.max_tiles is {data.max_tiles}, which only model.mllm_source internvl reads; leave it at 1"
+    if data.online:
+        unused = {"features": "it reads no records", "buckets": "it has one size", "workers": "it reads in threads"}
+        for name, why in unused.items():
+            if getattr(data, name):
+                yield f"data.online and data.{name} are both set; leave one out: on-line, {why}"
+        if config.model.mllm_source != "internvl":
+            yield "data.online runs our InternVL in the program; set model.mllm_source internvl, or extract records"
     if data.critters is not None and data.manifest is not None:
         yield "data.critters and data.manifest are both set; choose one source of examples"
     if data.critters is not None and data.critters.size != data.height:

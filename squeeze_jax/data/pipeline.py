@@ -7,7 +7,7 @@ several sizes, every batch comes from one bucket (`buckets.py`).
 
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ Numbers = tuple[int, np.ndarray]
 """A bucket, and the numbers of some of its records."""
 
 
-class _Order:
+class Order:
     """For Grain: the records that this process reads of every batch, by the batch's number."""
 
     def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, rows: np.ndarray):
@@ -146,15 +146,17 @@ class BatchIterator:
 
     def __init__(
         self,
-        source: FeatureSource,
         batches: grain.MapDataset,
         identity: dict[str, Any],
         prefetch: int,
         workers: int,
         buckets: Sequence[Bucket],
+        finish: Callable[[Arrays], Any],
+        about: str,
     ):
-        self.source = source
+        """finish: arrays to a batch under its names. about: what `describe` says."""
         self.buckets = buckets
+        self._finish, self._about = finish, about
         self._batches = batches
         self._identity = identity
         self._prefetch = prefetch
@@ -170,23 +172,20 @@ class BatchIterator:
         return sum(-(-len(bucket.records) // self._identity["batch"]) for bucket in self.buckets)
 
     def describe(self) -> str:
-        """Records, shapes of batches (each one compiled program) and the share of padding, for people."""
-        sizes = self.source.metadata.summary.sizes
-        padding = f", {100 * waste(self.buckets, sizes):.1f} % of their tokens padding" if sizes else ""
-        count = shapes(self.buckets)
-        return f"{len(self.source):,} records, {count} shape{'s' * (count > 1)} of batch{padding}"
+        """What is read, in one line for people."""
+        return self._about
 
-    def __iter__(self) -> Iterator["TrainingBatch"]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> "TrainingBatch":
+    def __next__(self) -> Any:
         if not self._running:
             self._running.append(self._start())
         arrays = next(self._running[0])
         if self._workers:  # out of the workers' shared memory, which goes away with them
             arrays = {name: np.array(array) for name, array in arrays.items()}
         self._drawn += 1
-        return to_batch(arrays)
+        return self._finish(arrays)
 
     def _start(self) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
@@ -251,7 +250,7 @@ def make_dataset(
     source = FeatureSource(feature_dir, layers)
     buckets = buckets_of(source.metadata.summary, batch)
     # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's.
-    order = _Order(buckets, batch, seed, np.arange(batch) if rows is None else np.asarray(rows))
+    order = Order(buckets, batch, seed, np.arange(batch) if rows is None else np.asarray(rows))
     read = _ReadBatch(source, [bucket.padding for bucket in buckets])
     metadata = source.metadata
     described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
@@ -262,7 +261,15 @@ def make_dataset(
         "seed": seed,
         "batch": batch,
     }
-    return BatchIterator(source, grain.MapDataset.source(order).map(read), identity, prefetch, workers, buckets)
+    batches = grain.MapDataset.source(order).map(read)
+    return BatchIterator(batches, identity, prefetch, workers, buckets, to_batch, describe(source, buckets))
+
+
+def describe(source: FeatureSource, buckets: Sequence[Bucket]) -> str:
+    """Records, shapes of batches (each one compiled program) and the share of padding."""
+    sizes, count = source.metadata.summary.sizes, shapes(buckets)
+    padding = f", {100 * waste(buckets, sizes):.1f} % of their tokens padding" if sizes else ""
+    return f"{len(source):,} records, {count} shape{'s' * (count > 1)} of batch{padding}"
 
 
 def buckets_of(summary: ShardSummary, batch: int) -> tuple[Bucket, ...]:

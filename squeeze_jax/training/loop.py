@@ -1,6 +1,6 @@
 """The training loop: restore, step, log, validate, sample, save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.data.features import read_metadata
+from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import BatchIterator, make_dataset
+from squeeze_jax.data.sources import Examples
 from squeeze_jax.errors import InputError, Preempted
 from squeeze_jax.interop.checkpoint import (
     Checkpoints,
@@ -41,14 +43,18 @@ from squeeze_jax.training.state import (
     state_shardings,
     with_leaves,
 )
-from squeeze_jax.training.step import Metrics, Validation, make_train_step, make_validation
+from squeeze_jax.training.step import Batch, Metrics, Validation, make_train_step, make_validation
 from squeeze_jax.training.watch import Watch
 
 SampleFunction = Callable[[Split, Leaves, int], None]
 """Draws a grid of pictures with (split, trained leaves, step); commands pass it in."""
 
-WorkFunction = Callable[[StageConfig, TrainingBatch], tuple[float, float | None]]
+WorkFunction = Callable[[StageConfig, Batch], tuple[float, float | None]]
 """Model FLOPs of a step on a batch, and the peak FLOP/s of all devices (None where unknown); commands pass it in."""
+
+
+MOST_HELD_OUT = 128
+"""Held-out examples that validation looks at, in one fixed order; of the last batch some may come twice."""
 
 
 class Result(NamedTuple):
@@ -71,9 +77,12 @@ def train(
     accept_changes: bool = False,
     sample: SampleFunction | None = None,
     work: WorkFunction | None = None,
+    examples: Mapping[str, Examples] | None = None,
     say: Callable[[str], None] = print,
 ) -> Result:
     """Runs all stages of a config on the records in `features`/train, validating on `features`/held_out.
+
+    With `data.online` it reads `examples` of these two names instead, and no records.
 
     Killed at any moment and started again with the same arguments, it ends with the same weights bit for bit.
     `start_from` is a work or weights folder whose trained weights begin the run (stage 2 from stage 1). `accept_changes`
@@ -85,9 +94,7 @@ def train(
     parallel = config.parallel
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
-    data = training_batches(features / "train", config, mesh, rows)
-    held_out = validation_batches(features / "held_out", config, mesh, rows // config.optimizer.accumulate)
-    check_records(data, config, features)
+    data, held_out = batches_of(features, examples, config, mesh, rows)
     say(data.describe())
 
     trained, split = create(config, mesh)
@@ -229,17 +236,18 @@ def trace(steps: tuple[int, int] | None, done: int, workdir: Path) -> None:
         jax.profiler.stop_trace()
 
 
-def check_records(data: BatchIterator, config: Config, features: Path) -> None:
+def check_records(folder: Path, config: Config) -> None:
     """Raises InputError unless the records fit the config's transformer and aggregator's width."""
+    metadata = read_metadata(folder)
     channels = config.model.dit.in_channels // 4
     wanted = [(2 * rows, 2 * columns, channels) for rows, columns in config.training_grids]
     for what, theirs, ours in (
-        ("latents of targets", data.source.metadata.target_shapes, wanted),
-        ("width of hidden states", [data.source.metadata.summary.shape.width], [config.aggregator.width]),
+        ("latents of targets", metadata.target_shapes, wanted),
+        ("width of hidden states", [metadata.summary.shape.width], [config.aggregator.width]),
     ):
         if not set(theirs) <= set(ours):
             theirs, ours = (", ".join(map(str, some)) for some in (theirs, ours))
-            raise InputError(f"{features}: {what} are {theirs}, this config wants {ours}; extract with this config")
+            raise InputError(f"{folder}: {what} are {theirs}, this config wants {ours}; extract with this config")
 
 
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
@@ -248,32 +256,33 @@ def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
     return with_leaves(frozen, place(leaves, shardings(leaves, mesh)))
 
 
-def training_batches(folder: Path, config: Config, mesh: Mesh, rows: int) -> BatchIterator:
-    """Global batches of `rows` records, of which this process reads what lies on its devices."""
-    return make_dataset(
-        folder,
-        batch=rows,
-        rows=local_rows(batch_sharding(mesh), rows),
-        seed=config.training.seed,
-        workers=config.data.workers,
-        layers=config.aggregator.reads,
-    )
-
-
-def validation_batches(folder: Path, config: Config, mesh: Mesh, rows: int, most: int = 128) -> list[TrainingBatch]:
-    """The first `most` held-out records in batches of `rows`, in one fixed order; rows of the last may come again."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no held-out records; extract them too")
+def batches_of(
+    features: Path, examples: Mapping[str, Examples] | None, config: Config, mesh: Mesh, rows: int
+) -> tuple[BatchIterator, list[Batch]]:
+    """Training batches of `rows` rows, of which this process reads what lies on its devices, and validation batches."""
     where = batch_sharding(mesh)
-    batches = make_dataset(folder, batch=rows, rows=local_rows(where, rows), seed=0, layers=config.aggregator.reads)
-    count = min(batches.epoch, max(-(-most // rows), len(batches.buckets)))
-    taken = [place_rows(next(batches), where, rows) for _ in range(count)]
-    batches.close()
-    return taken
+
+    def batches(split: str, rows: int, seed: int, workers: int) -> BatchIterator:
+        own = local_rows(where, rows)
+        if examples is not None:
+            return make_online(examples[split], config, batch=rows, seed=seed, own=own)
+        return make_dataset(
+            features / split, batch=rows, rows=own, seed=seed, workers=workers, layers=config.aggregator.reads
+        )
+
+    if examples is None:
+        if not (features / "held_out").is_dir():
+            raise InputError(f"{features / 'held_out'}: no held-out records; extract them too")
+        check_records(features / "train", config)
+    data = batches("train", rows, config.training.seed, config.data.workers)
+    fewer = rows // config.optimizer.accumulate
+    with closing(batches("held_out", fewer, 0, 0)) as held_out:
+        count = min(held_out.epoch, max(-(-MOST_HELD_OUT // fewer), len(held_out.buckets)))
+        return data, [place_rows(next(held_out), where, fewer) for _ in range(count)]
 
 
 def mean_validation(
-    validate: Validation, leaves: Leaves, frozen: nnx.State, batches: list[TrainingBatch]
+    validate: Validation, leaves: Leaves, frozen: nnx.State, batches: list[Batch]
 ) -> float:
     """Mean validation loss over all batches."""
     return float(np.mean([np.mean(validate(leaves, frozen, batch)) for batch in batches]))
