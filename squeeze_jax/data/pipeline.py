@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, shapes, waste
+from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, permutation, shapes, waste
 from squeeze_jax.data.features import FeatureRecord, FeatureSource, ShardSummary
 from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, reference_positions
 from squeeze_jax.errors import InputError
@@ -107,24 +107,20 @@ class _Order:
     """For Grain: the records of every batch of this process, by the batch's number."""
 
     def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, process_index: int, process_count: int):
-        self.records = [bucket.records for bucket in buckets]
-        self.turns = Turns([len(own) for own in self.records], batch * process_count, seed)
-        # Slice before the shuffle: after it, each epoch's shuffle would hand this process other records. Nothing remains
-        # to be dropped, but without saying so Grain computes the endless length in floating point, which overflows.
-        self.streams = [
-            grain.MapDataset.range(len(own))[process_index::process_count]
-            .shuffle(seed=seed)
-            .repeat()
-            .batch(batch, drop_remainder=True)
-            for own in self.records
-        ]
+        self.turns = Turns([len(bucket.records) for bucket in buckets], batch * process_count, seed)
+        # Slice before the shuffle: after it, each epoch's shuffle would hand this process other records.
+        self.own = [bucket.records[process_index::process_count] for bucket in buckets]
+        self.batch, self.seed = batch, seed
 
     def __len__(self) -> int:
-        return min(len(stream) for stream in self.streams)
+        return 2**48  # for ever
 
     def __getitem__(self, index: int) -> Numbers:
         bucket, batch = self.turns(int(index))
-        return bucket, self.records[bucket][self.streams[bucket][batch]]
+        own = self.own[bucket]
+        epochs, places = np.divmod(np.arange(batch * self.batch, (batch + 1) * self.batch), len(own))
+        orders = [permutation(len(own), self.seed, bucket, epoch) for epoch in epochs.tolist()]
+        return bucket, own[[order[place] for order, place in zip(orders, places)]]
 
 
 class _ReadBatch:
@@ -281,11 +277,11 @@ def make_dataset(
     order = _Order(buckets, batch, seed, process_index, process_count)
     read = _ReadBatch(source, [bucket.padding for bucket in buckets])
     if cache:
-        read = _CachedBatch(read, [bucket.records[process_index::process_count] for bucket in buckets])
+        read = _CachedBatch(read, order.own)
     metadata = source.metadata
     described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
     identity = {
-        "version": 1,
+        "version": 2,
         "records": len(source),
         "data": sha256(repr(described).encode()).hexdigest()[:16],
         "seed": seed,
