@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, shapes, waste
+from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, permutation, shapes, waste
 from squeeze_jax.data.features import FeatureRecord, FeatureSource, ShardSummary
 from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, reference_positions
 from squeeze_jax.errors import InputError
@@ -110,20 +110,19 @@ class Order:
     def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, rows: np.ndarray):
         self.records, self.rows = [bucket.records for bucket in buckets], rows
         self.turns = Turns([len(own) for own in self.records], batch, seed)
-        # Processes share out the rows of a shuffled batch. Slicing records after the shuffle instead would hand a process
-        # other records in every epoch. Nothing remains to be dropped, but without saying so Grain computes the endless
-        # length in floating point, which overflows.
-        self.streams = [
-            grain.MapDataset.range(len(own)).shuffle(seed=seed).repeat().batch(batch, drop_remainder=True)
-            for own in self.records
-        ]
+        self.batch, self.seed = batch, seed
 
     def __len__(self) -> int:
-        return min(len(stream) for stream in self.streams)
+        return 2**48  # for ever
 
     def __getitem__(self, index: int) -> Numbers:
         bucket, batch = self.turns(int(index))
-        return bucket, self.records[bucket][self.streams[bucket][batch][self.rows]]
+        records = self.records[bucket]
+        # Epochs run into each other. Processes share out the rows of a shuffled batch: slicing the records after a shuffle
+        # instead would hand a process other records in every epoch.
+        epochs, places = np.divmod(batch * self.batch + self.rows, len(records))
+        orders = [permutation(len(records), self.seed, bucket, epoch) for epoch in epochs.tolist()]
+        return bucket, records[[order[place] for order, place in zip(orders, places)]]
 
 
 class _ReadBatch:
@@ -255,7 +254,7 @@ def make_dataset(
     metadata = source.metadata
     described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
     identity = {
-        "version": 1,
+        "version": 2,
         "records": len(source),
         "data": sha256(repr(described).encode()).hexdigest()[:16],
         "seed": seed,

@@ -6,9 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fake_encoders import FakeEncoders, some_examples
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from squeeze_jax.data.codec import dequantise, outliers, quantise
 from squeeze_jax.data.extract import extract
@@ -19,12 +16,12 @@ from squeeze_jax.errors import InputError
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4}
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    arrays.arrays(np.float32, (2, 3, 16), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
-    st.integers(0, 3),
-)
-def test_every_value_is_within_half_a_step_of_its_tokens_scale(states, kept):
+@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize("spread", [0, 1, 5, 20])
+def test_every_value_is_within_half_a_step_of_its_tokens_scale(kept, spread):
+    rng = np.random.default_rng((kept, spread))
+    states = (rng.standard_normal((20, 30, 16)) * np.exp(spread * rng.standard_normal((20, 30, 16)))).astype(np.float32)
+    states[rng.random(states.shape) < 0.1] = 0.0
     parts = quantise(states, kept)
     assert np.abs(parts[""].astype(int)).max() <= 127
     error = np.abs(dequantise(parts).astype(np.float64) - states)
@@ -33,13 +30,17 @@ def test_every_value_is_within_half_a_step_of_its_tokens_scale(states, kept):
     assert np.all(error <= largest[..., None] / 127 / 2 * 1.001 + rounding)
 
 
-@given(arrays.arrays(np.float32, (1, 2, 600), elements=st.sampled_from([0.0, 1.0, -3.0, 1e5, np.inf, -np.inf, np.nan])))
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-def test_no_number_ever_stands_where_there_was_none(states):
+def test_no_number_ever_stands_where_there_was_none():
+    rng = np.random.default_rng(0)
+    states = rng.choice(np.array([0.0, 1.0, -3.0, 1e5], np.float32), (4, 50, 600))
+    for token in states.reshape(-1, 600)[:150]:
+        places = rng.choice(600, rng.integers(1, 5), replace=False)
+        token[places] = rng.choice(np.array([np.inf, -np.inf, np.nan], np.float32), len(places))
     back = dequantise(quantise(states, outliers(600))).astype(np.float32)
     bad = ~np.isfinite(states)
     assert not np.isfinite(back[bad]).any()
-    few = bad.sum(axis=-1) <= 2
+    few = bad.sum(axis=-1) <= outliers(600)
+    assert 0 < few.sum() < few.size
     np.testing.assert_array_equal(back[few][bad[few]], states[few][bad[few]])
     assert np.isfinite(back[few][~bad[few]]).all()
     assert np.isnan(back[~few][~bad[~few]]).all()
