@@ -40,8 +40,8 @@ class ModelConfig:
     """What runs it: our InternVL, or transformers in PyTorch, which takes any image-text-to-text model."""
     latent_pixels: int = 8
     """Pixels that a latent stands for along one side: the autoencoder's downsampling (FLUX.1: 8, the miniature: 4)."""
-    frozen_dtype: Precision = "bfloat16"
-    """What frozen weights are kept in."""
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """What frozen weights are kept in; `int8` (extra `quantize`): the blocks' kernels, each output channel with a scale."""
     dtype: Precision = "bfloat16"
     """What activations are computed in; norms, softmax, modulation, rotary phases and loss are float32 always."""
 
@@ -321,8 +321,11 @@ def _impossible(config: Config):
             yield f"{path} is {value}; it must be larger than 0"
     if config.parallel.remat not in REMAT:
         yield f"parallel.remat is {config.parallel.remat!r}; choose one of {', '.join(REMAT)}"
-    if config.model.dtype not in get_args(Precision) or config.model.frozen_dtype not in get_args(Precision):
-        yield f"model.dtype and model.frozen_dtype must each be one of {', '.join(get_args(Precision))}"
+    kinds = get_args(Precision)
+    if config.model.dtype not in kinds or config.model.frozen_dtype not in (*kinds, "int8"):
+        yield f"model.dtype and model.frozen_dtype must each be one of {', '.join(kinds)}; the latter may be int8, too"
+    if config.model.frozen_dtype == "int8" and config.lora is None:
+        yield "model.frozen_dtype is int8, which cannot be trained; set lora, or keep the weights in float32"
 
 
 def load_preset(path: str | Path) -> Config:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_configs, load_autoencoder, load_dit, load_internvl
+from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.lora import LoRAParam, add_lora
 from squeeze_jax.models.aggregator import Aggregator
 from squeeze_jax.models.autoencoder import Autoencoder
@@ -18,7 +19,8 @@ from squeeze_jax.models.encoders import Encoders
 from squeeze_jax.models.internvl import InternVL
 from squeeze_jax.models.system import System
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16}
+"""int8 is for kernels; what is beside them is bfloat16."""
 
 
 def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = None) -> System:
@@ -36,6 +38,8 @@ def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = 
         dit = load_base(config, mesh)
     else:
         dit = DiT(config.model.dit, dtype=dtype, param_dtype=kept, rngs=rngs, **options)
+        if config.model.frozen_dtype == "int8":
+            quantise(dit)
     if config.lora is not None:
         add_lora(dit, config.lora, rngs=rngs)
     encoders = None
@@ -71,6 +75,8 @@ def load_base(config: Config, mesh: Mesh | None = None) -> DiT:
         raise InputError(
             f"{config.model.dit_weights} holds {dit.config}, but model.dit is {config.model.dit}: make them equal"
         )
+    if config.model.frozen_dtype == "int8":
+        quantise(dit)
     return dit
 
 

@@ -35,12 +35,19 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(gain * in_features**-0.5) if gain else nnx.initializers.zeros
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.kernel_scale: Any = nnx.data(None)  # layers.int8: what the values of an int8 kernel stand for
         self.adapter: Any = nnx.data(None)  # layers.lora.Adapter
-        self.dtype, self.cut = jnp.dtype(dtype), cut
+        self.dtype = jnp.dtype(dtype)
+        self.cut: Cut = cut
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         x = x.astype(self.dtype)
-        y = x @ gathered(self.kernel[...].astype(self.dtype), self.cut)
+        if self.kernel_scale is None:
+            y = x @ gathered(self.kernel[...].astype(self.dtype), self.cut)
+        else:
+            kernel = gathered(self.kernel[...], self.cut).astype(self.dtype)  # travels as int8
+            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+            y = (y * per_channel(self.kernel_scale[...], y)).astype(self.dtype)
         if self.bias is not None:
             y = y + per_channel(self.bias[...].astype(self.dtype), y)
         if self.adapter is not None:

@@ -159,13 +159,15 @@ def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
     """Adds every adapter's delta to its kernel, in float32 and rounded once, and takes the adapters off.
 
     Returns the kernels as they were, by path: `unmerge_lora` puts these back bit for bit (subtracting the delta again
-    would drift in bfloat16).
+    would drift in bfloat16). Raises ValueError for an int8 base, which cannot take a delta.
     """
     before = {}
     for path, linear in linears(model):
         if linear.adapter is None:
             continue
         kernel = linear.kernel[...]
+        if linear.kernel_scale is not None:
+            raise ValueError(f"{path} is kept in int8; load the base in bfloat16 to merge adapters into it")
         before[path] = kernel
         merged = kernel.astype(jnp.float32) + linear.adapter.matrix(kernel.shape[-1])
         linear.kernel.set_value(merged.astype(kernel.dtype))
