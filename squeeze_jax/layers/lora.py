@@ -13,9 +13,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.linear import PRODUCT, Linear
 
 QKVLayout = Literal["shared", "separate"]
 
@@ -68,7 +69,8 @@ class LowRank(nnx.Module):
         return self.up.shape[-1]
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
-        delta = (x @ self.down[...].astype(x.dtype)) @ self.up[...].astype(x.dtype)
+        narrow = checkpoint_name(x @ self.down[...].astype(x.dtype), PRODUCT)  # `up`'s gradient needs it
+        delta = narrow @ self.up[...].astype(x.dtype)
         return delta * self.scale[...].astype(x.dtype)
 
     def matrix(self) -> Float[Array, "*depth C _"]:
