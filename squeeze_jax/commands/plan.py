@@ -2,10 +2,9 @@
 
 import os
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -59,6 +58,7 @@ def run(given: Plan, overrides: list[str]) -> None:
     from squeeze_jax.errors import InputError
     from squeeze_jax.interop.tensors import write_json
     from squeeze_jax.planning import program
+    from squeeze_jax.planning.report import lines, train_report
     from squeeze_jax.sharding import AXES
 
     config = override(load_preset(given.preset), overrides, f"squeeze_jax plan {given.preset}")
@@ -71,84 +71,12 @@ def run(given: Plan, overrides: list[str]) -> None:
             raise InputError(f"--mesh {given.mesh!r} is not understood; write data=1,fsdp=8,tensor=1") from None
         if unknown := set(sizes) - set(AXES):
             raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
-    mesh, chip = program.topology_mesh(given.topology, sizes, given.slices)
-    rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    print(f"{config.name} on {given.slices} x {given.topology}: {mesh.size} chips, {shape}; {rows} examples a step")
-    state, split = program.abstract_system(config)
-    trained, frozen = program.count(state.trained), program.count(split.frozen)
-    print(f"parameters        {trained:,} trained, {frozen:,} frozen")
-    flops = program.step_flops(config, stage, rows, given.references)
-    print(f"model FLOPs       {flops / 1e12:,.1f} T a step ({flops / rows / 1e12:.1f} T an example)", flush=True)
-
-    compiled = program.compile_train_step(config, mesh, stage, given.references)
-    gib = 2**30
-    fits = compiled.total <= chip.memory
-    print(
-        f"HBM a chip        {compiled.total / gib:.2f} GiB of {chip.memory / gib:.0f}: "
-        f"arguments {compiled.arguments / gib:.2f}, "
-        f"temporaries {compiled.temporaries / gib:.2f}, output {compiled.output / gib:.2f} "
-        f"({compiled.aliased / gib:.2f} of it in place){'' if fits else '   DOES NOT FIT'}"
-    )
-    traffic: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
-    for one in compiled.collectives:
-        traffic[one.kind, one.axes] += one.sent * one.times
-    for (kind, axes), sent in sorted(traffic.items(), key=lambda item: -item[1]):
-        if sent >= 1e6:
-            print(f"  {kind:20}{'+'.join(axes) or '-':14}{sent / 1e9:10.3f} GB a chip")
-    largest = max((one.largest for one in compiled.collectives), default=0)
-    print(f"largest of them   {largest / 1e6:.0f} MB on a chip")
-    network = sum(sent for (_, axes), sent in traffic.items() if given.slices > 1 and "data" in axes)
-    links = sum(traffic.values()) - network
-    times = {
-        "compute": flops / mesh.size / chip.flops / REACHED,
-        "links": links / chip.link_rate,
-        "network": network / chip.network_rate,
-    }
-    seconds = max(times.values())
-    print("roofline          " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in times.items()))
-    utilisation = flops / mesh.size / chip.flops / seconds
-    steps = sum(stage.steps for stage in config.training.stages)
-    hours = steps * seconds * mesh.size / 3600
-    print(
-        f"to expect         {seconds:.3f} s a step, {rows / seconds:.1f} examples/s, {100 * utilisation:.0f} % of peak; "
-        f"{steps:,} steps: {hours:,.0f} chip-hours" + (f", {hours * given.chip_hour:,.0f}" if given.chip_hour else "")
-    )
-    print(f"compiled in       {compiled.seconds:.0f} s")
+    mesh, chip = program.topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
+    print(f"{config.name}, {given.what}, on {given.slices} x {given.topology}", flush=True)
+    report, compiled = train_report(config, mesh, chip, given.references)
+    print("\n".join(lines(report, given.chip_hour)))
     if given.hlo is not None:
         given.hlo.write_text(compiled.text)
     if given.json is not None:
-        report: dict[str, Any] = {
-            "preset": config.name,
-            "topology": given.topology,
-            "slices": given.slices,
-            "mesh": dict(mesh.shape),
-            "examples_per_step": rows,
-            "parameters": {"trained": trained, "frozen": frozen},
-            "fits": fits,
-            "hbm_capacity": chip.memory,
-            "hbm_per_chip": {
-                "arguments": compiled.arguments,
-                "temporaries": compiled.temporaries,
-                "output": compiled.output,
-                "aliased": compiled.aliased,
-                "total": compiled.total,
-            },
-            "model_flops_per_step": flops,
-            "collectives": [
-                {"kind": kind, "axes": list(axes), "bytes_per_chip": sent} for (kind, axes), sent in traffic.items()
-            ],
-            "largest_collective": largest,
-            "roofline_seconds": times,
-            "predicted_step_seconds": seconds,
-            "predicted_mfu": utilisation,
-            "chip_hours": hours,
-            "compile_seconds": compiled.seconds,
-        }
-        write_json(given.json, report)
+        write_json(given.json, {"topology": given.topology, "slices": given.slices} | report)
         print(f"report: {given.json}")
-
-
-REACHED = 0.68
-"""Share of the peak that large products reach: the TPU compiler's own estimate of a 1024x1024 forward on v5p takes 237 ms
-for 74.5 TFLOP. A first estimate; rematerialisation and memory-bound parts are not in it."""
