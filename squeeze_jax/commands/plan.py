@@ -35,7 +35,10 @@ class Plan:
     """Slices of that shape, joined by the network."""
     mesh: str | None = None
     """data=1,fsdp=16,tensor=1; none: the preset's, with all chips on fsdp."""
-    what: Literal["train"] = "train"
+    what: Literal["train", "sample"] = "train"
+    """The train step of the preset's last stage, or the staged sampler with its steps, τ and guidance."""
+    images: int | None = None
+    """Images sampled at once; none: one for every place of the data and fsdp axes."""
     references: int = 1
     """Square references of each example."""
     chip_hour: float | None = None
@@ -59,10 +62,11 @@ def run(given: Plan, overrides: list[str]) -> None:
     from squeeze_jax.interop.tensors import write_json
     from squeeze_jax.planning import program
     from squeeze_jax.planning.report import lines, train_report
+    from squeeze_jax.planning.sampling import sample_report
     from squeeze_jax.sharding import AXES
 
     config = override(load_preset(given.preset), overrides, f"squeeze_jax plan {given.preset}")
-    parallel, stage = config.parallel, config.training.stages[-1]
+    parallel = config.parallel
     sizes = {"data": parallel.data, "fsdp": parallel.fsdp, "tensor": parallel.tensor}
     if given.mesh is not None:
         try:
@@ -73,7 +77,10 @@ def run(given: Plan, overrides: list[str]) -> None:
             raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
     mesh, chip = program.topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
     print(f"{config.name}, {given.what}, on {given.slices} x {given.topology}", flush=True)
-    report, compiled = train_report(config, mesh, chip, given.references)
+    if given.what == "train":
+        report, compiled = train_report(config, mesh, chip, given.references)
+    else:
+        report, compiled = sample_report(config, mesh, chip, given.references, given.images)
     print("\n".join(lines(report, given.chip_hour)))
     if given.hlo is not None:
         given.hlo.write_text(compiled.text)

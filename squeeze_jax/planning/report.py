@@ -14,8 +14,6 @@ from squeeze_jax.planning.network import crosses_slices
 from squeeze_jax.planning.program import Compiled, abstract_system, compile_train_step, count, step_flops
 
 Report = dict[str, Any]
-WHOLE_MODEL = 0.05
-"""A collective larger than this share of the frozen weights gathers more than a layer's matrix."""
 
 
 def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) -> tuple[Report, Compiled]:
@@ -43,7 +41,8 @@ def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) ->
 def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, estimate: Estimate) -> Report:
     """What a plan says of any program."""
     state, split = abstract_system(config)
-    frozen = count(split.frozen)
+    frozen, blocks = count(split.frozen), config.model.dit.double_blocks + config.model.dit.single_blocks
+    largest = max((one.largest for one in whole.collectives), default=0)
     return {
         "preset": config.name,
         "mesh": dict(mesh.shape),
@@ -61,8 +60,8 @@ def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, estimate:
             "total": whole.total,
         },
         "collectives": traffic(whole.collectives, mesh),
-        "largest_collective": max((one.largest for one in whole.collectives), default=0),
-        "gathers_whole_model": any(one.largest > 2 * WHOLE_MODEL * frozen for one in whole.collectives),
+        "largest_collective": largest,
+        "gathers_more_than_a_block": largest > 2 * count(state.trained if config.lora is None else split.frozen) / blocks,
         "compile_seconds": whole.seconds,
     }
 
@@ -123,7 +122,7 @@ def lines(report: Report, chip_hour: float | None = None) -> Iterator[str]:
             where = f"{'+'.join(one['axes']) or '-'} ({one['over']})"
             yield f"  {one['kind']:20}{where:20}{one['bytes_per_chip'] / 1e9:10.3f} GB a chip"
     yield f"largest of them   {report['largest_collective'] / 1e6:.0f} MB on a chip" + (
-        "   MORE THAN A LAYER" if report["gathers_whole_model"] else ""
+        "   MORE THAN A BLOCK" if report["gathers_more_than_a_block"] else ""
     )
     for title, key in (("roofline", "roofline_seconds"), ("estimate", "estimated_seconds")):
         parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * value:.0f} ms" for name, value in report[key].items())
