@@ -4,11 +4,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from squeeze_jax.commands.run import guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from squeeze_jax.config import Config
+    from squeeze_jax.planning.program import Compiled
+    from squeeze_jax.planning.report import Report
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -35,6 +42,10 @@ class Plan:
     """Slices of that shape, joined by the network."""
     mesh: str | None = None
     """data=1,fsdp=16,tensor=1; none: the preset's, with all chips on fsdp."""
+    search: bool = False
+    """Try every mesh, policy of remat and batch per chip by hand, then compile the best few."""
+    best: int = 3
+    """How many `--search` compiles and prints."""
     what: Literal["train", "sample"] = "train"
     """The train step of the preset's last stage, or the staged sampler with its steps, τ and guidance."""
     images: int | None = None
@@ -58,32 +69,74 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: Plan, overrides: list[str]) -> None:
     from squeeze_jax.config import load_preset, override
-    from squeeze_jax.errors import InputError
     from squeeze_jax.interop.tensors import write_json
-    from squeeze_jax.planning import program
+    from squeeze_jax.planning.program import topology_mesh
     from squeeze_jax.planning.report import lines, train_report
     from squeeze_jax.planning.sampling import sample_report
-    from squeeze_jax.sharding import AXES
 
     config = override(load_preset(given.preset), overrides, f"squeeze_jax plan {given.preset}")
-    parallel = config.parallel
-    sizes = {"data": parallel.data, "fsdp": parallel.fsdp, "tensor": parallel.tensor}
-    if given.mesh is not None:
-        try:
-            sizes = dict.fromkeys(AXES, 1) | {k: int(v) for k, v in (part.split("=") for part in given.mesh.split(","))}
-        except ValueError:
-            raise InputError(f"--mesh {given.mesh!r} is not understood; write data=1,fsdp=8,tensor=1") from None
-        if unknown := set(sizes) - set(AXES):
-            raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
-    mesh, chip = program.topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
+    sizes = asked(given.mesh, config)
     print(f"{config.name}, {given.what}, on {given.slices} x {given.topology}", flush=True)
-    if given.what == "train":
-        report, compiled = train_report(config, mesh, chip, given.references)
+    if given.search:
+        reports = searched(given, config)
+    elif given.what == "train":
+        mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
+        reports = [train_report(config, mesh, chip, given.references)]
     else:
-        report, compiled = sample_report(config, mesh, chip, given.references, given.images)
-    print("\n".join(lines(report, given.chip_hour)))
-    if given.hlo is not None:
-        given.hlo.write_text(compiled.text)
+        mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
+        reports = [sample_report(config, mesh, chip, given.references, given.images)]
+    place, written = {"topology": given.topology, "slices": given.slices}, []
+    for report, compiled in reports:
+        print("\n".join(lines(report, given.chip_hour)), flush=True)
+        written.append(place | report)
+        if given.hlo is not None:
+            given.hlo.write_text(compiled.text)
     if given.json is not None:
-        write_json(given.json, {"topology": given.topology, "slices": given.slices} | report)
+        write_json(given.json, {**place, "best": written} if given.search else written[0])
         print(f"report: {given.json}")
+
+
+def asked(mesh: str | None, config: "Config") -> dict[str, int]:
+    """Sizes of the mesh's axes from `--mesh`, or the preset's."""
+    from squeeze_jax.errors import InputError
+    from squeeze_jax.sharding import AXES
+
+    if mesh is None:
+        return {axis: getattr(config.parallel, axis) for axis in AXES}
+    try:
+        sizes = dict.fromkeys(AXES, 1) | {k: int(v) for k, v in (part.split("=") for part in mesh.split(","))}
+    except ValueError:
+        raise InputError(f"--mesh {mesh!r} is not understood; write data=1,fsdp=8,tensor=1") from None
+    if unknown := set(sizes) - set(AXES):
+        raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
+    return sizes
+
+
+def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled]]":
+    """Reports of the best ways to train that the compiler agrees fit."""
+    from squeeze_jax.planning.meshes import meshes, written
+    from squeeze_jax.planning.program import topology_mesh
+    from squeeze_jax.planning.report import train_report
+    from squeeze_jax.planning.search import candidates
+    from squeeze_jax.sharding import AXES
+
+    heads, stage = config.model.dit.heads, config.training.stages[-1]
+    first, chip = topology_mesh(given.topology, dict.fromkeys(AXES, 1) | {"data": -1}, given.slices)
+    shapes = [dict(zip(AXES, shape)) for shape in meshes(first.size, given.slices, heads)]
+    found = candidates(
+        config,
+        [topology_mesh(given.topology, sizes, given.slices)[0] for sizes in shapes],
+        chip,
+        stage,
+        given.references,
+    )
+    print(f"{len(found)} ways fit by hand; the best, by examples a second:")
+    for one in found[: 2 * given.best]:
+        shape = written(list(one.mesh.shape.values()))
+        print(f"  {shape:26}{one.remat:16}{one.batch:3} a chip {one.memory / 2**30:6.1f} GiB {one.rate:9.1f}", flush=True)
+    left = given.best
+    for one in found:
+        if left:
+            report, compiled = train_report(one.config(config), one.mesh, chip, given.references)
+            left -= report["fits"]
+            yield report, compiled

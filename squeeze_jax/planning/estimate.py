@@ -26,7 +26,7 @@ from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.interop.build import build_system
 from squeeze_jax.layers.lora import LoRAParam
 from squeeze_jax.layers.rope import rotation
-from squeeze_jax.layers.splash import block_of
+from squeeze_jax.layers.splash import padded
 from squeeze_jax.layers.stack import rematerialised
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.network import network_seconds
@@ -68,10 +68,8 @@ class Kernel:
 
     def flops(self, backward: bool, again: bool) -> float:
         """FLOPs that an example's calls execute: 2 products forward, 5 backward; `again` runs the forward twice."""
-        block = block_of(self.tokens)
-        padded = -(-self.tokens // block) * block
         products = 2 * (1 + (backward and again)) + 5 * backward
-        return self.calls * products * 2.0 * padded**2 * self.width
+        return self.calls * products * 2.0 * padded(self.tokens) ** 2 * self.width
 
 
 def sequence(config: Config, references: int) -> tuple[int, int]:

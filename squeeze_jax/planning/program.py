@@ -1,7 +1,7 @@
 """The real train step, compiled for a TPU topology that nobody has to own."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -151,28 +151,27 @@ def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 
     weights' gradients; nothing is counted twice for being rematerialised.
     """
     plain = replace(config, parallel=replace(config.parallel, remat="none"))
-    return rows * matmul_flops(jax.value_and_grad(_loss(plain, stage)), *_loss_arguments(plain, references))
+    loss, arguments = loss_and_arguments(plain, stage, 1, references)
+    return rows * matmul_flops(jax.value_and_grad(loss), *arguments)
 
 
 def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
     """FLOPs of one example's loss without gradients."""
-    return matmul_flops(_loss(config, stage), *_loss_arguments(config, references))
+    loss, arguments = loss_and_arguments(config, stage, 1, references)
+    return matmul_flops(loss, *arguments)
 
 
-def _loss(config: Config, stage: StageConfig) -> Any:
-    """The training loss as a function of trained leaves, frozen leaves and a batch."""
-    _, split = abstract_system(config)
+def loss_and_arguments(
+    config: Config, stage: StageConfig, rows: int, references: int = 1
+) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State, TrainingBatch]]:
+    """The training loss as a function of trained leaves, frozen leaves and a batch, and the shapes of these."""
+    state, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
         draws = draw(step_key(config, 0), batch.target.shape, config, stage)
         return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
 
-    return loss
-
-
-def _loss_arguments(config: Config, references: int) -> tuple[Any, nnx.State, TrainingBatch]:
-    state, split = abstract_system(config)
-    return state.trained, split.frozen, abstract_batch(config, 1, references)
+    return loss, (state.trained, split.frozen, abstract_batch(config, rows, references))
 
 
 def placed(state: nnx.State, mesh: Mesh, prefix: str = "") -> nnx.State:

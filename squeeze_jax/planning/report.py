@@ -1,5 +1,6 @@
 """A plan: everything about a run on a topology, as one dictionary (the JSON that `plan` writes) and as lines to read."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from squeeze_jax.config import Config
+from squeeze_jax.layers.splash import padded
 from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.collectives import Collective
-from squeeze_jax.planning.estimate import Estimate, step_estimate
+from squeeze_jax.planning.estimate import Estimate, sequence, step_estimate
 from squeeze_jax.planning.network import crosses_slices
 from squeeze_jax.planning.program import Compiled, abstract_system, compile_train_step, count, step_flops
 
@@ -23,7 +25,7 @@ def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) ->
     flops = step_flops(config, stage, rows, references)
     whole = compile_train_step(config, mesh, stage, references)
     estimate = step_estimate(config, mesh, chip, stage, whole, references)
-    report = described(config, mesh, chip, whole, estimate)
+    report = described(config, mesh, chip, whole, references)
     steps = config.total_steps
     report |= {
         "what": "train",
@@ -38,7 +40,7 @@ def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) ->
     return report, whole
 
 
-def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, estimate: Estimate) -> Report:
+def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, references: int) -> Report:
     """What a plan says of any program."""
     state, split = abstract_system(config)
     frozen, blocks = count(split.frozen), config.model.dit.double_blocks + config.model.dit.single_blocks
@@ -62,8 +64,16 @@ def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, estimate:
         "collectives": traffic(whole.collectives, mesh),
         "largest_collective": largest,
         "gathers_more_than_a_block": largest > 2 * count(state.trained if config.lora is None else split.frozen) / blocks,
+        "holds_attention_matrix": holds_square(whole.text, sum(sequence(config, references))),
         "compile_seconds": whole.seconds,
     }
+
+
+def holds_square(text: str, tokens: int) -> bool:
+    """Whether a compiled program has an array of tokens x tokens (padded or not), as attention without a kernel has."""
+    lengths = {str(tokens), str(padded(tokens))}
+    shapes = (shape.split(",") for shape in set(re.findall(r"\[(\d+(?:,\d+)+)\]", text)))
+    return any(shape.count(length) > 1 for shape in shapes for length in lengths)
 
 
 def reached(flops: float, estimate: Estimate, mesh: Mesh, chip: Chip) -> Report:
@@ -124,6 +134,8 @@ def lines(report: Report, chip_hour: float | None = None) -> Iterator[str]:
     yield f"largest of them   {report['largest_collective'] / 1e6:.0f} MB on a chip" + (
         "   MORE THAN A BLOCK" if report["gathers_more_than_a_block"] else ""
     )
+    if report["holds_attention_matrix"]:
+        yield "attention         an array of tokens x tokens exists: the kernel does not suit these sizes"
     for title, key in (("roofline", "roofline_seconds"), ("estimate", "estimated_seconds")):
         parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * value:.0f} ms" for name, value in report[key].items())
         yield f"{title:18}{parts}"

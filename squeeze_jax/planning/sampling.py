@@ -136,7 +136,7 @@ def sample_report(
     flops = images * image_flops(config, references)
     whole = compile_sampler(config, mesh, images, references)
     estimate = batch_estimate(config, mesh, chip, whole, images, references)
-    report = described(config, mesh, chip, whole, estimate)
+    report = described(config, mesh, chip, whole, references)
     report |= {
         "what": "sample",
         "examples_per_step": images,
