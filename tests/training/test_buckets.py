@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_encoders import LAYERS, WIDTH, FakeEncoders
+from flax import nnx
 from PIL import Image
 from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 
@@ -61,6 +62,12 @@ def photographs(tmp_path_factory):
     return folder
 
 
+def compiled_losses(config=CONFIG):
+    graph, state = nnx.split(randomised(config))
+    compiled = jax.jit(lambda state, batch, draws: losses(nnx.merge(graph, state), batch, draws, config, STAGE))
+    return lambda batch, draws: np.asarray(compiled(state, batch, draws))
+
+
 def fixed_draws(batch, t=0.4):
     rows, length, channels = batch.target.shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.asarray(batch.index))
@@ -70,7 +77,7 @@ def fixed_draws(batch, t=0.4):
 
 
 def test_a_samples_loss_does_not_know_its_buckets_padding_or_neighbours(photographs):
-    system, source = randomised(CONFIG), FeatureSource(photographs / "train")
+    run, source = compiled_losses(), FeatureSource(photographs / "train")
     by_tokens = {}
     for number in range(len(source)):
         record = source[number]
@@ -81,7 +88,7 @@ def test_a_samples_loss_does_not_know_its_buckets_padding_or_neighbours(photogra
 
     def loss(records, padding):
         batch = to_batch(collate(records, padding, with_grid=True))
-        return np.asarray(losses(system, batch, fixed_draws(batch), CONFIG, STAGE))
+        return run(batch, fixed_draws(batch))
 
     for some in ([by_tokens[4 * 4][0]], by_tokens[4 * 6][2:5:2]):
         wide = loss(some, Padding(40, 20, 30))
@@ -93,17 +100,17 @@ def test_a_samples_loss_does_not_know_its_buckets_padding_or_neighbours(photogra
 
 def test_grids_of_equal_tokens_are_not_confused():
     config = tiny_config(data=dataclasses.replace(CONFIG.data, height=32, width=48))
-    system, batch = randomised(config), tiny_batch(mixed=False)
+    run, batch = compiled_losses(config), tiny_batch(mixed=False)
     target = np.random.default_rng(0).standard_normal((4, 6, 64)).astype(np.float32)
     batch = batch._replace(target=target)
     draws = fixed_draws(batch)
-    static = losses(system, batch, draws, config, STAGE)
-    told = losses(system, batch._replace(grid=np.array([[2, 3]] * 4, np.int32)), draws, config, STAGE)
+    static = run(batch, draws)
+    told = run(batch._replace(grid=np.array([[2, 3]] * 4, np.int32)), draws)
     np.testing.assert_allclose(told, static, rtol=1e-6)
     mixed = batch._replace(grid=np.array([[2, 3], [3, 2], [6, 1], [1, 6]], np.int32))
-    found = losses(system, mixed, draws, config, STAGE)
+    found = run(mixed, draws)
     for i in (1, 3):
-        np.testing.assert_allclose(found[i], losses(system, row(mixed, i), row(draws, i), config, STAGE)[0], rtol=1e-5)
+        np.testing.assert_allclose(found[i], run(row(mixed, i), row(draws, i))[0], rtol=1e-5)
     difference = np.abs(found - static) / static
     assert difference[0] < 1e-6
     assert difference[1:].min() > 1e-4
