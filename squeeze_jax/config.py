@@ -40,8 +40,8 @@ class ModelConfig:
     """What runs it: our InternVL, or transformers in PyTorch, which takes any image-text-to-text model."""
     latent_pixels: int = 8
     """Pixels that a latent stands for along one side: the autoencoder's downsampling (FLUX.1: 8, the miniature: 4)."""
-    frozen_dtype: Precision = "bfloat16"
-    """What frozen weights are kept in."""
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """What frozen weights are kept in; `int8` (extra `quantize`): the blocks' kernels, each output channel with a scale."""
     dtype: Precision = "bfloat16"
     """What activations are computed in; norms, softmax, modulation, rotary phases and loss are float32 always."""
 
@@ -82,6 +82,9 @@ class DataConfig:
     """Examples a step on each device; the global batch is this times the devices."""
     codec: Literal["bf16", "int8"] = "bf16"
     """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error it makes)."""
+    online: bool = False
+    """Runs the frozen encoders inside the training program instead of extracting records first: more work a step (the MLLM
+    and the autoencoder), nothing on disk. References must all have one size after resizing."""
     keep: Literal["all", "read"] = "all"
     """Which hidden states records keep: all of the MLLM's, or only those that this config's aggregator reads."""
     extract_batch: int = 8
@@ -187,6 +190,8 @@ class CheckpointConfig:
     """Steps between saves; the last step of a run is saved always."""
     keep: int = 2
     """The newest checkpoints that stay on disk."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for ever; 0: none does."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,8 @@ class LogConfig:
     every: int = 20
     """Steps between lines of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
+    profile: tuple[int, int] | None = None
+    """First and last step to trace with `jax.profiler`, into the work folder's `profile`."""
     grid: int = 8
     """Held-out pairs in a sample grid."""
     score: int = 0
@@ -266,6 +273,13 @@ def _impossible(config: Config):
         yield f"model.latent_pixels is {config.model.latent_pixels}; it must be 1, 2, 4 or 8"
     if data.max_tiles != 1 and config.model.mllm_source != "internvl":
         yield f"data.max_tiles is {data.max_tiles}, which only model.mllm_source internvl reads; leave it at 1"
+    if data.online:
+        unused = {"features": "it reads no records", "buckets": "it has one size", "workers": "it reads in threads"}
+        for name, why in unused.items():
+            if getattr(data, name):
+                yield f"data.online and data.{name} are both set; leave one out: on-line, {why}"
+        if config.model.mllm_source != "internvl":
+            yield "data.online runs our InternVL in the program; set model.mllm_source internvl, or extract records"
     if data.critters is not None and data.manifest is not None:
         yield "data.critters and data.manifest are both set; choose one source of examples"
     if data.critters is not None and data.critters.size != data.height:
@@ -305,12 +319,13 @@ def _impossible(config: Config):
         value = getattr(getattr(config, section), name)
         if value <= 0:
             yield f"{path} is {value}; it must be larger than 0"
-    if config.parallel.tensor != 1:
-        yield f"parallel.tensor is {config.parallel.tensor}; slices of matrix products are not proven yet, leave it at 1"
     if config.parallel.remat not in REMAT:
         yield f"parallel.remat is {config.parallel.remat!r}; choose one of {', '.join(REMAT)}"
-    if config.model.dtype not in get_args(Precision) or config.model.frozen_dtype not in get_args(Precision):
-        yield f"model.dtype and model.frozen_dtype must each be one of {', '.join(get_args(Precision))}"
+    kinds = get_args(Precision)
+    if config.model.dtype not in kinds or config.model.frozen_dtype not in (*kinds, "int8"):
+        yield f"model.dtype and model.frozen_dtype must each be one of {', '.join(kinds)}; the latter may be int8, too"
+    if config.model.frozen_dtype == "int8" and config.lora is None:
+        yield "model.frozen_dtype is int8, which cannot be trained; set lora, or keep the weights in float32"
 
 
 def load_preset(path: str | Path) -> Config:

@@ -1,18 +1,21 @@
-"""Mesh axes, and two tables that say how parameters and activations lie on them.
+"""Mesh axes, and the tables that say how matrices, parameters and activations lie on them.
 
 Axes: `data` (copies of the model, other examples), `fsdp` (parameters in slices, other examples), `tensor` (slices of
 every matrix product). Batches are split over data and fsdp together.
 """
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.errors import InputError
 
@@ -20,13 +23,22 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 
+# What `tensor` cuts of a matrix [in, out] → spec of its axes.
+Cut = Literal["out", "in", "nothing"]
+MATRICES: dict[Cut, PartitionSpec] = {
+    "out": PartitionSpec("fsdp", "tensor"),
+    "in": PartitionSpec("tensor", "fsdp"),
+    "nothing": PartitionSpec("fsdp", None),
+}
+
 # Pattern of a parameter's dotted path → spec of its last axes (a stack's leading depth axis is never split).
-PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r".*\.adapter\..*\.down", ("fsdp", None)),  # [in, rank]
-    (r".*\.adapter\..*\.up", ("fsdp", "tensor")),  # [rank, out]
-    (r".*(proj|linear2|mlp\.out_layer|to_out|ff_down|aggregator\.out)\.kernel", ("tensor", "fsdp")),  # [in, out]
-    (r".*\.kernel", ("fsdp", "tensor")),  # [in, out]
-    (r".*", ()),  # norms, biases, pooling weights
+PARAMETERS: tuple[tuple[str, PartitionSpec], ...] = (
+    (r".*\.adapter\..*\.down", MATRICES["nothing"]),
+    (r".*\.adapter\..*\.up", MATRICES["out"]),
+    (r".*(proj|linear2|mlp\.out_layer|to_out|ff_down|aggregator\.out)\.kernel", MATRICES["in"]),
+    (r".*\.kernel", MATRICES["out"]),
+    (r".*\.embedding", PartitionSpec(None, "fsdp")),  # [vocabulary, width]
+    (r".*", PartitionSpec()),  # norms, biases, pooling weights
 )
 
 # Kind of an activation → spec of its axes.
@@ -73,27 +85,114 @@ def constrain(x: jax.Array, kind: Activation) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def gathered(matrix: jax.Array, cut: Cut) -> jax.Array:
+    """A matrix [in, out] as a product wants it on the current mesh: whole over fsdp, cut by tensor as the table says.
+
+    Its gradient goes back in slices. Never left to the partitioner, which with a matrix cut by fsdp and tensor gives
+    some products the rows of other examples (seen in JAX 0.10.2 and 0.12.0 where data > 1 and fsdp = tensor > 1), and
+    might send activations where weights are smaller.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return matrix
+    sliced = evenly(MATRICES[cut], matrix.shape, mesh)
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sliced))
+    return _moved(matrix, NamedSharding(mesh, whole), NamedSharding(mesh, sliced))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+    """`x` laid out anew, and its gradient in a layout of its own."""
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+_moved.defvjp(
+    lambda x, there, back: (_moved(x, there, back), None),
+    lambda there, back, _, gradient: (jax.lax.with_sharding_constraint(gradient, back),),
+)
+
+
 def evenly(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The spec without the axes that do not divide the shape."""
 
     def parts(axes: str | tuple[str, ...] | None) -> int:
         names = (axes,) if isinstance(axes, str) else axes or ()
-        return int(np.prod([mesh.shape[name] for name in names]))
+        return math.prod(mesh.shape[name] for name in names)
 
     return PartitionSpec(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape)))
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave."""
-    devices = jax.devices()
-    sizes = [data, fsdp, tensor]
-    if sizes.count(-1) == 1:
-        known = int(np.prod([size for size in sizes if size != -1]))
-        sizes[sizes.index(-1)] = max(1, len(devices) // known)
-    if int(np.prod(sizes)) != len(devices):
-        shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-        raise InputError(f"a mesh of {shape} needs {int(np.prod(sizes))} devices, there are {len(devices)}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None, heads: int = 0
+) -> Mesh:
+    """A mesh over all devices (`jax.devices()` unless given); one axis may be -1 and takes what the others leave.
+
+    Neighbours on the mesh are neighbours on the chips' network, the tensor axis closest. Several TPU slices are joined
+    over `data` alone, whose traffic is the least. `heads` (0: unknown) are the transformer's, which tensor has to divide:
+    otherwise every chip of a group would compute the attention of all heads (our decision). Other sizes that an axis
+    does not divide stay whole. Raises InputError with the nearest meshes that work.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = (data, fsdp, tensor)
+    wanted = written(sizes)
+    if sum(size == -1 for size in sizes) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise InputError(f"a mesh of {wanted}: sizes are at least 1, and one of them may be -1 (all that is left)")
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = tuple(max(1, len(devices) // known) if size == -1 else size for size in sizes)
+    slices = _slices(devices)
+    if (problem := _problem(sizes, len(devices), slices, heads)) is not None:
+        near = "; ".join(written(mesh) for mesh in nearest_meshes(len(devices), sizes, slices=slices, heads=heads))
+        raise InputError(f"a mesh of {wanted} {problem}. The nearest that work: {near or 'none'}")
+    return Mesh(arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """Devices as an array [data, fsdp, tensor], as `make_mesh` describes it."""
+    slices = _slices(devices)
+    within = (sizes[0] // slices, *sizes[1:])
+    # Splitting a physical axis is JAX's last resort, without which 2 x 8 on a torus of 4 x 4 has no answer.
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(within, devices=devices, allow_split_physical_axes=True)
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """TPU slices that these devices lie on; other devices count as one."""
+    return len({getattr(device, "slice_index", None) if device.platform == "tpu" else None for device in devices})
+
+
+def nearest_meshes(
+    devices: int, wanted: Sequence[int], *, slices: int = 1, heads: int = 0, most: int | None = 3
+) -> list[tuple[int, int, int]]:
+    """The (data, fsdp, tensor) over so many devices that `make_mesh` takes, nearest first; `most` None: all of them.
+
+    Near is where the axes' sizes have to be multiplied by least; of equals the smaller tensor axis, then data axis.
+    """
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    every = ((data, devices // (data * tensor), tensor) for tensor in divisors for data in divisors)
+    fitting = [mesh for mesh in every if mesh[1] and _problem(mesh, devices, slices, heads) is None]
+
+    def distance(mesh: tuple[int, int, int]) -> tuple[float, int, int]:
+        factors = (abs(math.log(have / size)) for have, size in zip(mesh, wanted))
+        return round(sum(factors), 9), mesh[2], mesh[0]
+
+    return sorted(fitting, key=distance)[:most]
+
+
+def _problem(sizes: Sequence[int], devices: int, slices: int, heads: int) -> str | None:
+    """Why a mesh of these sizes cannot be, or None."""
+    if math.prod(sizes) != devices:
+        return f"needs {math.prod(sizes)} devices, there are {devices}"
+    if sizes[0] % slices:
+        return f"lies on {slices} slices, so data must be a multiple of {slices}"
+    if heads % sizes[2]:
+        return f"cuts heads: tensor={sizes[2]} does not divide the transformer's {heads}"
+    return None
+
+
+def written(sizes: Sequence[int]) -> str:
+    """A mesh's sizes for people."""
+    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -104,7 +203,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return evenly(PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec), shape, mesh)
 
 
-def shardings(leaves: dict[str, jax.Array], mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(leaves: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """A sharding for every leaf of a flat dict, by its dotted path."""
     return {path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh)) for path, leaf in leaves.items()}
 

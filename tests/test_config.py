@@ -60,7 +60,6 @@ def test_overrides_reach_nested_fields_and_keep_the_rest():
         (["--training.stages.0.steps", "0"], ["training.stages.0.steps is 0"]),
         (["--optimizer.ema", "1.0"], ["optimizer.ema is 1.0"]),
         (["--optimizer.accumulate", "0"], ["optimizer.accumulate is 0"]),
-        (["--parallel.tensor", "2"], ["parallel.tensor is 2"]),
         (["--parallel.remat", "some"], ["remat"]),
         (["--data.max-tiles", "13"], ["data.max_tiles is 13", "between 1 and 12"]),
         (["--data.max-tiles", "4", "--model.mllm-source", "transformers"], ["data.max_tiles is 4", "leave it at 1"]),

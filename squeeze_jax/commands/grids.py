@@ -17,6 +17,7 @@ from squeeze_jax.data.images import resize_for_reference, resize_for_target, to_
 from squeeze_jax.data.sources import CritterRows
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside, write_json
+from squeeze_jax.processes import is_main
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.training.loop import Result, SampleFunction
 from squeeze_jax.training.metrics import progress_bar
@@ -52,7 +53,8 @@ def grid_sampler(config: Config, folder: Path, features: Path) -> SampleFunction
             ]
         )
         path = folder / "samples" / f"{step:06d}.png"
-        write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
+        if is_main():
+            write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
 
     return sample
 
@@ -144,6 +146,8 @@ def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence
     ceiling = np.concatenate([codec(padded[i : i + CHUNK]) for i in range(0, len(padded), CHUNK)])[:count]
     images |= {"reference pasted": references_pasted(pairs), "true target through the autoencoder": ceiling}
     scores = score_settings(images, pairs, seed=0, codec=codec)
+    if not is_main():
+        return
     print(f"retrieval of {count} held-out pairs, step {pipeline.step}:")
     print(render(scores))
     report = {

@@ -17,14 +17,20 @@ def setup() -> None:
 
 
 def guarded(main: Callable[[], None]) -> int:
-    """Runs a command; input that cannot be used ends in its one sentence and exit code 2."""
-    from squeeze_jax.errors import InputError
+    """Runs a command; what its user can mend ends in one sentence and the exit code that `errors` names."""
+    from squeeze_jax.errors import InputError, OutputError, Preempted
 
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OutputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as notice:
+        print(notice, file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

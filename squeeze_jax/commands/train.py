@@ -13,6 +13,12 @@ Trains, or resumes if DIR has a checkpoint. PRESET is a file of configs/; any fi
 
   --workdir DIR   where checkpoints, metrics and pictures go (default: runs/<name of the preset>)
   --from DIR      begin with the trained weights of another run's folder, as stage 2 does with stage 1's
+  --accept-changes   continue a run though the preset differs from the one that it was saved with
+
+Several processes (docs/scaling.md) run the same command, each with
+
+  --distributed   on Cloud TPU, under Slurm or MPI, where the environment says who the others are; or
+  --coordinator HOST:PORT --num-processes N --process-id I
 """
 
 
@@ -39,33 +45,74 @@ def take(arguments: list[str], flag: str) -> str | None:
     return None
 
 
+def take_switch(arguments: list[str], flag: str) -> bool:
+    """Removes a flag without a value and returns whether it was there."""
+    there = flag in arguments
+    arguments[:] = [argument for argument in arguments if argument != flag]
+    return there
+
+
+def take_number(arguments: list[str], flag: str) -> int | None:
+    """`take`, as a whole number."""
+    from squeeze_jax.errors import InputError
+
+    value = take(arguments, flag)
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise InputError(f"{flag} {value!r} must be a whole number") from None
+
+
 def run(arguments: list[str]) -> None:
     setup()
-    from squeeze_jax.commands.features import extract_features
+    import jax
+
+    from squeeze_jax.processes import is_main, join, meet
+
+    others = (
+        take(arguments, "--coordinator"),
+        take_number(arguments, "--num-processes"),
+        take_number(arguments, "--process-id"),
+    )
+    if take_switch(arguments, "--distributed") or any(part is not None for part in others):
+        join(*others)
+    from squeeze_jax.commands.features import extract_features, row_sources
     from squeeze_jax.commands.grids import critter_scores, grid_sampler
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.interop.checkpoint import write_config
+    from squeeze_jax.planning.work import step_work
     from squeeze_jax.training.loop import train
 
+    say = print if is_main() else lambda text: None
     started = time.perf_counter()
     workdir, start_from = take(arguments, "--workdir"), take(arguments, "--from")
+    accept_changes = take_switch(arguments, "--accept-changes")
     preset = load_preset(arguments[0])
     config = override(preset, arguments[1:], f"train.py {arguments[0]}")
     folder = Path(workdir) if workdir else Path("runs") / Path(arguments[0]).stem
     folder.mkdir(parents=True, exist_ok=True)
 
     features = Path(config.data.features) if config.data.features else folder / "features"
-    if config.data.features is None:
-        extract_features(config, features)
-    print(f"records: {features}; {time.perf_counter() - started:.0f} s")
-    sampler = grid_sampler(config, folder, features)
+    if config.data.features is None and not config.data.online:
+        extract_features(config, features, shard=(jax.process_index(), jax.process_count()))
+        meet("records extracted")
+    if not config.data.online:
+        say(f"records: {features}; {time.perf_counter() - started:.0f} s")
     result = train(
-        config, folder, features, start_from=Path(start_from) if start_from else None, sample=sampler
+        config,
+        folder,
+        features,
+        start_from=Path(start_from) if start_from else None,
+        accept_changes=accept_changes,
+        sample=grid_sampler(config, folder, features),
+        work=lambda stage, batch: step_work(config, stage, batch),
+        examples=row_sources(config) if config.data.online else None,
+        say=say,
     )
     write_config(folder, config)
-    print(f"trained {result.step} steps, validation loss {result.validation:.4f}; {time.perf_counter() - started:.0f} s")
+    say(f"trained {result.step} steps, validation loss {result.validation:.4f}; {time.perf_counter() - started:.0f} s")
     if config.data.critters is not None and config.log.score:
         critter_scores(config, result, folder, config.log.score)
-    print(f"checkpoints: {folder / 'checkpoints'}   metrics: {folder / 'metrics.jsonl'}   pictures: {folder / 'samples'}")
-    print(f"sample from it: python sample.py --checkpoint {folder} --prompt '…' --reference PICTURE --out out.png")
-    print(f"done in {time.perf_counter() - started:.0f} s")
+    say(f"checkpoints: {folder / 'checkpoints'}   metrics: {folder / 'metrics.jsonl'}   pictures: {folder / 'samples'}")
+    say(f"sample from it: python sample.py --checkpoint {folder} --prompt '…' --reference PICTURE --out out.png")
+    say(f"done in {time.perf_counter() - started:.0f} s")

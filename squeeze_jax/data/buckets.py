@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Int
 
 from squeeze_jax.diffusion.latents import PATCH
-from squeeze_jax.errors import InputError
 
 
 class Sizes(NamedTuple):
@@ -59,12 +58,11 @@ class Bucket:
         return self.target + sum(self.padding)
 
 
-def make_buckets(sizes: Sequence[Sizes], batch: int, processes: int = 1) -> tuple[Bucket, ...]:
+def make_buckets(sizes: Sequence[Sizes], batch: int) -> tuple[Bucket, ...]:
     """Buckets of a data set, by target tokens and number of references.
 
-    A bucket with fewer records than a step takes (`batch` on each of the processes) joins its neighbour of the same target
-    tokens with more references, or with fewer where there is none: a program compiled for a handful of records costs more
-    than the padding. Raises InputError where targets of some size are fewer than the processes.
+    A bucket with fewer records than a step takes joins its neighbour of the same target tokens with more references, or
+    with fewer where there is none: a program compiled for a handful of records costs more than the padding.
     """
     table = np.array(sizes, np.int64).reshape(len(sizes), len(Sizes._fields))
     targets = table[:, 0] // PATCH * (table[:, 1] // PATCH)
@@ -73,16 +71,11 @@ def make_buckets(sizes: Sequence[Sizes], batch: int, processes: int = 1) -> tupl
         groups: list[np.ndarray] = []
         for references in np.unique(table[targets == target, 4]).tolist():
             own = np.flatnonzero((targets == target) & (table[:, 4] == references))
-            if groups and len(groups[-1]) < batch * processes:
+            if groups and len(groups[-1]) < batch:
                 own = np.sort(np.concatenate([groups.pop(), own]))
             groups.append(own)
-        if len(groups) > 1 and len(groups[-1]) < batch * processes:
+        if len(groups) > 1 and len(groups[-1]) < batch:
             groups[-2:] = [np.sort(np.concatenate(groups[-2:]))]
-        if len(groups[0]) < processes:
-            raise InputError(
-                f"{len(groups[0])} records with targets of {target} tokens are too few for {processes} processes; "
-                "extract with other data.buckets"
-            )
         for own in groups:
             text, image, _, reference_tokens = table[own, 2:].max(axis=0).tolist()
             buckets.append(Bucket(own, target, Padding(text, image, reference_tokens)))
@@ -110,7 +103,7 @@ class Turns:
     """
 
     def __init__(self, counts: Sequence[int], rows: int, seed: int) -> None:
-        """counts: each bucket's records, on all processes; rows: of a step on all processes."""
+        """counts: each bucket's records; rows: of a step."""
         self.counts, self.rows, self.seed = tuple(counts), rows, seed
 
     def before(self, epoch: int) -> list[int]:
@@ -130,7 +123,7 @@ class Turns:
         return bucket, self.before(epoch)[bucket] + int(earlier[place])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
     """0 .. count − 1 in an order of the key alone, the same from every version of NumPy: raw bits, sorted.
 

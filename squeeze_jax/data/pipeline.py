@@ -1,12 +1,13 @@
 """Feature records to training batches: shuffled for ever, shared out over processes, padded, prefetched (Grain).
 
-The order of records is a function of (seed, process, batch number) alone, so an iterator's state is one number. Where
-targets are of several sizes, every batch comes from one bucket (`buckets.py`), the same on every process.
+Which records make up a global batch is a function of (seed, batch number) alone, so an iterator's state is one number,
+and one process, two or eight make the same batches: each reads the rows that lie on its devices. Where targets are of
+several sizes, every batch comes from one bucket (`buckets.py`).
 """
 
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -103,13 +104,12 @@ Numbers = tuple[int, np.ndarray]
 """A bucket, and the numbers of some of its records."""
 
 
-class _Order:
-    """For Grain: the records of every batch of this process, by the batch's number."""
+class Order:
+    """For Grain: the records that this process reads of every batch, by the batch's number."""
 
-    def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, process_index: int, process_count: int):
-        self.turns = Turns([len(bucket.records) for bucket in buckets], batch * process_count, seed)
-        # Slice before the shuffle: after it, each epoch's shuffle would hand this process other records.
-        self.own = [bucket.records[process_index::process_count] for bucket in buckets]
+    def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, rows: np.ndarray):
+        self.records, self.rows = [bucket.records for bucket in buckets], rows
+        self.turns = Turns([len(own) for own in self.records], batch, seed)
         self.batch, self.seed = batch, seed
 
     def __len__(self) -> int:
@@ -117,10 +117,12 @@ class _Order:
 
     def __getitem__(self, index: int) -> Numbers:
         bucket, batch = self.turns(int(index))
-        own = self.own[bucket]
-        epochs, places = np.divmod(np.arange(batch * self.batch, (batch + 1) * self.batch), len(own))
-        orders = [permutation(len(own), self.seed, bucket, epoch) for epoch in epochs.tolist()]
-        return bucket, own[[order[place] for order, place in zip(orders, places)]]
+        records = self.records[bucket]
+        # Epochs run into each other. Processes share out the rows of a shuffled batch: slicing the records after a shuffle
+        # instead would hand a process other records in every epoch.
+        epochs, places = np.divmod(batch * self.batch + self.rows, len(records))
+        orders = [permutation(len(records), self.seed, bucket, epoch) for epoch in epochs.tolist()]
+        return bucket, records[[order[place] for order, place in zip(orders, places)]]
 
 
 class _ReadBatch:
@@ -135,41 +137,25 @@ class _ReadBatch:
         return collate(records, self.paddings[numbers[0]], self.with_grid)
 
 
-class _CachedBatch:
-    """The same from memory: all of this process's records, padded once."""
-
-    def __init__(self, read: _ReadBatch, own: Sequence[np.ndarray]):
-        self.own = own
-        self.arrays: list[Arrays] = []
-        for bucket, numbers in enumerate(own):
-            arrays: Arrays = {}
-            for start in range(0, len(numbers), 256):
-                for name, array in read((bucket, numbers[start : start + 256])).items():
-                    if not start:
-                        arrays[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
-                    arrays[name][start : start + len(array)] = array
-            self.arrays.append(arrays)
-
-    def __call__(self, numbers: Numbers) -> Arrays:
-        bucket, wanted = numbers
-        rows = np.searchsorted(self.own[bucket], wanted)
-        return {name: array[rows] for name, array in self.arrays[bucket].items()}
-
-
 class BatchIterator:
-    """Training batches for ever. `get_state` and `set_state` continue exactly, also with other numbers of workers."""
+    """Training batches for ever.
+
+    `get_state` and `set_state` continue exactly, also with other numbers of workers and processes.
+    """
 
     def __init__(
         self,
-        source: FeatureSource,
         batches: grain.MapDataset,
         identity: dict[str, Any],
         prefetch: int,
         workers: int,
         buckets: Sequence[Bucket],
+        finish: Callable[[Arrays], Any],
+        about: str,
     ):
-        self.source = source
+        """finish: arrays to a batch under its names. about: what `describe` says."""
         self.buckets = buckets
+        self._finish, self._about = finish, about
         self._batches = batches
         self._identity = identity
         self._prefetch = prefetch
@@ -181,28 +167,24 @@ class BatchIterator:
 
     @property
     def epoch(self) -> int:
-        """Batches in which each record, of all processes, has come once."""
-        rows = self._identity["batch"] * self._identity["process_count"]
-        return sum(-(-len(bucket.records) // rows) for bucket in self.buckets)
+        """Batches in which each record has come once."""
+        return sum(-(-len(bucket.records) // self._identity["batch"]) for bucket in self.buckets)
 
     def describe(self) -> str:
-        """Records, shapes of batches (each one compiled program) and the share of padding, for people."""
-        sizes = self.source.metadata.summary.sizes
-        padding = f", {100 * waste(self.buckets, sizes):.1f} % of their tokens padding" if sizes else ""
-        count = shapes(self.buckets)
-        return f"{len(self.source):,} records, {count} shape{'s' * (count > 1)} of batch{padding}"
+        """What is read, in one line for people."""
+        return self._about
 
-    def __iter__(self) -> Iterator["TrainingBatch"]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> "TrainingBatch":
+    def __next__(self) -> Any:
         if not self._running:
             self._running.append(self._start())
         arrays = next(self._running[0])
         if self._workers:  # out of the workers' shared memory, which goes away with them
             arrays = {name: np.array(array) for name, array in arrays.items()}
         self._drawn += 1
-        return to_batch(arrays)
+        return self._finish(arrays)
 
     def _start(self) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
@@ -221,8 +203,8 @@ class BatchIterator:
     def set_state(self, state: bytes) -> None:
         """Continues after the batch at which `state` was taken.
 
-        Raises InputError where the state belongs to another data set, seed, batch size or number of processes, since
-        records would then be left out or repeated.
+        Raises InputError where the state belongs to another data set, seed or batch size, since records would then be
+        left out or repeated.
         """
         try:
             there = json.loads(state)
@@ -251,33 +233,24 @@ def make_dataset(
     *,
     batch: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
     workers: int = 0,
-    cache: bool = False,
     layers: Sequence[int] | None = None,
 ) -> BatchIterator:
-    """Batches of `batch` records (on this process) from a folder of feature records, reshuffled every epoch.
+    """Batches of `batch` records from a folder of feature records, reshuffled every epoch.
 
-    Epochs run into each other, so every batch is full however few records there are. prefetch: batches made ahead, each
-    by a thread. workers: processes that make them instead; they are spawned, so the main script needs
-    `if __name__ == "__main__"`. cache: reads all of this process's records into memory first. layers: the hidden states
-    that batches hold, of those that the records do; None: all of these.
-    Raises InputError where the folder is unfinished or damaged, lacks hidden states, has fewer records than processes, or
-    where workers would each need the cache.
+    Epochs run into each other, so every batch is full however few records there are. rows: those of every batch that this
+    process reads (0 .. batch − 1, in order); None: all. prefetch: batches made ahead, each by a thread. workers: processes
+    that make them instead; they are spawned, so the main script needs `if __name__ == "__main__"`. layers: the hidden
+    states that batches hold, of those that the records do; None: all of these.
+    Raises InputError where the folder is unfinished or damaged, or lacks hidden states.
     """
     source = FeatureSource(feature_dir, layers)
-    if len(source) < process_count:
-        raise InputError(f"{feature_dir}: {len(source)} records are too few for {process_count} processes")
-    if cache and workers:
-        raise InputError(f"records cached in memory are not for {workers} workers to copy; use one or the other")
-    buckets = buckets_of(source.metadata.summary, batch, process_count)
+    buckets = buckets_of(source.metadata.summary, batch)
     # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's.
-    order = _Order(buckets, batch, seed, process_index, process_count)
+    order = Order(buckets, batch, seed, np.arange(batch) if rows is None else np.asarray(rows))
     read = _ReadBatch(source, [bucket.padding for bucket in buckets])
-    if cache:
-        read = _CachedBatch(read, order.own)
     metadata = source.metadata
     described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
     identity = {
@@ -286,15 +259,22 @@ def make_dataset(
         "data": sha256(repr(described).encode()).hexdigest()[:16],
         "seed": seed,
         "batch": batch,
-        "process_count": process_count,
     }
-    return BatchIterator(source, grain.MapDataset.source(order).map(read), identity, prefetch, workers, buckets)
+    batches = grain.MapDataset.source(order).map(read)
+    return BatchIterator(batches, identity, prefetch, workers, buckets, to_batch, describe(source, buckets))
 
 
-def buckets_of(summary: ShardSummary, batch: int, process_count: int) -> tuple[Bucket, ...]:
+def describe(source: FeatureSource, buckets: Sequence[Bucket]) -> str:
+    """Records, shapes of batches (each one compiled program) and the share of padding."""
+    sizes, count = source.metadata.summary.sizes, shapes(buckets)
+    padding = f", {100 * waste(buckets, sizes):.1f} % of their tokens padding" if sizes else ""
+    return f"{len(source):,} records, {count} shape{'s' * (count > 1)} of batch{padding}"
+
+
+def buckets_of(summary: ShardSummary, batch: int) -> tuple[Bucket, ...]:
     """The buckets of a data set: one for all records where their targets are of one size."""
     height, width, _ = summary.shape.target
     if height is None or width is None:
-        return make_buckets(summary.sizes, batch, process_count)
+        return make_buckets(summary.sizes, batch)
     padding = Padding(summary.max_text, summary.max_image, summary.max_reference_tokens)
     return (Bucket(np.arange(summary.records), height // PATCH * (width // PATCH), padding),)

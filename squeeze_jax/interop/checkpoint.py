@@ -7,20 +7,33 @@ A work folder holds `config.json` and `checkpoints/STEP/`; a weights folder hold
 import json
 import logging
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from squeeze_jax.config import Config, differences, from_json, to_json
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, OutputError
 from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors
+from squeeze_jax.processes import is_main, meet, place
+from squeeze_jax.sharding import parameter_spec
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
-FREE = r"(sampling|checkpoint|log)\..*|training\.(validate|sample)_every|data\.(workers|features)"
-"""Fields that a resumed run may change: they decide what is written and shown, not what is learned."""
+FREE = (
+    r"(sampling|checkpoint|log|parallel)\..*|training\.(validate|sample)_every"
+    r"|data\.(workers|features|batch_per_chip|extract_batch)|optimizer\.accumulate"
+)
+"""Fields that a resumed run may change: they decide what is written and shown and where it runs, not what is learned.
+
+The global batch stays what it was: the data iterator refuses another one."""
+FIXED = r"(model|aggregator|lora)\b.*|optimizer\.(kind|ema)"
+"""Fields that no resumed run may change: they decide which arrays there are, and of which size and dtype."""
 
 
 def _orbax() -> Any:
@@ -31,29 +44,54 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-class Checkpoints:
-    """The checkpoints of a work folder. Saves run in the background; an unfinished one is never seen by `latest`."""
+class Saved(NamedTuple):
+    """What a checkpoint says of its run, beside the arrays."""
 
-    def __init__(self, workdir: Path, keep: int) -> None:
+    config: Config
+    base: str
+    """Fingerprint of everything frozen (`training.state.fingerprint`)."""
+    productive_seconds: float
+    """Time that went into the steps up to here, in all of the run's lives."""
+
+
+class Checkpoints:
+    """The checkpoints of a work folder. Saves run in the background; an unfinished one is never seen by `latest`.
+
+    Every process takes part in every save and restore.
+    """
+
+    def __init__(self, workdir: Path, keep: int, keep_every: int = 0) -> None:
         (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        self._ocp = ocp = _orbax()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
+        self._ocp, self._folder = _orbax(), (workdir / CHECKPOINTS).absolute()
+        self._options = self._ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self._manager = self._ocp.CheckpointManager(self._folder, options=self._options)
 
     def latest(self) -> int | None:
         """The newest finished step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, data: bytes, config: Config) -> None:
-        """Begins to save; returns when `state`'s buffers may be donated again."""
-        self._manager.save(
-            step,
-            args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(state),
-                data=self._ocp.args.JsonSave(json.loads(data)),
-                config=self._ocp.args.JsonSave(json.loads(to_json(config))),
-            ),
-        )
+    def save(self, step: int, state: Any, data: bytes, saved: Saved) -> None:
+        """Begins to save; returns when `state`'s buffers may be donated again. Nothing happens where `step` is saved.
+
+        Raises OutputError where an earlier save has failed.
+        """
+        if step == self.latest():
+            return
+        args = self._ocp.args
+        run = {"base": saved.base, "productive_seconds": saved.productive_seconds}
+        with self._reported():
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    state=args.StandardSave(state),
+                    data=args.JsonSave(json.loads(data)),
+                    config=args.JsonSave(json.loads(to_json(saved.config))),
+                    run=args.JsonSave(run),
+                ),
+                force=True,
+            )
 
     def restore(self, step: int, like: Any) -> tuple[Any, bytes]:
         """The state in the shapes, dtypes and shardings of `like`, and the data iterator's state."""
@@ -63,33 +101,77 @@ class Checkpoints:
         )
         return restored["state"], json.dumps(restored["data"]).encode()
 
-    def config(self, step: int) -> Config:
-        """The config with which a step was saved."""
+    def about(self, step: int) -> Saved:
+        """What a step was saved with."""
         args = self._ocp.args
-        restored = self._manager.restore(step, args=args.Composite(config=args.JsonRestore()))
-        return from_json(json.dumps(restored["config"]))
+        restored = self._manager.restore(step, args=args.Composite(config=args.JsonRestore(), run=args.JsonRestore()))
+        return Saved(from_json(json.dumps(restored["config"])), **restored["run"])
+
+    def set_aside(self, step: int) -> Path:
+        """Takes a checkpoint that cannot be read out of the way, so that its step can be saved again."""
+        aside = self._folder.with_name("damaged") / str(step)
+        meet(f"setting aside {step}")
+        if is_main():
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
+        meet(f"set aside {step}")
+        self._manager.close()
+        self._manager = self._ocp.CheckpointManager(self._folder, options=self._options)
+        return aside
 
     def wait(self) -> None:
-        """Until all saves are on disk; raises if one failed."""
-        self._manager.wait_until_finished()
+        """Until all saves are on disk. Raises OutputError if one failed."""
+        with self._reported():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         self._manager.close()
 
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """A failed write as one sentence."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # a failed write arrives as whatever the storage layer raised
+            whole = max((int(path.name) for path in self._folder.iterdir() if path.name.isdigit()), default=None)
+            left = f"the newest whole one is step {whole}" if whole is not None else "there is none yet"
+            raise OutputError(
+                f"{self._folder}: a checkpoint could not be written ({first_line(error)}); {left}, "
+                "make room and start again to continue from it"
+            ) from error
 
-def check_same_run(saved: Config, config: Config, workdir: Path) -> None:
-    """Raises InputError where a config would not continue the run that a folder holds, and says what differs."""
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; of a long one the beginning and the end, where the cause stands."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
+
+
+def check_same_run(saved: Config, config: Config, workdir: Path, *, accept_changes: bool = False) -> list[str]:
+    """What differs between the config that a folder's run was saved with and this one, one line a field.
+
+    Raises InputError where that would not continue the run: always for what decides arrays' sizes and dtypes, for the
+    rest unless `accept_changes`.
+    """
     changed = [line for line in differences(saved, config) if not re.match(FREE, line)]
-    if changed:
-        listed = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
-        raise InputError(
-            f"{workdir} holds a checkpoint of another config ({listed}); give another --workdir, or the same config"
-        )
+    fixed = [line for line in changed if re.match(FIXED, line)]
+    refused = fixed if accept_changes else changed
+    if refused:
+        listed = "; ".join(refused[:8]) + (f"; and {len(refused) - 8} more" if len(refused) > 8 else "")
+        how = "these decide its arrays: give another --workdir" if fixed else "give the same config, another --workdir, or"
+        how += "" if fixed else " --accept-changes to go on with the new one"
+        raise InputError(f"{workdir} holds a checkpoint of another config ({listed}); {how}")
+    return changed
 
 
 def write_config(workdir: Path, config: Config) -> None:
-    """The resolved config beside the checkpoints."""
-    write_beside(workdir / CONFIG, lambda part: part.write_text(to_json(config) + "\n"))
+    """The resolved config beside the checkpoints; process 0 writes it."""
+    if is_main():
+        write_beside(workdir / CONFIG, lambda part: part.write_text(to_json(config) + "\n"))
 
 
 def read_config(folder: Path) -> Config:
@@ -103,30 +185,46 @@ def read_config(folder: Path) -> Config:
         raise InputError(f"{path}: cannot be read as a config ({error})") from None
 
 
-def read_weights(folder: Path) -> tuple[Config, dict[str, np.ndarray], int | None]:
-    """Config, trained leaves by dotted path (their running average where there is one), and the step if known."""
+def read_weights(folder: Path, mesh: Mesh | None = None) -> tuple[Config, dict[str, Any], int | None]:
+    """Config, trained leaves by dotted path (their running average where there is one), and the step if known.
+
+    The leaves are NumPy arrays, or on a mesh arrays that lie as the sharding table says.
+    """
     config = read_config(folder)
+
+    def where(name: str, shape: tuple[int, ...]) -> Sharding:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        return NamedSharding(mesh, parameter_spec(name, shape, mesh))
+
     if (folder / WEIGHTS).is_file():
         tensors = TensorFolder(folder / WEIGHTS)
-        return config, {name: tensors.read(name) for name in tensors.names()}, None
+        leaves = {name: tensors.read(name) for name in tensors.names()}
+        if mesh is not None:
+            leaves = {name: place(leaf, where(name, leaf.shape)) for name, leaf in leaves.items()}
+        return config, leaves, None
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another folder")
     ocp = _orbax()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
-    handlers.add("state", ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
-    manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), handler_registry=handlers)
-    step = manager.latest_step()
-    if step is None:
-        raise InputError(f"{folder}: no finished checkpoint yet; let the training run reach its first save")
-    # Onto one device, however many the run had.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), manager.item_metadata(step)["state"]
-    )
-    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
-    manager.close()
-    leaves = restored["average"] or restored["trained"]
-    return config, {name: np.asarray(leaf) for name, leaf in leaves.items()}, step
+    handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
+    with ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), handler_registry=handlers) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{folder}: no finished checkpoint yet; let the training run reach its first save")
+        state = manager.item_metadata(step)["state"]
+        wanted = "average" if state["average"] else "trained"
+        like = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(name, leaf.shape))
+            for name, leaf in state[wanted].items()
+        }
+        places = ocp.checkpoint_utils.construct_restore_args({wanted: like})
+        # Partial: the moments stay on disk.
+        part = ocp.args.PyTreeRestore({wanted: like}, restore_args=places, partial_restore=True)
+        leaves = manager.restore(step, args=ocp.args.Composite(state=part))["state"][wanted]
+    if mesh is None:
+        leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    return config, leaves, step
 
 
 def write_weights(folder: Path, config: Config, leaves: dict[str, Any], dtype: Any = jnp.bfloat16) -> None:

@@ -31,8 +31,24 @@ def attention(
 
         if suits(query, key, mask):
             return splash_attention(query, key, value, mask, name=name)
-    mixed = plain_attention(query, key, value, mask)
+    if platform() in ("gpu", "cuda"):
+        from squeeze_jax.layers import cudnn
+
+        kernel = cudnn.cudnn_attention if cudnn.suits(query, key, mask) else plain_attention
+        mixed = kernel(query, key, value, mask)
+    else:
+        mixed = plain_attention(query, key, value, mask)
     return mixed if name is None else checkpoint_name(mixed, name)
+
+
+def heads_first(x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+    """`x` itself; on TPU laid out head by head, as the kernel reads it.
+
+    Without it the compiler turns the array round only after norms and rotation, in float32 and several times.
+    """
+    if platform() != "tpu":
+        return x
+    return jax.lax.optimization_barrier(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def plain_attention(

@@ -5,16 +5,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.norm import per_channel
+from squeeze_jax.sharding import Cut, gathered
+
+PRODUCT = "product"
+"""The `checkpoint_name` tag of what a backward pass would have to multiply matrices for, were it not kept."""
 
 
 class Linear(nnx.Module):
     """y = x·kernel + bias (+ the adapter's delta).
 
     `kernel` is [in, out]: the transpose of PyTorch's `weight`. Initial values: normal with standard deviation
-    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored.
+    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored. `cut` is
+    the axis of the kernel that a mesh's tensor axis cuts: `in` where the inputs come in slices (after attention, or as
+    the second layer of a feed-forward), and as `sharding.PARAMETERS` has it for the layer's name.
     """
 
     def __init__(
@@ -24,6 +31,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         gain: float = 1.0,
+        cut: Cut = "out",
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
@@ -31,17 +39,24 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(gain * in_features**-0.5) if gain else nnx.initializers.zeros
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.kernel_scale: Any = nnx.data(None)  # layers.int8: what the values of an int8 kernel stand for
         self.adapter: Any = nnx.data(None)  # layers.lora.Adapter
         self.dtype = jnp.dtype(dtype)
+        self.cut: Cut = cut
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype)
+        if self.kernel_scale is None:
+            y = x @ gathered(self.kernel[...].astype(self.dtype), self.cut)
+        else:
+            kernel = gathered(self.kernel[...], self.cut).astype(self.dtype)  # travels as int8
+            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+            y = (y * per_channel(self.kernel_scale[...], y)).astype(self.dtype)
         if self.bias is not None:
             y = y + per_channel(self.bias[...].astype(self.dtype), y)
         if self.adapter is not None:
             y = self.adapter(x, y)
-        return y
+        return checkpoint_name(y, PRODUCT)
 
 
 def swish(x: jax.Array) -> jax.Array:

@@ -13,9 +13,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.linear import PRODUCT, Linear
+from squeeze_jax.sharding import gathered
 
 QKVLayout = Literal["shared", "separate"]
 
@@ -68,7 +70,9 @@ class LowRank(nnx.Module):
         return self.up.shape[-1]
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
-        delta = (x @ self.down[...].astype(x.dtype)) @ self.up[...].astype(x.dtype)
+        down, up = (leaf[...].astype(x.dtype) for leaf in (self.down, self.up))
+        narrow = checkpoint_name(x @ gathered(down, "nothing"), PRODUCT)  # `up`'s gradient needs it
+        delta = narrow @ gathered(up, "out")
         return delta * self.scale[...].astype(x.dtype)
 
     def matrix(self) -> Float[Array, "*depth C _"]:
@@ -157,13 +161,15 @@ def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
     """Adds every adapter's delta to its kernel, in float32 and rounded once, and takes the adapters off.
 
     Returns the kernels as they were, by path: `unmerge_lora` puts these back bit for bit (subtracting the delta again
-    would drift in bfloat16).
+    would drift in bfloat16). Raises ValueError for an int8 base, which cannot take a delta.
     """
     before = {}
     for path, linear in linears(model):
         if linear.adapter is None:
             continue
         kernel = linear.kernel[...]
+        if linear.kernel_scale is not None:
+            raise ValueError(f"{path} is kept in int8; load the base in bfloat16 to merge adapters into it")
         before[path] = kernel
         merged = kernel.astype(jnp.float32) + linear.adapter.matrix(kernel.shape[-1])
         linear.kernel.set_value(merged.astype(kernel.dtype))

@@ -82,7 +82,7 @@ class Aggregator(nnx.Module):
             self.vision_weight = nnx.Param(jnp.zeros((), param_dtype))
         refiner = config.refiner_blocks
         self.refiner_blocks = stacked(lambda r: FusionBlock(config, **kinds, rngs=r), refiner, rngs) if refiner else None
-        self.out = Linear(config.width, config.out_width, **kinds, rngs=rngs)
+        self.out = Linear(config.width, config.out_width, cut="in", **kinds, rngs=rngs)
 
     def __call__(self, states: HiddenStates) -> Context:
         """Context tokens [B, Lt + Li, out_width]; tokens of padding come last and are masked out.
@@ -172,10 +172,10 @@ class FusionBlock(nnx.Module):
         self.norm_q, self.norm_k = (RMSNorm(width // config.heads, **norm) for _ in "qk")
         self.to_qkv = Linear(width, 3 * width, **kinds)
         self.to_gate = Linear(width, width, **kinds)
-        self.to_out = Linear(width, width, **kinds)
+        self.to_out = Linear(width, width, cut="in", **kinds)
         self.ff_gate = Linear(width, config.mlp_width, **kinds)
         self.ff_up = Linear(width, config.mlp_width, **kinds)
-        self.ff_down = Linear(config.mlp_width, width, **kinds)
+        self.ff_down = Linear(config.mlp_width, width, cut="in", **kinds)
         self.heads = config.heads
 
     def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T C"]:

@@ -16,7 +16,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import grid_positions, reference_origins
-from squeeze_jax.layers.attention import attention
+from squeeze_jax.layers.attention import attention, heads_first
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import NORM_EPS, Embedder, Modulation, gated, modulate, sinusoidal
 from squeeze_jax.layers.norm import RMSNorm
@@ -210,7 +210,7 @@ class SelfAttention(nnx.Module):
         width = config.width
         self.qkv = Linear(width, 3 * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
-        self.proj = Linear(width, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.proj = Linear(width, width, cut="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.heads = config.heads
 
     def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -232,7 +232,7 @@ class MLP(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         self.in_layer = Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.out_layer = Linear(hidden, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.out_layer = Linear(hidden, width, cut="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         return self.out_layer(constrain(jax.nn.gelu(self.in_layer(x), approximate=True), "hidden"))
@@ -281,7 +281,7 @@ class SingleBlock(nnx.Module):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.modulation = Modulation(width, 3, param_dtype=param_dtype, rngs=rngs)
         self.linear1 = Linear(width, 3 * width + hidden, **kinds)
-        self.linear2 = Linear(width + hidden, width, **kinds)
+        self.linear2 = Linear(width + hidden, width, cut="in", **kinds)
         self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
         self.heads, self.width = config.heads, width
 
@@ -312,7 +312,7 @@ class FinalLayer(nnx.Module):
 def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fused [q; k; v] channels as three arrays [B T H D]."""
     shape = (*qkv.shape[:2], heads, qkv.shape[-1] // (3 * heads))  # no -1: a context may have length 0
-    q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
+    q, k, v = (heads_first(part.reshape(shape)) for part in jnp.split(qkv, 3, axis=-1))
     return q, k, v
 
 

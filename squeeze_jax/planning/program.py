@@ -1,7 +1,7 @@
 """The real train step, compiled for a TPU topology that nobody has to own."""
 
-import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from squeeze_jax.batch import HiddenStates, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
@@ -20,7 +20,7 @@ from squeeze_jax.interop.build import build_system
 from squeeze_jax.planning.chips import Chip, chip_of
 from squeeze_jax.planning.collectives import Collective, collectives
 from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.sharding import AXES, batch_sharding, shardings
+from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import Split, TrainState, initial_state, split_system, state_shardings
 from squeeze_jax.training.step import draw, losses, make_train_step, step_key
@@ -40,6 +40,11 @@ class Compiled:
     """Of the output, what takes the place of donated arguments."""
     seconds: float
     """How long compiling took."""
+    optimal: float
+    """Seconds that the compiler itself expects on a chip: products and traffic with HBM, collectives as traffic with HBM
+    only, a Pallas kernel as its operands' traffic only, a loop's body once."""
+    moved: float
+    """Bytes between a chip and its HBM, counted likewise."""
     collectives: list[Collective]
     text: str
 
@@ -48,13 +53,12 @@ class Compiled:
         return self.arguments + self.temporaries + self.output - self.aliased
 
 
-def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1) -> tuple[Mesh, Chip]:
-    """A mesh over a described topology, and its chip; one size may be -1 and takes what the others leave.
+def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: int = 0) -> tuple[Mesh, Chip]:
+    """`sharding.make_mesh` over a described topology, and its chip.
 
-    With several slices `data` goes over the network between them, the other axes stay within one.
-    Raises InputError for an unknown topology or a mesh of another size.
+    Raises InputError for an unknown topology or a mesh that cannot lie on it.
     """
-    from jax.experimental import mesh_utils, topologies
+    from jax.experimental import topologies
 
     chip = chip_of(topology)
     if find_spec("libtpu") is None:
@@ -66,20 +70,7 @@ def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1) -> tupl
         devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:  # the plugin raises plain runtime errors of many texts
         raise InputError(f"topology {topology!r}: the TPU compiler does not know it ({error})") from None
-    shape = [sizes[axis] for axis in AXES]
-    if shape.count(-1) == 1:
-        shape[shape.index(-1)] = max(1, len(devices) // math.prod(size for size in shape if size != -1))
-    wanted = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
-    if math.prod(shape) != len(devices):
-        raise InputError(f"a mesh of {wanted} needs {math.prod(shape)} chips, {topology} has {len(devices)}")
-    if slices > 1:
-        if shape[0] % slices:
-            raise InputError(f"a mesh of {wanted} on {slices} slices: data must be a multiple of {slices}")
-        within = (shape[0] // slices, *shape[1:])
-        array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
-    else:
-        array = mesh_utils.create_device_mesh(shape, devices=devices)
-    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES)), chip
+    return make_mesh(**sizes, devices=devices, heads=heads), chip
 
 
 def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBatch:
@@ -120,24 +111,25 @@ def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, reference
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     examples = batch_sharding(mesh)
     batch = jax.tree.map(lambda x: _placed(x, examples), abstract_batch(config, rows, references))
-    flat = nnx.to_flat_state(split.frozen)
-    leaves = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
-    places = shardings(leaves, mesh)
-    frozen = nnx.from_flat_state(
-        [(path, v.replace(_placed(v.get_value(), places[".".join(map(str, path))]))) for path, v in flat]
-    )
+    frozen = placed(split.frozen, mesh)
     step = make_train_step(split, make_optimizer(config), config, stage, where)
+    return compiled(step, mesh, jax.tree.map(_placed, state, where), frozen, batch)
+
+
+def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = ()) -> Compiled:
+    """A jitted function compiled for placed shapes; `trips` is how often its loops without a known end run, in order."""
     began = time.perf_counter()
-    lowered = step.lower(jax.tree.map(_placed, state, where), frozen, batch)  # pyright: ignore[reportFunctionMemberAccess]
-    compiled = lowered.compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    program = function.lower(*arguments).compile()
+    memory, text, cost = program.memory_analysis(), program.as_text(), program.cost_analysis()
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         time.perf_counter() - began,
-        collectives(text, dict(mesh.shape)),
+        cost["optimal_seconds"] % 1.0,  # an instruction of unknown time counts as -1 s
+        cost["bytes accessed"],
+        collectives(text, dict(mesh.shape), trips),
         text,
     )
 
@@ -147,28 +139,34 @@ def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 
     weights' gradients; nothing is counted twice for being rematerialised.
     """
     plain = replace(config, parallel=replace(config.parallel, remat="none"))
-    return rows * matmul_flops(jax.value_and_grad(_loss(plain, stage)), *_loss_arguments(plain, references))
+    loss, arguments = loss_and_arguments(plain, stage, 1, references)
+    return rows * matmul_flops(jax.value_and_grad(loss), *arguments)
 
 
 def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
     """FLOPs of one example's loss without gradients."""
-    return matmul_flops(_loss(config, stage), *_loss_arguments(config, references))
+    loss, arguments = loss_and_arguments(config, stage, 1, references)
+    return matmul_flops(loss, *arguments)
 
 
-def _loss(config: Config, stage: StageConfig) -> Any:
-    """The training loss as a function of trained leaves, frozen leaves and a batch."""
-    _, split = abstract_system(config)
+def loss_and_arguments(
+    config: Config, stage: StageConfig, rows: int, references: int = 1
+) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State, TrainingBatch]]:
+    """The training loss as a function of trained leaves, frozen leaves and a batch, and the shapes of these."""
+    state, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
         draws = draw(step_key(config, 0), batch.target.shape, config, stage)
         return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
 
-    return loss
+    return loss, (state.trained, split.frozen, abstract_batch(config, rows, references))
 
 
-def _loss_arguments(config: Config, references: int) -> tuple[Any, nnx.State, TrainingBatch]:
-    state, split = abstract_system(config)
-    return state.trained, split.frozen, abstract_batch(config, 1, references)
+def placed(state: nnx.State, mesh: Mesh, prefix: str = "") -> nnx.State:
+    """A state's shapes where the sharding table puts them; `prefix` goes before their paths."""
+    flat = [(".".join(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(state)]
+    places = shardings({prefix + name: variable.get_value() for name, _, variable in flat}, mesh)
+    return nnx.from_flat_state([(path, v.replace(_placed(v.get_value(), places[prefix + name]))) for name, path, v in flat])
 
 
 def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -22,6 +22,7 @@ from squeeze_jax.interop.build import build_system, is_trained
 from squeeze_jax.interop.checkpoint import check_leaves, read_weights
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.models.system import System
+from squeeze_jax.processes import place, whole
 from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
 from squeeze_jax.sharding import batch_sharding
 
@@ -165,7 +166,7 @@ class Pipeline:
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
         resolved = self.resolved(settings)
-        latents = unpack(np.asarray(tokens), self.config.grid(resolved.height, resolved.width))
+        latents = unpack(whole(tokens), self.config.grid(resolved.height, resolved.width))
         return np.clip(self.encoders.decode(latents), -1.0, 1.0)
 
 
@@ -182,10 +183,10 @@ def beside(mesh: Mesh | None, inputs: Any) -> Any:
         return inputs
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-    def place(x: jax.Array | np.ndarray) -> NamedSharding:
+    def where(x: jax.Array | np.ndarray) -> NamedSharding:
         return rows if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else everywhere
 
-    return jax.device_put(inputs, jax.tree.map(place, inputs))
+    return place(inputs, jax.tree.map(where, inputs))
 
 
 def reference_tokens(latents: Sequence[Sequence[np.ndarray]], target_grid: tuple[int, int]) -> References | None:

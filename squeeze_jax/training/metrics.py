@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from squeeze_jax.processes import is_main
+
 FILE = "metrics.jsonl"
 
 
@@ -12,9 +14,13 @@ class MetricsWriter:
     """Appends rows {"step": …, name: value} to metrics.jsonl, and the same scalars to TensorBoard.
 
     A resumed run first drops the rows after the step that it continues from, so that every step stands once.
+    Of several processes only the first one writes.
     """
 
     def __init__(self, workdir: Path, first_step: int, tensorboard: bool) -> None:
+        self._file, self._board = None, None
+        if not is_main():
+            return
         path = workdir / FILE
         if path.exists():
             rows = path.read_text().splitlines()
@@ -22,20 +28,21 @@ class MetricsWriter:
             if len(kept) < len(rows):
                 path.write_text("".join(f"{row}\n" for row in kept))
         self._file = path.open("a", buffering=1)
-        self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, **values: float | int) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -48,7 +55,7 @@ def _step(row: str) -> int:
 
 
 def progress_bar() -> Progress:
-    """What training shows: steps, time left, and a free text of figures."""
+    """What training shows: steps, time left, and a free text of figures; of several processes the first one does."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,4 +64,5 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
         refresh_per_second=2,
+        disable=not is_main(),
     )

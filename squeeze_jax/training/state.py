@@ -1,5 +1,6 @@
 """What changes during training, as one pytree; and a system apart into trained and frozen leaves."""
 
+import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array, Int
 from squeeze_jax.config import Config
-from squeeze_jax.interop.build import is_trained
+from squeeze_jax.interop.build import build_system, is_trained, load_base, load_encoders
 from squeeze_jax.models.system import System
-from squeeze_jax.sharding import parameter_spec
+from squeeze_jax.sharding import parameter_spec, shardings
 
 Leaves = dict[str, Any]
 """Arrays by dotted path, the same names as in checkpoints and in the sharding table."""
@@ -56,6 +57,66 @@ def split_system(system: System, config: Config) -> tuple[Leaves, Split]:
     return leaves, Split(graph, empty, frozen)
 
 
+def create(config: Config, mesh: Mesh) -> tuple[Leaves, Split]:
+    """The trained leaves and the rest of a new run, every array made or read where the sharding table puts it.
+
+    No device ever holds a whole that others share, and no process reads more of a pre-trained base than its own part.
+    """
+    wanted, split = split_system(nnx.eval_shape(lambda: build_system(config, with_base=False)), config)
+    places = shardings(wanted | flat_leaves(split.frozen), mesh)
+    read: Leaves = {}
+    for part, wants, load in (
+        ("dit", config.model.dit_weights, load_base), ("encoders", config.data.online, load_encoders)
+    ):  # fmt: skip
+        if wants:
+            read |= {f"{part}.{name}": leaf for name, leaf in flat_leaves(nnx.state(load(config, mesh))).items()}
+
+    def make() -> Leaves:
+        leaves, rest = split_system(build_system(config, with_base=False), config)
+        return {name: leaf for name, leaf in (leaves | flat_leaves(rest.frozen)).items() if name not in read}
+
+    made = jax.jit(make, out_shardings={name: place for name, place in places.items() if name not in read})()
+    leaves = made | read
+    return {name: leaves[name] for name in wanted}, split._replace(frozen=with_leaves(split.frozen, leaves))
+
+
+def flat_leaves(state: nnx.State) -> Leaves:
+    """The arrays of a state by dotted path."""
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def with_leaves(state: nnx.State, leaves: Leaves) -> nnx.State:
+    """The state with these arrays in place of its own; more than it has may be given."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, v.replace(leaves[".".join(map(str, path))])) for path, v in flat])
+
+
+def fingerprint(frozen: nnx.State) -> str:
+    """16 hex digits of everything frozen: equal for equal bits, however they lie on devices.
+
+    Integers wrap around exactly, so a weighted sum of an array's bits is the same in every order of adding.
+    """
+    sums = {name: int(_digest(leaf)) for name, leaf in flat_leaves(frozen).items()}
+    described = [(name, str(leaf.dtype), leaf.shape, sums[name]) for name, leaf in flat_leaves(frozen).items()]
+    return hashlib.sha256(repr(sorted(described)).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _digest(leaf: jax.Array) -> jax.Array:
+    width = 8 * leaf.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+    weights = jnp.uint32(1)
+    for axis, size in enumerate(bits.shape):  # a number of its own for every place, odd so that no bit drops out
+        weights = weights * jnp.uint32(size) + 2 * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (weights | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def make_state(trained: Leaves, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:
+    """`initial_state` on a mesh: moments are made where they will lie."""
+    where = state_shardings(jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), trained), mesh)
+    return jax.jit(lambda leaves: initial_state(leaves, optimizer, config), out_shardings=where)(trained)
+
+
 def initial_state(trained: Leaves, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
     """Step 0. The average begins as a copy, so that donating the state never frees it twice."""
     average = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else {}
@@ -66,7 +127,7 @@ def initial_state(trained: Leaves, optimizer: optax.GradientTransformation, conf
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """A sharding for every leaf: moments and average lie as their parameters do, counters everywhere."""
 
-    def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = getattr(path[-1], "key", None)
         spec = parameter_spec(name, leaf.shape, mesh) if isinstance(name, str) else PartitionSpec()
         return NamedSharding(mesh, spec)

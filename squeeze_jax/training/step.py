@@ -1,22 +1,25 @@
 """The loss of a batch and the train step. Randomness is a function of (seed, step, row) alone."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array, Bool, Float, Key
-from squeeze_jax.batch import Context, References, TrainingBatch
+from squeeze_jax.batch import Context, RawBatch, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.diffusion.flow import loss_per_sample, noisy, sample_times, schedule_shift
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import batch_sharding, on_mesh
 from squeeze_jax.training.optimizer import learning_rate
 from squeeze_jax.training.state import Leaves, Split, TrainState
+
+Batch = TrainingBatch | RawBatch
+"""Features, or examples that the program's own encoders turn into them."""
 
 
 class Draws(NamedTuple):
@@ -28,12 +31,22 @@ class Draws(NamedTuple):
     keep_vae: Bool[Array, " B"]
 
 
+TIME_BORDERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Noise levels whose losses are told apart (our decision)."""
+
+
 class Metrics(NamedTuple):
-    """Scalars of a step, float32."""
+    """Numbers of a step, float32."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
-    """Before clipping."""
+    """Before clipping, as are the next two."""
+    grad_norm_dit: Float[Array, ""]
+    """Of the transformer's trained leaves: its adapters, or all of it."""
+    grad_norm_aggregator: Float[Array, ""]
+    loss_by_time: Float[Array, " bins"]
+    """Sum of the losses whose t lies between two of `TIME_BORDERS`."""
+    count_by_time: Float[Array, " bins"]
     learning_rate: Float[Array, ""]
     skipped: Array
     """Non-finite steps so far."""
@@ -58,9 +71,10 @@ def draw(key: Key, shape: tuple[int, int, int], config: Config, stage: StageConf
 
 
 def losses(
-    system: System, batch: TrainingBatch, draws: Draws, config: Config, stage: StageConfig
+    system: System, batch: TrainingBatch | RawBatch, draws: Draws, config: Config, stage: StageConfig
 ) -> Float[Array, " B"]:
     """Each sample's loss. A dropped condition is masked out of attention, padding likewise: neither changes a loss."""
+    batch = system.encoded(batch)
     context = system.context(batch.hidden_states)
     context = Context(context.tokens, context.mask & draws.keep_mllm[:, None])
     references = None
@@ -73,7 +87,15 @@ def losses(
     return loss_per_sample(velocity, batch.target, draws.noise)
 
 
-TrainStep = Callable[[TrainState, nnx.State, TrainingBatch], tuple[TrainState, Metrics]]
+def target_shape(batch: Batch, config: Config) -> tuple[int, int, int]:
+    """[B, N, c] of a batch's target tokens."""
+    if isinstance(batch, RawBatch):
+        rows, columns = config.target_grid
+        return batch.target.shape[0], rows * columns, config.model.dit.in_channels
+    return batch.target.shape
+
+
+TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -92,23 +114,32 @@ def make_train_step(
     """
     rate, pieces = learning_rate(config), config.optimizer.accumulate
 
-    def mean_loss(trained: Leaves, frozen: nnx.State, batch: TrainingBatch, draws: Draws) -> jax.Array:
-        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
+    def mean_loss(
+        trained: Leaves, frozen: nnx.State, batch: Batch, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        each = losses(split.merge(trained, frozen), batch, draws, config, stage)
+        return jnp.mean(each), each
 
-    def step(state: TrainState, frozen: nnx.State, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
-        draws = draw(step_key(config, state.step), batch.target.shape, config, stage)
-        gradient = jax.value_and_grad(mean_loss)
+    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
+        draws = draw(step_key(config, state.step), target_shape(batch, config), config, stage)
+        gradient = jax.value_and_grad(mean_loss, has_aux=True)
         if pieces == 1:
-            loss, grads = gradient(state.trained, frozen, batch, draws)
+            (loss, each), grads = gradient(state.trained, frozen, batch, draws)
         else:
+
+            def add(total: Any, piece: Any) -> tuple[Any, jax.Array]:
+                (loss, each), grads = gradient(state.trained, frozen, *piece)
+                return jax.tree.map(jnp.add, total, (loss, grads)), each
+
             cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), (batch, draws))
-            sums, _ = jax.lax.scan(
-                lambda total, piece: (jax.tree.map(jnp.add, total, gradient(state.trained, frozen, *piece)), None),
-                (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained)),
-                cut,
-            )
+            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
+            sums, each = jax.lax.scan(add, nothing, cut)
             loss, grads = jax.tree.map(lambda x: x / pieces, sums)
-        norm = optax.tree.norm(grads)
+        of_dit, of_aggregator = (
+            optax.tree.norm({name: leaf for name, leaf in grads.items() if name.startswith(part)})
+            for part in ("dit.", "aggregator.")
+        )
+        norm = jnp.hypot(of_dit, of_aggregator)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.moments, state.trained)
         trained: Leaves = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
@@ -121,20 +152,28 @@ def make_train_step(
             keep, (trained, moments, average), (state.trained, state.moments, state.average)
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        return TrainState(state.step + 1, trained, moments, average, skipped), Metrics(
-            loss, norm, jnp.asarray(rate(state.step), jnp.float32), skipped
-        )
+        sums, counts = by_time(each.ravel(), draws.t)
+        now = jnp.asarray(rate(state.step), jnp.float32)
+        metrics = Metrics(loss, norm, of_dit, of_aggregator, sums, counts, now, skipped)
+        return TrainState(state.step + 1, trained, moments, average, skipped), metrics
 
     if where is None:
         return jax.jit(step, donate_argnums=0)
     mesh = jax.tree.leaves(where)[0].mesh
 
-    def placed(state: TrainState, frozen: nnx.State, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
+    def placed(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh):
             return step(state, frozen, batch)
 
-    examples = batch_sharding(mesh)
-    return jax.jit(placed, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, None))
+    examples, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(placed, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, everywhere))
+
+
+def by_time(each: Float[Array, " B"], t: Float[Array, " B"]) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
+    """Sums of losses and their numbers in each bin of `TIME_BORDERS`."""
+    bins = jnp.searchsorted(jnp.array(TIME_BORDERS[1:-1]), t, side="right")
+    member = bins[:, None] == jnp.arange(len(TIME_BORDERS) - 1)[None]
+    return jnp.where(member, each[:, None], 0.0).sum(axis=0), member.astype(jnp.float32).sum(axis=0)
 
 
 def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: float) -> Leaves:
@@ -147,7 +186,7 @@ def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: flo
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-Validation = Callable[[Leaves, nnx.State, TrainingBatch], Float[Array, " B"]]
+Validation = Callable[[Leaves, nnx.State, Batch], Float[Array, " B"]]
 
 
 def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh | None = None) -> Validation:
@@ -157,8 +196,9 @@ def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh
     arrays lie on.
     """
 
-    def validate(trained: Leaves, frozen: nnx.State, batch: TrainingBatch) -> Float[Array, " B"]:
-        system, shape = split.merge(trained, frozen), batch.target.shape
+    def validate(trained: Leaves, frozen: nnx.State, batch: Batch) -> Float[Array, " B"]:
+        system, shape = split.merge(trained, frozen), target_shape(batch, config)
+        batch = system.encoded(batch)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
         keep = jnp.ones(shape[0], bool)
@@ -169,4 +209,4 @@ def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh
             )
         return at.mean(axis=0)
 
-    return jax.jit(validate)
+    return jax.jit(validate, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))

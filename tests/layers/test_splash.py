@@ -33,7 +33,7 @@ def with_gradients(attend, q, k, v, mask):
     return np.asarray(out)[mask], *(np.asarray(g) for g in gradients)
 
 
-@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2), (2, 1, 4)])  # two heads: a tensor axis of 4 leaves them whole
 def test_output_and_gradients_equal_whole_products(mesh):
     q, k, v, mask = inputs()
     if mesh is not None:

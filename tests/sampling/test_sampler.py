@@ -24,7 +24,8 @@ from squeeze_jax.models import dit
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import REFERENCE_BUCKET, Pipeline, Settings, reference_tokens
 from squeeze_jax.sampling.sampler import MAX_STEPS, make_sampler, make_schedule, noise_for
-from squeeze_jax.sharding import current_mesh, make_mesh
+from squeeze_jax.sharding import current_mesh, make_mesh, shardings
+from squeeze_jax.training.state import flat_leaves, with_leaves
 
 GRID, TOKENS = (2, 2), 4
 
@@ -206,18 +207,29 @@ def test_image_i_equals_what_its_seed_alone_gives(pipeline):
     assert relative_error(three[0], three[1]) > 0.1
 
 
-@pytest.mark.parametrize("count", [3, 8])
-def test_weights_on_a_mesh_draw_the_same(pipeline, count, monkeypatch):
+def copies(leaves):
+    """Weights whole on eight devices."""
+    return jax.device_put(leaves, NamedSharding(make_mesh(data=8, fsdp=1), PartitionSpec()))
+
+
+def slices(leaves):
+    """Weights cut over fsdp and tensor, as training leaves them."""
+    mesh = make_mesh(2, 2, 2)
+    flat = [(state, flat_leaves(state)) for state in leaves]
+    return tuple(with_leaves(state, jax.device_put(named, shardings(named, mesh))) for state, named in flat)
+
+
+@pytest.mark.parametrize(("laid", "count"), [(copies, 3), (slices, 4)])
+def test_weights_on_a_mesh_draw_the_same(pipeline, laid, count, monkeypatch):
     """As in training: the weights lie on eight devices, what the encoders made on one."""
     constrain, seen = dit.constrain, []
     monkeypatch.setattr(dit, "constrain", lambda x, kind: (seen.append(current_mesh()), constrain(x, kind))[1])
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings, seeds = Settings(cfg_scale=1.0), range(count)
-    everywhere = NamedSharding(make_mesh(data=8, fsdp=1), PartitionSpec())
-    spread = dataclasses.replace(pipeline, leaves=jax.device_put(pipeline.leaves, everywhere), _programs={})
+    spread = dataclasses.replace(pipeline, leaves=laid(pipeline.leaves), _programs={})
     drawn = spread.sample(jax.device_put(states, jax.devices()[0]), latents, seeds, settings)
     assert len(drawn.sharding.device_set) == 8
-    assert set(seen) == {everywhere.mesh}  # kernels have to know it
+    assert set(seen) == {jax.tree.leaves(spread.leaves)[0].sharding.mesh}  # kernels have to know it
     assert relative_error(drawn, pipeline.sample(states, latents, seeds, settings)) < 1e-5
 
 

@@ -10,13 +10,10 @@ import pytest
 from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.batch import Context, HiddenStates, References
-from squeeze_jax.config import OptimizerConfig, StageConfig
+from squeeze_jax.config import OptimizerConfig
 from squeeze_jax.layers.lora import LoRAConfig
-from squeeze_jax.models import dit
-from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh
-from squeeze_jax.training.loop import place_frozen
 from squeeze_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
-from squeeze_jax.training.state import initial_state, split_system, state_shardings
+from squeeze_jax.training.state import initial_state, split_system
 from squeeze_jax.training.step import draw, losses, make_train_step, make_validation, moving_average, step_key
 
 CONFIG = tiny_config()
@@ -91,55 +88,6 @@ def test_accumulated_gradients_equal_one_large_batch():
     np.testing.assert_allclose(m1.loss, m2.loss, rtol=1e-5)
     for name in one.trained:
         np.testing.assert_allclose(one.trained[name], two.trained[name], rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-WAYS = {
-    "whole": (CONFIG, STAGE),
-    "adapters": (tiny_config(lora=LoRAConfig(rank=4, alpha=4.0)), STAGE),
-    "stage 1": (CONFIG, StageConfig(steps=4, references=False)),
-}
-FAST = [((2, 4, 1), "whole"), ((1, 8, 1), "adapters")]
-EVERY_MESH = [
-    pytest.param(axes, way, id=f"{axes} {way}", marks=() if (axes, way) in FAST else pytest.mark.slow)
-    for way in WAYS
-    for axes in ((2, 4, 1), (8, 1, 1), (1, 8, 1))  # the tensor axis is refused until it is proven
-]
-
-
-@pytest.mark.parametrize(("axes", "way"), EVERY_MESH)
-def test_one_device_equals_eight(axes, way):
-    (config, stage), batch = WAYS[way], tiny_batch(rows=8)
-    split, _, state = setup(config)
-    sgd = optax.sgd(0.1)
-    state = state._replace(moments=sgd.init(state.trained))
-    copy = jax.tree.map(jnp.copy, state)
-    one, metrics = make_train_step(split, sgd, config, stage)(state, split.frozen, batch)
-    mesh = make_mesh(*axes)
-    where, frozen = state_shardings(copy, mesh), place_frozen(split.frozen, mesh)
-    step = make_train_step(split, sgd, config, stage, where)
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    eight, on_mesh = step(jax.device_put(copy, where), frozen, batch)
-    np.testing.assert_allclose(metrics.loss, on_mesh.loss, rtol=1e-5)
-    moved = [name for name in one.trained if not np.array_equal(one.trained[name], copy.trained[name])]
-    assert len(moved) > len(one.trained) // 2
-    for name in one.trained:
-        np.testing.assert_allclose(one.trained[name], eight.trained[name], rtol=1e-5, atol=2e-6, err_msg=name)
-    step(eight, frozen, batch)
-    assert step._cache_size() == 1, "the state comes out where it went in, so the step is compiled once"
-
-
-def test_step_and_validation_are_traced_on_their_mesh(monkeypatch):
-    """A kernel cannot be partitioned from outside: it has to know the mesh (sampling: test_sampler)."""
-    seen = []
-    monkeypatch.setattr(dit, "constrain", lambda x, kind: (seen.append(current_mesh()), x)[1])
-    split, optimizer, state = setup()
-    mesh, batch = make_mesh(2, 4, 1), tiny_batch(rows=8)
-    step = make_train_step(split, optimizer, CONFIG, STAGE, state_shardings(state, mesh))
-    jax.eval_shape(step, state, split.frozen, batch)
-    jax.eval_shape(make_validation(split, CONFIG, STAGE, mesh), state.trained, split.frozen, batch)
-    assert len(seen) > 10
-    assert set(seen) == {mesh}
-    assert current_mesh() is None
 
 
 def test_a_non_finite_batch_changes_nothing_and_is_counted():

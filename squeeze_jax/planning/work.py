@@ -1,0 +1,48 @@
+"""How much a running step has to compute, and how fast its devices could: what utilisation is measured against."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.planning.chips import CHIPS
+from squeeze_jax.planning.flops import matmul_flops
+from squeeze_jax.planning.program import abstract_system
+from squeeze_jax.training.step import Batch, draw, losses, step_key, target_shape
+
+# Beginning of JAX's name for a device → peak dense bfloat16 FLOP/s (the makers' data sheets).
+PEAKS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_of(kind: str) -> float | None:
+    """Peak FLOP/s of a device by its `device_kind`; None where the table has none (CPUs)."""
+    fitting = [name for name in PEAKS if kind.startswith(name)]
+    return PEAKS[max(fitting, key=len)] if fitting else None
+
+
+def step_work(config: Config, stage: StageConfig, batch: Batch) -> tuple[float, float | None]:
+    """Model FLOPs of a step on this batch (nothing twice for being rematerialised), and all devices' peak FLOP/s."""
+    rows = batch.target.shape[0]
+    one: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
+    plain = replace(config, parallel=replace(config.parallel, remat="none"))
+    state, split = abstract_system(plain)
+
+    def loss(trained: Any, frozen: Any, batch: Batch) -> jax.Array:
+        draws = draw(step_key(plain, 0), target_shape(batch, plain), plain, stage)
+        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, plain, stage))
+
+    peak = peak_of(jax.devices()[0].device_kind)
+    flops = rows * matmul_flops(jax.value_and_grad(loss), state.trained, split.frozen, one)
+    return flops, None if peak is None else peak * jax.device_count()
