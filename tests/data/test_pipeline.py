@@ -217,9 +217,6 @@ WORKERS = """
 import json, sys
 from squeeze_jax.data.pipeline import make_dataset
 
-if __name__ == "__mp_main__":  # a worker
-    assert "jax" not in sys.modules
-    sys.modules["jax"] = None  # whoever imports it from here on fails
 if __name__ == "__main__":
     batches = make_dataset(sys.argv[1], batch=4, seed=3, workers=2)
     seen = [next(batches).index.tolist() for _ in range(9)]
