@@ -207,6 +207,9 @@ def test_a_restored_iterator_goes_on_identically(folder, before, elsewhere):
 
 WORKERS = """
 import json, sys
+if __name__ == "__mp_main__":  # a worker
+    sys.modules["jax"] = None  # whoever needs it fails
+    print("worker", file=sys.stderr)
 from squeeze_jax.data.pipeline import make_dataset
 
 if __name__ == "__main__":
@@ -216,7 +219,7 @@ if __name__ == "__main__":
 """
 
 
-def test_spawned_workers_continue_a_run_that_had_none(folder, tmp_path, request):
+def test_workers_without_jax_continue_a_run_that_had_none(folder, tmp_path, request):
     batches = make_dataset(folder, batch=4, seed=3)
     list(islice(batches, 5))
     script = tmp_path / "main.py"
@@ -224,7 +227,9 @@ def test_spawned_workers_continue_a_run_that_had_none(folder, tmp_path, request)
     environment = {**os.environ, "PYTHONPATH": str(request.config.rootpath), "JAX_PLATFORMS": "nowhere"}
     command = [sys.executable, "-W", "error", script, folder, batches.get_state().decode()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    grains_own = "WARNING:absl:Failed to load jax profiler: import of jax halted; None in sys.modules"
+    assert done.returncode == 0, done.stderr
+    assert set(done.stderr.splitlines()) == {"worker", grains_own}
     expected = [[b.index.tolist(), b.grid.tolist(), list(b.references.tokens.shape)] for b in islice(batches, 9)]
     assert json.loads(done.stdout) == expected
 
