@@ -5,7 +5,7 @@ Letters are those of `array_types`. Padding stands at the end of an axis, is mas
 
 from typing import NamedTuple
 
-from squeeze_jax.array_types import Array, Bool, Float, Int
+from squeeze_jax.array_types import Array, Bool, Float, Int, UInt8
 
 
 class HiddenStates(NamedTuple):
@@ -45,3 +45,22 @@ class TrainingBatch(NamedTuple):
     references: References
     index: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """The record's index in the data set."""
+    grid: Int[Array, "B 2"] | None = None
+    """Rows and columns of each target's tokens, where targets are of several sizes; None: the config's."""
+
+
+class RawBatch(NamedTuple):
+    """One batch of examples before the frozen encoders, for programs that run these themselves."""
+
+    target: UInt8[Array, "B height width 3"]
+    references: UInt8[Array, "B R h w 3"]
+    """All of one size; R is the most of a sample."""
+    reference_count: Int[Array, " B"]
+    """References that a sample has; the rest of its places are padding."""
+    ids: Int[Array, "B T"]
+    """Token ids of the MLLM's sequence, image tokens among them; padding at the end."""
+    valid: Bool[Array, "B T"]
+    tiles: UInt8[Array, "B tiles size size 3"]
+    """What the MLLM sees of the references, sample by sample; unused places at the end of a sample's."""
+    index: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    """The example's number."""

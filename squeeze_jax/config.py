@@ -71,12 +71,22 @@ class DataConfig:
     height: int = 512
     width: int = 512
     """Target size in pixels, multiples of 16 (our decision: 512 x 512)."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Several target sizes (height, width) to train on instead: a target gets the one nearest in aspect ratio, and a batch
+    holds one number of target tokens and of references. `height` and `width` stay what sampling draws by default."""
     reference_long_side: int = 512
     """References keep their aspect ratio and are at most this long (our decision)."""
     held_out: int = 16
     """Rows of a manifest kept for validation: the last ones, at most a tenth of it."""
     batch_per_chip: int = 1
     """Examples a step on each device; the global batch is this times the devices."""
+    codec: Literal["bf16", "int8"] = "bf16"
+    """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error it makes)."""
+    online: bool = False
+    """Runs the frozen encoders inside the training program instead of extracting records first: more work a step (the MLLM
+    and the autoencoder), nothing on disk. References must all have one size after resizing."""
+    keep: Literal["all", "read"] = "all"
+    """Which hidden states records keep: all of the MLLM's, or only those that this config's aggregator reads."""
     extract_batch: int = 8
     """Examples that go through the frozen encoders at once."""
     workers: int = 0
@@ -225,6 +235,11 @@ class Config:
         """Rows and columns of target tokens."""
         return self.grid(self.data.height, self.data.width)
 
+    @property
+    def training_grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the target tokens of every size that is trained on."""
+        return tuple(self.grid(*size) for size in self.data.buckets) or (self.target_grid,)
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens of a picture: the autoencoder's downsampling, then 2 x 2 patches."""
         side = PATCH * self.model.latent_pixels
@@ -247,10 +262,24 @@ def _impossible(config: Config):
         value = getattr(data, name)
         if value < 16 or value % 16:
             yield f"data.{name} {value} must be a positive multiple of 16 (8x autoencoder, 2x2 patches)"
+    for size in data.buckets:
+        if any(side <= 0 or side % 16 for side in size):
+            yield f"data.buckets has {size[0]}x{size[1]}; both sides must be positive multiples of 16"
+    if len(set(data.buckets)) != len(data.buckets):
+        yield "data.buckets names a size twice"
+    if data.buckets and data.critters is not None:
+        yield "data.buckets is for pictures of several sizes; data.critters are all drawn at one"
     if config.model.latent_pixels not in (1, 2, 4, 8):
         yield f"model.latent_pixels is {config.model.latent_pixels}; it must be 1, 2, 4 or 8"
     if data.max_tiles != 1 and config.model.mllm_source != "internvl":
         yield f"data.max_tiles is {data.max_tiles}, which only model.mllm_source internvl reads; leave it at 1"
+    if data.online:
+        unused = {"features": "it reads no records", "buckets": "it has one size", "workers": "it reads in threads"}
+        for name, why in unused.items():
+            if getattr(data, name):
+                yield f"data.online and data.{name} are both set; leave one out: on-line, {why}"
+        if config.model.mllm_source != "internvl":
+            yield "data.online runs our InternVL in the program; set model.mllm_source internvl, or extract records"
     if data.critters is not None and data.manifest is not None:
         yield "data.critters and data.manifest are both set; choose one source of examples"
     if data.critters is not None and data.critters.size != data.height:

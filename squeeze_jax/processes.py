@@ -70,7 +70,15 @@ def place_rows(tree: Tree, where: NamedSharding, rows: int) -> Tree:
     """A global batch of which every process has its `local_rows` alone."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x, (rows, *x.shape[1:])), tree)
+    every, own = np.arange(rows), local_rows(where, rows)
+
+    def one(x: np.ndarray) -> jax.Array:
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            return x[np.searchsorted(own, every[index[0]])]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), where, read)
+
+    return jax.tree.map(one, tree)
 
 
 def whole(x: jax.Array) -> np.ndarray:

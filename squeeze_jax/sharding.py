@@ -37,6 +37,7 @@ PARAMETERS: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.adapter\..*\.up", MATRICES["out"]),
     (r".*(proj|linear2|mlp\.out_layer|to_out|ff_down|aggregator\.out)\.kernel", MATRICES["in"]),
     (r".*\.kernel", MATRICES["out"]),
+    (r".*\.embedding", PartitionSpec(None, "fsdp")),  # [vocabulary, width]
     (r".*", PartitionSpec()),  # norms, biases, pooling weights
 )
 
@@ -191,23 +192,6 @@ def _problem(sizes: Sequence[int], devices: int, slices: int, heads: int) -> str
 
 def _named(sizes: Sequence[int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-
-
-def part_of_batch(devices: np.ndarray, process: int) -> tuple[int, int]:
-    """(index, number) of the equal parts of a batch that processes read: a process reads part `index`.
-
-    `devices` [data, fsdp, tensor] are a mesh's. Processes whose devices hold the same rows, as where a tensor group goes
-    over hosts, read the same part. Raises InputError where two processes share some rows and not others.
-    """
-    holders = np.vectorize(lambda device: device.process_index)(devices).reshape(-1, devices.shape[-1])
-    rows = {one: tuple(np.flatnonzero((holders == one).any(axis=1)).tolist()) for one in np.unique(holders)}
-    parts = sorted(set(rows.values()))
-    if sum(map(len, parts)) != len(holders) or len({len(part) for part in parts}) > 1:
-        raise InputError(
-            f"a mesh of {_named(devices.shape)} gives processes rows that overlap in part; "
-            f"choose a tensor size that divides a process's devices, or is a multiple of them"
-        )
-    return parts.index(rows[process]), len(parts)
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -25,7 +25,6 @@ from squeeze_jax.sharding import (
     nearest_meshes,
     on_mesh,
     parameter_spec,
-    part_of_batch,
 )
 
 # --- products ----------------------------------------------------------------------------------------------------------
@@ -171,19 +170,3 @@ def test_neighbours_on_the_mesh_are_neighbours_on_the_chips(sizes):
         for one, other in pairwise(group):
             apart = (abs(a - b) for a, b in zip(one.coords, other.coords))
             assert sum(min(steps, 4 - steps) for steps in apart) == 1  # a ring on each axis
-
-
-def test_processes_read_the_rows_of_their_devices():
-    def mesh(processes, *shape):
-        owners = np.array([SimpleNamespace(process_index=p) for p in processes], dtype=object)
-        return owners.reshape(shape)
-
-    apart = mesh([0, 0, 1, 1, 2, 2, 3, 3], 2, 2, 2)
-    assert [part_of_batch(apart, p) for p in range(4)] == [(p, 4) for p in range(4)]
-    crossed = mesh([1, 1, 0, 0], 4, 1, 1)
-    assert [part_of_batch(crossed, p) for p in (0, 1)] == [(1, 2), (0, 2)]
-    over_hosts = mesh([0, 0, 1, 1, 2, 2, 3, 3], 1, 2, 4)
-    assert [part_of_batch(over_hosts, p) for p in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    with pytest.raises(InputError, match=r"data=1, fsdp=2, tensor=3.*overlap in part"):
-        part_of_batch(mesh([0, 0, 1, 1, 2, 2], 1, 2, 3), 0)
-    assert part_of_batch(make_mesh(2, 2, 2).devices, 0) == (0, 1)

@@ -11,7 +11,8 @@ from squeeze_jax.data.manifest import read_manifest
 from squeeze_jax.data.sources import CritterRows, ManifestRows
 from squeeze_jax.errors import InputError
 
-SHARD = 1024
+MOST_ROWS, MOST_BYTES, TOKENS = 1024, 2 * 2**30, 320
+"""Of a shard: rows, and about how large it may become at that many tokens a row. A killed extraction repeats one shard."""
 
 
 def row_sources(config: Config, manifest: Path | None = None) -> dict[str, CritterRows | ManifestRows]:
@@ -37,12 +38,19 @@ def row_sources(config: Config, manifest: Path | None = None) -> dict[str, Critt
     raise InputError("no examples: set data.manifest, data.critters or data.features")
 
 
+def rows_of_shard(config: Config, layers: int) -> int:
+    """Rows of a shard of records that keep that many hidden states: 1,024, fewer where records are large."""
+    row = layers * TOKENS * config.aggregator.width * (1 if config.data.codec == "int8" else 2)
+    return max(1, min(MOST_ROWS, MOST_BYTES // row))
+
+
 def extract_features(
     config: Config, out: Path, *, manifest: Path | None = None, shard: tuple[int, int] = (0, 1)
 ) -> None:
     """Writes `out`/train and `out`/held_out; finished shards are kept, so a killed extraction goes on."""
     sources = row_sources(config, manifest)
     encoders = FrozenEncoders.of(config)
+    layers = config.aggregator.reads if config.data.keep == "read" else None
     with progress() as bar:
         for split, rows in sources.items():
             task = bar.add_task(f"extracting {split}", total=len(rows))
@@ -51,11 +59,14 @@ def extract_features(
                 encoders,
                 out / split,
                 target_size=(config.data.height, config.data.width),
+                buckets=config.data.buckets,
                 reference_long_side=config.data.reference_long_side,
-                examples_per_shard=SHARD,
+                examples_per_shard=rows_of_shard(config, len(layers or range(encoders.reader.layers + 1))),
                 batch=config.data.extract_batch,
                 shard=shard,
                 source=rows.source,
+                codec=config.data.codec,
+                layers=layers,
                 progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
             )
 

@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> None:
     )
     if take_switch(arguments, "--distributed") or any(part is not None for part in others):
         join(*others)
-    from squeeze_jax.commands.features import extract_features
+    from squeeze_jax.commands.features import extract_features, row_sources
     from squeeze_jax.commands.grids import critter_scores, grid_sampler
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.interop.checkpoint import write_config
@@ -93,10 +93,11 @@ def run(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     features = Path(config.data.features) if config.data.features else folder / "features"
-    if config.data.features is None:
+    if config.data.features is None and not config.data.online:
         extract_features(config, features, shard=(jax.process_index(), jax.process_count()))
         meet("records extracted")
-    say(f"records: {features}; {time.perf_counter() - started:.0f} s")
+    if not config.data.online:
+        say(f"records: {features}; {time.perf_counter() - started:.0f} s")
     result = train(
         config,
         folder,
@@ -105,6 +106,7 @@ def run(arguments: list[str]) -> None:
         accept_changes=accept_changes,
         sample=grid_sampler(config, folder, features),
         work=lambda stage, batch: step_work(config, stage, batch),
+        examples=row_sources(config) if config.data.online else None,
         say=say,
     )
     write_config(folder, config)

@@ -150,12 +150,17 @@ def image_tiles(image: Image.Image, size: int, most: int = 1) -> Float32[np.ndar
 
     The same processor's dynamic tiling. With `most` 1 it is one tile (`preprocess_image`).
     """
+    return normalised(tile_pixels(image, size, most))
+
+
+def tile_pixels(image: Image.Image, size: int, most: int = 1) -> UInt8[np.ndarray, "tiles size size 3"]:
+    """`image_tiles` before their values are normalised."""
     rows, columns = tile_grid(image.height, image.width, size, most)
     pixels = np.asarray(resized(image, columns * size, rows * size)).reshape(rows, size, columns, size, 3)
     tiles = pixels.swapaxes(1, 2).reshape(-1, size, size, 3)
     if len(tiles) > 1:
         tiles = np.concatenate([tiles, np.asarray(resized(image, size, size))[None]])
-    return normalised(tiles)
+    return tiles
 
 
 def tile_grid(height: int, width: int, size: int, most: int) -> tuple[int, int]:

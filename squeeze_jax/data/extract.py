@@ -15,8 +15,9 @@ from jaxtyping import Float, Float32, Int32
 from PIL import Image
 
 from squeeze_jax.data.features import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
-from squeeze_jax.data.images import load_image, resize_for_reference, resize_for_target
+from squeeze_jax.data.images import load_image, nearest_size, resize_for_reference, resize_for_target
 from squeeze_jax.data.manifest import Row
+from squeeze_jax.data.storage import write_json
 from squeeze_jax.errors import InputError
 
 SETTINGS_FILE = "extraction.json"
@@ -92,18 +93,24 @@ def extract(
     out_dir: epath.PathLike,
     *,
     target_size: tuple[int, int],
+    buckets: Sequence[tuple[int, int]] = (),
     reference_long_side: int,
     examples_per_shard: int = 1024,
     batch: int = 32,
     shard: tuple[int, int] = (0, 1),
     source: str = "",
+    codec: str = "bf16",
+    layers: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Metadata | None:
     """Writes the feature records of all rows into `out_dir`.
 
-    target_size: (height, width) of every target in pixels. source: a fingerprint of the rows (a manifest's digest, a
-    generator's seed), kept so that a folder is never continued with other rows. shard: (i, n) does every n-th shard
-    from i. Returns the metadata, or None while other parts are missing.
+    target_size: (height, width) of every target in pixels. buckets: several of them instead; a target gets the one that is
+    nearest in aspect ratio (`nearest_size`), and batches go by size and number of references (`buckets.py`).
+    codec: how hidden states are kept, of `codec.CODECS`. layers: the MLLM's hidden states to keep, ascending; None keeps
+    all. source: a fingerprint of the rows (a manifest's digest, a generator's seed), kept so that a folder is never
+    continued with other rows. shard: (i, n) does every n-th shard from i. Returns the metadata, or None while other parts
+    are missing.
     Raises InputError where `out_dir` holds an extraction of other rows or other settings.
     """
     part, parts = shard
@@ -115,11 +122,14 @@ def extract(
     settings = {
         "rows": len(rows),
         "source": source,
-        "target_size": list(target_size),
+        "target_size": [list(size) for size in buckets] if buckets else list(target_size),
         "reference_long_side": reference_long_side,
         "examples_per_shard": examples_per_shard,
         "encoders": encoders.settings,
     }
+    # Only where they are not the default: extractions from before there was a choice go on being continued.
+    settings |= {"codec": codec} if codec != "bf16" else {}
+    settings |= {"layers": list(layers)} if layers is not None else {}
     _claim(folder, settings)
 
     shards = -(-len(rows) // examples_per_shard)
@@ -127,14 +137,15 @@ def extract(
     for number in range(part, shards, parts):
         first, last = number * examples_per_shard, min((number + 1) * examples_per_shard, len(rows))
         if shard_summary(folder, number, shards) is None:
-            records = _records(rows, range(first, last), encoders, target_size, reference_long_side, batch)
-            write_shard(folder, number, shards, _counted(records, done, len(rows), progress))
+            sizes = list(buckets) or [target_size]
+            records = _records(rows, range(first, last), encoders, sizes, reference_long_side, batch, layers)
+            write_shard(folder, number, shards, _counted(records, done, len(rows), progress), codec, bool(buckets))
         done += last - first
         if progress:
             progress(done, len(rows))
     if any(shard_summary(folder, number, shards) is None for number in range(shards)):
         return None
-    return write_metadata(folder, shards, settings)
+    return write_metadata(folder, shards, settings, codec, layers)
 
 
 def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:
@@ -142,14 +153,12 @@ def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_FILE
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False))
-        part.replace(path)
+        write_json(path, settings)
         return
     there, wanted = json.loads(path.read_text()), json.loads(json.dumps(settings))
-    differing = [key for key in wanted if there.get(key) != wanted[key]]
+    differing = [key for key in there | wanted if there.get(key) != wanted.get(key)]
     if differing:
-        listed = ", ".join(f"{key} {there.get(key)!r} there and {wanted[key]!r} now" for key in differing)
+        listed = ", ".join(f"{key} {there.get(key)!r} there and {wanted.get(key)!r} now" for key in differing)
         raise InputError(f"{folder} holds an extraction with {listed}; choose another folder or delete it")
 
 
@@ -157,24 +166,27 @@ def _records(
     rows: Rows,
     numbers: range,
     encoders: Encoders,
-    target_size: tuple[int, int],
+    target_sizes: Sequence[tuple[int, int]],
     reference_long_side: int,
     batch: int,
+    layers: Sequence[int] | None,
 ) -> Iterator[FeatureRecord]:
+    kept = slice(None) if layers is None else list(layers)
     for start in range(0, len(numbers), batch):
         examples = [rows[number] for number in numbers[start : start + batch]]
         references = [list(example.references) for example in examples]
         encoded = encoders.hidden_states([example.prompt for example in examples], references)
-        pictures = [resize_for_target(example.target, *target_size) for example in examples]
+        targets = [example.target for example in examples]
+        pictures = [resize_for_target(t, *nearest_size(t.height, t.width, target_sizes)) for t in targets]
         pictures += [resize_for_reference(r, reference_long_side) for sample in references for r in sample]
         latents = _latents(encoders, pictures, batch)
         of_references = iter(latents[len(examples) :])
         for example, prompt, target, sample in zip(examples, encoded, latents, references):
             yield FeatureRecord(
                 prompt=example.prompt,
-                text=prompt.text,
+                text=prompt.text[kept],
                 text_positions=prompt.text_positions,
-                image=prompt.image,
+                image=prompt.image[kept],
                 image_positions=prompt.image_positions,
                 target=target,
                 references=tuple(next(of_references) for _ in sample),

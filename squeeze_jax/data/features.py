@@ -8,29 +8,33 @@ A folder holds ArrayRecord shards that TFDS reads (`tfds.builder_from_directory(
     squeeze-train.array_record-00003-of-00010         one shard
     squeeze-train.array_record-00003-of-00010.json    its `ShardSummary`, written after it: the shard is whole
 
-bf16 values are kept as their bits in uint16, which NumPy and TFDS know. No TensorFlow and no JAX is imported here,
-since data workers run this file.
+A folder may lie in object storage (`gs://bucket/…`). No TensorFlow and no JAX is imported here, since data workers run
+this file.
 """
 
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 from jaxtyping import Float, Int32
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from squeeze_jax.data.buckets import Sizes
+from squeeze_jax.data.codec import CODECS, Codec
+from squeeze_jax.data.storage import remove_parts, write_json, write_whole
+from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.errors import InputError
 
-CODEC = 1
-"""Version of the record's layout; a reader refuses others."""
 METADATA_FILE = "squeeze.json"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-_BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class FeatureRecord(NamedTuple):
@@ -57,11 +61,11 @@ class Shape:
     """The sizes that all records of a data set share."""
 
     layers: int
-    """M: hidden states a token has, the embeddings included."""
+    """M: hidden states a token has in the record."""
     width: int
     """C."""
-    target: tuple[int, int, int]
-    """Height, width and channels of the target's latent."""
+    target: tuple[int | None, int | None, int]
+    """Height, width and channels of the target's latent; height and width None where targets are of several sizes."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class ShardSummary:
     max_references: int
     max_reference_tokens: int
     """Largest number of packed reference tokens of a record, all its references together."""
+    sizes: tuple[Sizes, ...] = ()
+    """Each record's; empty in folders from before they were kept."""
 
 
 @dataclass(frozen=True)
@@ -86,63 +92,93 @@ class Metadata:
     """Records of each shard."""
     settings: dict[str, Any] = field(default_factory=dict)
     """How it was extracted: sizes, fingerprints of the encoders, chat-template settings."""
-    codec: int = CODEC
+    codec: str = "bf16"
+    """Of `CODECS`."""
+    layers: tuple[int, ...] = ()
+    """Which of the MLLM's hidden states the records hold, ascending, 0 = input embeddings."""
+
+    @property
+    def target_shapes(self) -> list[tuple[int, int, int]]:
+        """Heights, widths and channels that targets' latents have."""
+        height, width, channels = self.summary.shape.target
+        if height is None or width is None:
+            return [(*size, channels) for size in sorted({(one.height, one.width) for one in self.summary.sizes})]
+        return [(height, width, channels)]
 
 
 # Encoding
 
 
-def record_features(shape: Shape) -> tfds.features.FeaturesDict:
+def record_features(shape: Shape, codec: Codec) -> tfds.features.FeaturesDict:
     """TFDS's description of a record."""
-    m, c = shape.layers, shape.width
 
     def tensor(size: tuple[int | None, ...], dtype: type) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=size, dtype=dtype, encoding="bytes")
 
+    states = {
+        name + suffix: tensor((shape.layers, None, *size), dtype)
+        for name in STATES
+        for suffix, (dtype, size) in codec.layout(shape.width).items()
+    }
     return tfds.features.FeaturesDict(
         {
             "prompt": tfds.features.Text(),
-            "text": tensor((m, None, c), np.uint16),
             "text_positions": tensor((None,), np.int32),
-            "image": tensor((m, None, c), np.uint16),
             "image_positions": tensor((None,), np.int32),
             "target": tensor(shape.target, np.float32),
             "references": tensor((None,), np.float32),
             "reference_sizes": tensor((None, 2), np.int32),
+            **states,
         }
     )
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.astype(_BF16)).view(np.uint16)
+STATES = ("text", "image")
 
 
-def encode(record: FeatureRecord) -> dict[str, Any]:
-    """The record as `record_features` describes it: bf16 as bits, references flat with their sizes."""
+def encode(record: FeatureRecord, codec: Codec) -> dict[str, Any]:
+    """The record as `record_features` describes it: hidden states in parts, references flat with their sizes."""
     flat = [latent.astype(np.float32).ravel() for latent in record.references]
+    parts = {name: codec.encode(getattr(record, name)) for name in STATES}
     return {
         "prompt": record.prompt,
-        "text": _bits(record.text),
         "text_positions": record.text_positions.astype(np.int32),
-        "image": _bits(record.image),
         "image_positions": record.image_positions.astype(np.int32),
         "target": record.target.astype(np.float32),
         "references": np.concatenate([np.zeros(0, np.float32), *flat]),
         "reference_sizes": np.array([r.shape[:2] for r in record.references], np.int32).reshape(-1, 2),
+        **{name + suffix: part for name in STATES for suffix, part in parts[name].items()},
     }
 
 
-def decode(example: dict[str, Any], number: int) -> FeatureRecord:
-    """The inverse of `encode`; arrays are views of the bytes read and must not be written to."""
+def serialise(features: tfds.features.FeaturesDict, example: dict[str, Any]) -> bytes:
+    """TFDS's bytes of a record, the same from every process: its own `serialize_example` mixes the order of the fields."""
+    serializer = ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
+def decode(
+    example: dict[str, Any], number: int, codec: Codec, rows: Sequence[int] | None = None
+) -> FeatureRecord:
+    """The inverse of `encode`, or only the hidden states in these rows of the axis M.
+
+    Arrays may be views of the bytes read and must not be written to.
+    """
     sizes = example["reference_sizes"].tolist()
     channels = example["target"].shape[-1]
     ends = np.cumsum([h * w * channels for h, w in sizes])
     flat = np.split(example["references"], ends[:-1]) if sizes else []
+
+    def states(name: str) -> np.ndarray:
+        suffixes = codec.layout(example[name].shape[-1])
+        parts = {suffix: example[name + suffix] for suffix in suffixes}
+        return codec.decode(parts if rows is None else {suffix: part[list(rows)] for suffix, part in parts.items()})
+
     return FeatureRecord(
         prompt=example["prompt"].decode(),
-        text=example["text"].view(_BF16),
+        text=states("text"),
         text_positions=example["text_positions"],
-        image=example["image"].view(_BF16),
+        image=states("image"),
         image_positions=example["image_positions"],
         target=example["target"],
         references=tuple(part.reshape(h, w, channels) for part, (h, w) in zip(flat, sizes, strict=True)),
@@ -153,11 +189,11 @@ def decode(example: dict[str, Any], number: int) -> FeatureRecord:
 # Writing
 
 
-def record_shape(record: FeatureRecord) -> Shape:
-    """The shape of the data set that a record belongs to."""
+def record_shape(record: FeatureRecord, mixed: bool = False) -> Shape:
+    """The shape of the data set that a record belongs to; `mixed`: one with targets of several sizes."""
     layers, _, width = record.text.shape
     height, width_of_target, channels = record.target.shape
-    return Shape(layers, width, (height, width_of_target, channels))
+    return Shape(layers, width, (None, None, channels) if mixed else (height, width_of_target, channels))
 
 
 def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
@@ -166,17 +202,18 @@ def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
     if len(shapes) != 1:
         raise ValueError(f"records of one data set must share one shape, found {sorted(map(str, shapes))}")
     largest = {f: max(getattr(s, f) for s in summaries) for f in _MAXIMA}
-    return ShardSummary(records=sum(s.records for s in summaries), shape=shapes.pop(), **largest)
+    sizes = tuple(chain.from_iterable(s.sizes for s in summaries))
+    return ShardSummary(records=sum(s.records for s in summaries), shape=shapes.pop(), sizes=sizes, **largest)
 
 
 _MAXIMA = [f.name for f in fields(ShardSummary) if f.name.startswith("max_")]
 
 
-def _summarise(record: FeatureRecord) -> ShardSummary:
-    tokens = sum(r.shape[0] // 2 * (r.shape[1] // 2) for r in record.references)
-    return ShardSummary(
-        1, record_shape(record), record.text.shape[1], record.image.shape[1], len(record.references), tokens
-    )
+def _summarise(record: FeatureRecord, mixed: bool) -> ShardSummary:
+    tokens = sum(r.shape[0] // PATCH * (r.shape[1] // PATCH) for r in record.references)
+    (height, width, _), text, image = record.target.shape, record.text.shape[1], record.image.shape[1]
+    sizes = Sizes(height, width, text, image, len(record.references), tokens)
+    return ShardSummary(1, record_shape(record, mixed), text, image, len(record.references), tokens, (sizes,))
 
 
 def shard_path(folder: epath.Path, shard: int, shards: int) -> epath.Path:
@@ -187,7 +224,7 @@ def shard_path(folder: epath.Path, shard: int, shards: int) -> epath.Path:
 def shard_summary(folder: epath.Path, shard: int, shards: int) -> ShardSummary | None:
     """The summary of a finished shard; None where it is unfinished, damaged or truncated."""
     path = shard_path(folder, shard, shards)
-    beside = path.with_name(path.name + ".json")
+    beside = _beside(path)
     if not (beside.exists() and path.exists()):
         return None
     try:
@@ -198,35 +235,61 @@ def shard_summary(folder: epath.Path, shard: int, shards: int) -> ShardSummary |
     return summary
 
 
-def write_shard(folder: epath.Path, shard: int, shards: int, records: Iterable[FeatureRecord]) -> ShardSummary:
-    """Writes one shard whole or not at all, then its summary. An earlier, unfinished one is overwritten."""
+def write_shard(
+    folder: epath.Path,
+    shard: int,
+    shards: int,
+    records: Iterable[FeatureRecord],
+    codec: str = "bf16",
+    mixed: bool = False,
+) -> ShardSummary:
+    """Writes one shard whole or not at all, then its summary. An earlier, unfinished one is overwritten.
+
+    mixed: targets are of several sizes. Raises ValueError where shapes differ otherwise.
+    """
     path = shard_path(folder, shard, shards)
-    part = path.with_name(path.name + ".part")
-    # Group size 1: records are read one by one in random order.
-    writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
-    summary, features = None, None
-    try:
-        for record in records:
-            one = _summarise(record)
-            summary = one if summary is None else merge([summary, one])
-            features = features or record_features(one.shape)
-            writer.write(features.serialize_example(encode(record)))
-    finally:
-        writer.close()
-    if summary is None:
-        raise ValueError("a shard needs at least one record")
-    part.replace(path)
-    _write_json(path.with_name(path.name + ".json"), asdict(summary))
+    summaries: list[ShardSummary] = []
+
+    def write(part: Path) -> None:
+        # Group size 1: records are read one by one in random order.
+        writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
+        features = None
+        try:
+            for record in records:
+                one = _summarise(record, mixed)
+                merge([*summaries[:1], one])  # refuses another shape
+                summaries.append(one)
+                features = features or record_features(one.shape, CODECS[codec])
+                writer.write(serialise(features, encode(record, CODECS[codec])))
+        finally:
+            writer.close()
+        if not summaries:
+            raise ValueError("a shard needs at least one record")
+
+    write_whole(path, write)
+    summary = merge(summaries)
+    write_json(_beside(path), asdict(summary))
     return summary
 
 
-def write_metadata(folder: epath.Path, shards: int, settings: dict[str, Any]) -> Metadata:
-    """Describes a folder all of whose shards are finished; from here on it can be read."""
+def write_metadata(
+    folder: epath.Path,
+    shards: int,
+    settings: dict[str, Any],
+    codec: str = "bf16",
+    layers: Sequence[int] | None = None,
+) -> Metadata:
+    """Describes a folder all of whose shards are finished; from here on it can be read.
+
+    layers: which hidden states the records hold; None: all of the MLLM's. Several processes may do this at once.
+    """
     summaries = [shard_summary(folder, shard, shards) for shard in range(shards)]
     finished = [summary for summary in summaries if summary is not None]
     if len(finished) != shards:
         raise ValueError(f"{shards - len(finished)} of {shards} shards of {folder} are not finished")
-    metadata = Metadata(merge(finished), tuple(s.records for s in finished), settings)
+    summary = merge(finished)
+    held = tuple(range(summary.shape.layers) if layers is None else layers)
+    metadata = Metadata(summary, tuple(s.records for s in finished), settings, codec, held)
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, template=_TEMPLATE, dataset_name="squeeze", split="train", filetype_suffix="array_record"
     )
@@ -234,26 +297,30 @@ def write_metadata(folder: epath.Path, shards: int, settings: dict[str, Any]) ->
     split = tfds.core.SplitInfo(
         name="train", shard_lengths=list(metadata.shards), num_bytes=sizes, filename_template=template
     )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=record_features(metadata.summary.shape),
-        split_infos=[split],
-        filename_template=_TEMPLATE,
-        check_data=False,  # the check wants TensorFlow
-    )
-    _write_json(folder / METADATA_FILE, asdict(metadata))
+    with tempfile.TemporaryDirectory() as local:
+        (Path(local) / shard_path(folder, 0, shards).name).touch()  # its name tells the kind of file
+        tfds.folder_dataset.write_metadata(
+            data_dir=local,
+            features=record_features(summary.shape, CODECS[codec]),
+            split_infos=[split],
+            filename_template=_TEMPLATE,
+            check_data=False,  # the check wants TensorFlow
+        )
+        for made in sorted(Path(local).glob("*.json")):
+            write_whole(folder / made.name, lambda part, made=made: part.write_bytes(made.read_bytes()))
+    write_json(folder / METADATA_FILE, asdict(metadata) | {"codec": CODECS[codec].version})
+    remove_parts(folder)
     return metadata
 
 
-def _write_json(path: epath.Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False))
-    part.replace(path)
+def _beside(shard: epath.Path) -> epath.Path:
+    return shard.with_name(shard.name + ".json")
 
 
 def _read_summary(value: dict[str, Any]) -> ShardSummary:
     shape = Shape(**{**value["shape"], "target": tuple(value["shape"]["target"])})
-    return ShardSummary(**{**value, "shape": shape})
+    sizes = tuple(Sizes(*one) for one in value.get("sizes", ()))
+    return ShardSummary(**{**value, "shape": shape, "sizes": sizes})
 
 
 # Reading
@@ -269,9 +336,13 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
         raise InputError(f"{folder}: no feature records ({METADATA_FILE} is missing); {remedy}")
     try:
         value = json.loads(path.read_text())
-        if value["codec"] != CODEC:
-            raise InputError(f"{path}: records of codec {value['codec']}, this version reads {CODEC}; extract again")
-        return Metadata(_read_summary(value["summary"]), tuple(value["shards"]), value["settings"], value["codec"])
+        names = {codec.version: name for name, codec in CODECS.items()}
+        if (version := value["codec"]) not in names:
+            raise InputError(f"{path}: records of codec {version}, this version reads {sorted(names)}; extract again")
+        summary = _read_summary(value["summary"])
+        # Records from before there was a choice hold all.
+        layers = tuple(value.get("layers", range(summary.shape.layers)))
+        return Metadata(summary, tuple(value["shards"]), value["settings"], names[version], layers)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a description of feature records ({error!r}); extract again") from error
 
@@ -279,14 +350,22 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
 class FeatureSource:
     """The records of a folder by index: `len(source)`, `source[i]`.
 
-    Threads may share it; a pickled copy opens its files anew.
+    Threads may share it; a pickled copy opens its files anew. layers: which of the MLLM's hidden states to read; None:
+    those that the records hold.
     Opening checks that every shard is there, has its number of records and that its last record can be read
-    (a truncated shard cannot); raises InputError naming the shard.
+    (a truncated shard cannot); raises InputError naming the shard, or the hidden states that are not held.
     """
 
-    def __init__(self, folder: epath.PathLike):
+    def __init__(self, folder: epath.PathLike, layers: Sequence[int] | None = None):
         self.folder = epath.Path(folder)
         self.metadata = read_metadata(self.folder)
+        held = self.metadata.layers
+        if missing := set(layers or ()) - set(held):
+            raise InputError(
+                f"{folder}: records hold hidden states {_ranges(held)}, aggregator.layers asks for {_ranges(missing)}; "
+                "extract with this config"
+            )
+        self._rows = None if layers is None or tuple(layers) == held else [held.index(layer) for layer in layers]
         for shard, count in enumerate(self.metadata.shards):
             check_shard(shard_path(self.folder, shard, len(self.metadata.shards)), count)
         self._records = None
@@ -300,12 +379,25 @@ class FeatureSource:
             self._records = builder.as_data_source(split="train")  # pyright: ignore[reportCallIssue]
         try:
             # One by one: TFDS's batched read starts a thread a shard every time, which costs more than it saves.
-            return decode(self._records[index], index)
+            return decode(self._records[index], index, CODECS[self.metadata.codec], self._rows)
         except RuntimeError as error:
             raise InputError(f"{self.folder}: record {index} cannot be read ({error}); extract again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None}
+        # A copy, made for a worker, reads by number and has no use for the sizes of them all.
+        metadata = replace(self.metadata, summary=replace(self.metadata.summary, sizes=()))
+        return {**self.__dict__, "_records": None, "metadata": metadata}
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0 to 9, 12, 20 to 28` of those numbers."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def check_shard(path: epath.Path, count: int) -> None:

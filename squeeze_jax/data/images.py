@@ -4,10 +4,11 @@ Decoded pictures are upright 8-bit RGB. Arrays are float32 [height, width, 3] in
 """
 
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,20 @@ def resize_for_target(image: Image.Image, height: int, width: int) -> Float32[np
     # Rounding may put an edge a hair outside, which Pillow refuses.
     box = (max(left, 0), max(top, 0), min(left + cut_width, image.width), min(top + cut_height, image.height))
     return to_float(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) whose aspect ratio is nearest a picture's, in logarithms, so that least is cut away.
+
+    Of several with that ratio, the largest that need not enlarge the picture, else the smallest (our decision).
+    """
+
+    def order(size: tuple[int, int]) -> tuple[float, bool, int]:
+        distance = abs(math.log(size[0] / size[1]) - math.log(height / width))
+        enlarges = size[0] > height or size[1] > width
+        return round(distance, 6), enlarges, size[0] * size[1] * (1 if enlarges else -1)
+
+    return min(sizes, key=order)
 
 
 def reference_size(height: int, width: int, long_side: int, multiple: int = MULTIPLE) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """Feature records to training batches: shuffled for ever, shared out over processes, padded, prefetched (Grain).
 
-The order of records is a function of (seed, process, batch number) alone, so an iterator's state is one number.
+Which records make up a global batch is a function of (seed, batch number) alone, so an iterator's state is one number,
+and one process, two or eight make the same batches: each reads the rows that lie on its devices. Where targets are of
+several sizes, every batch comes from one bucket (`buckets.py`).
 """
 
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 
+from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, permutation, shapes, waste
 from squeeze_jax.data.features import FeatureRecord, FeatureSource, ShardSummary
-from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions
+from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, reference_positions
 from squeeze_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,18 +29,19 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 
-def collate(records: Sequence[FeatureRecord], sizes: ShardSummary) -> Arrays:
-    """Records of one data set as padded arrays of its largest sizes, whatever each record's own are.
+def collate(records: Sequence[FeatureRecord], padding: Padding, with_grid: bool = False) -> Arrays:
+    """Records with equally many target tokens as arrays padded to these lengths, whatever each record's own are.
 
-    Every array has the leading axis B; hidden states are kept as the bits of bf16 in uint16 (`to_batch` names them),
-    because workers hand arrays over in shared memory, which knows NumPy's types only.
+    with_grid: each target's rows and columns are told, since they may differ. Every array has the leading axis B; hidden
+    states are kept as the bits of bf16 in uint16 (`to_batch` names them), because workers hand arrays over in shared
+    memory, which knows NumPy's types only.
     """
-    count, m, c = len(records), sizes.shape.layers, sizes.shape.width
-    lt, li, r = sizes.max_text, sizes.max_image, sizes.max_reference_tokens
-    channels = 4 * sizes.shape.target[-1]
+    count, (m, _, c) = len(records), records[0].text.shape
+    lt, li, r = padding
+    channels = PATCH * PATCH * records[0].target.shape[-1]
     arrays = {
         "index": np.array([record.number for record in records], np.int32),
-        "target": pack(np.stack([record.target for record in records])),
+        "target": np.stack([pack(record.target) for record in records]),
         "text": np.zeros((count, m, lt, c), np.uint16),
         "text_mask": np.zeros((count, lt), bool),
         "text_positions": np.zeros((count, lt), np.int32),
@@ -48,6 +52,8 @@ def collate(records: Sequence[FeatureRecord], sizes: ShardSummary) -> Arrays:
         "reference_mask": np.zeros((count, r), bool),
         "reference_positions": np.zeros((count, r, 2), np.int32),
     }
+    if with_grid:
+        arrays["grid"] = np.array([latent_grid(record.target) for record in records], np.int32)
     for i, record in enumerate(records):
         for name, states, positions in (
             ("text", record.text, record.text_positions),
@@ -90,45 +96,66 @@ def to_batch(arrays: Arrays) -> "TrainingBatch":
             tokens=arrays["references"], mask=arrays["reference_mask"], positions=arrays["reference_positions"]
         ),
         index=arrays["index"],
+        grid=arrays.get("grid"),
     )
+
+
+Numbers = tuple[int, np.ndarray]
+"""A bucket, and the numbers of some of its records."""
+
+
+class Order:
+    """For Grain: the records that this process reads of every batch, by the batch's number."""
+
+    def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, rows: np.ndarray):
+        self.records, self.rows = [bucket.records for bucket in buckets], rows
+        self.turns = Turns([len(own) for own in self.records], batch, seed)
+        self.batch, self.seed = batch, seed
+
+    def __len__(self) -> int:
+        return 2**48  # for ever
+
+    def __getitem__(self, index: int) -> Numbers:
+        bucket, batch = self.turns(int(index))
+        records = self.records[bucket]
+        # Epochs run into each other. Processes share out the rows of a shuffled batch: slicing the records after a shuffle
+        # instead would hand a process other records in every epoch.
+        epochs, places = np.divmod(batch * self.batch + self.rows, len(records))
+        orders = [permutation(len(records), self.seed, bucket, epoch) for epoch in epochs.tolist()]
+        return bucket, records[[order[place] for order, place in zip(orders, places)]]
 
 
 class _ReadBatch:
     """Record numbers to their padded arrays."""
 
-    def __init__(self, source: FeatureSource):
-        self.source = source
+    def __init__(self, source: FeatureSource, paddings: Sequence[Padding]):
+        self.source, self.paddings = source, paddings
+        self.with_grid = None in source.metadata.summary.shape.target
 
-    def __call__(self, numbers: np.ndarray) -> Arrays:
-        return collate([self.source[number] for number in numbers.tolist()], self.source.metadata.summary)
-
-
-class _CachedBatch:
-    """The same from memory: all of this process's records, padded once."""
-
-    def __init__(self, source: FeatureSource, numbers: range):
-        self.numbers = numbers
-        self.arrays: Arrays = {}
-        read = _ReadBatch(source)
-        for start in range(0, len(numbers), 256):
-            part = read(np.array(numbers[start : start + 256]))
-            for name, array in part.items():
-                if not start:
-                    self.arrays[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
-                self.arrays[name][start : start + len(array)] = array
-
-    def __call__(self, numbers: np.ndarray) -> Arrays:
-        rows = (numbers - self.numbers.start) // self.numbers.step
-        return {name: array[rows] for name, array in self.arrays.items()}
+    def __call__(self, numbers: Numbers) -> Arrays:
+        records = [self.source[number] for number in numbers[1].tolist()]
+        return collate(records, self.paddings[numbers[0]], self.with_grid)
 
 
 class BatchIterator:
-    """Training batches for ever. `get_state` and `set_state` continue exactly, also with other numbers of workers."""
+    """Training batches for ever.
+
+    `get_state` and `set_state` continue exactly, also with other numbers of workers and processes.
+    """
 
     def __init__(
-        self, source: FeatureSource, batches: grain.MapDataset, identity: dict[str, Any], prefetch: int, workers: int
+        self,
+        batches: grain.MapDataset,
+        identity: dict[str, Any],
+        prefetch: int,
+        workers: int,
+        buckets: Sequence[Bucket],
+        finish: Callable[[Arrays], Any],
+        about: str,
     ):
-        self.source = source
+        """finish: arrays to a batch under its names. about: what `describe` says."""
+        self.buckets = buckets
+        self._finish, self._about = finish, about
         self._batches = batches
         self._identity = identity
         self._prefetch = prefetch
@@ -138,17 +165,26 @@ class BatchIterator:
         # Also at the interpreter's exit: Grain's iterators complain when they outlive Grain's modules.
         weakref.finalize(self, _end, self._running)
 
-    def __iter__(self) -> Iterator["TrainingBatch"]:
+    @property
+    def epoch(self) -> int:
+        """Batches in which each record has come once."""
+        return sum(-(-len(bucket.records) // self._identity["batch"]) for bucket in self.buckets)
+
+    def describe(self) -> str:
+        """What is read, in one line for people."""
+        return self._about
+
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> "TrainingBatch":
+    def __next__(self) -> Any:
         if not self._running:
             self._running.append(self._start())
         arrays = next(self._running[0])
         if self._workers:  # out of the workers' shared memory, which goes away with them
             arrays = {name: np.array(array) for name, array in arrays.items()}
         self._drawn += 1
-        return to_batch(arrays)
+        return self._finish(arrays)
 
     def _start(self) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
@@ -167,8 +203,8 @@ class BatchIterator:
     def set_state(self, state: bytes) -> None:
         """Continues after the batch at which `state` was taken.
 
-        Raises InputError where the state belongs to another data set, seed, batch size or number of processes, since
-        records would then be left out or repeated.
+        Raises InputError where the state belongs to another data set, seed or batch size, since records would then be
+        left out or repeated.
         """
         try:
             there = json.loads(state)
@@ -197,38 +233,48 @@ def make_dataset(
     *,
     batch: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
     workers: int = 0,
-    cache: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> BatchIterator:
-    """Batches of `batch` records (on this process) from a folder of feature records, reshuffled every epoch.
+    """Batches of `batch` records from a folder of feature records, reshuffled every epoch.
 
-    Epochs run into each other, so every batch is full however few records there are. prefetch: batches made ahead, each
-    by a thread. workers: processes that make them instead; they are spawned, so the main script needs
-    `if __name__ == "__main__"`. cache: reads all of this process's records into memory first.
-    Raises InputError where the folder is unfinished or damaged, has fewer records than processes, or where workers
-    would each need the cache.
+    Epochs run into each other, so every batch is full however few records there are. rows: those of every batch that this
+    process reads (0 .. batch − 1, in order); None: all. prefetch: batches made ahead, each by a thread. workers: processes
+    that make them instead; they are spawned, so the main script needs `if __name__ == "__main__"`. layers: the hidden
+    states that batches hold, of those that the records do; None: all of these.
+    Raises InputError where the folder is unfinished or damaged, or lacks hidden states.
     """
-    source = FeatureSource(feature_dir)
-    if len(source) < process_count:
-        raise InputError(f"{feature_dir}: {len(source)} records are too few for {process_count} processes")
-    if cache and workers:
-        raise InputError(f"records cached in memory are not for {workers} workers to copy; use one or the other")
-    # Slice before the shuffle: after it, each epoch's shuffle would hand this process other records.
-    numbers = grain.MapDataset.range(len(source))[process_index::process_count]
-    # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's. Nothing remains to be
-    # dropped, but without saying so Grain computes the endless length in floating point, which overflows at batch 1.
-    own = range(process_index, len(source), process_count)
-    read = _CachedBatch(source, own) if cache else _ReadBatch(source)
-    batches = numbers.shuffle(seed=seed).repeat().batch(batch, drop_remainder=True).map(read)
+    source = FeatureSource(feature_dir, layers)
+    buckets = buckets_of(source.metadata.summary, batch)
+    # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's.
+    order = Order(buckets, batch, seed, np.arange(batch) if rows is None else np.asarray(rows))
+    read = _ReadBatch(source, [bucket.padding for bucket in buckets])
+    metadata = source.metadata
+    described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
     identity = {
-        "version": 1,
+        "version": 2,
         "records": len(source),
-        "data": sha256(repr(source.metadata).encode()).hexdigest()[:16],
+        "data": sha256(repr(described).encode()).hexdigest()[:16],
         "seed": seed,
         "batch": batch,
-        "process_count": process_count,
     }
-    return BatchIterator(source, batches, identity, prefetch, workers)
+    batches = grain.MapDataset.source(order).map(read)
+    return BatchIterator(batches, identity, prefetch, workers, buckets, to_batch, describe(source, buckets))
+
+
+def describe(source: FeatureSource, buckets: Sequence[Bucket]) -> str:
+    """Records, shapes of batches (each one compiled program) and the share of padding."""
+    sizes, count = source.metadata.summary.sizes, shapes(buckets)
+    padding = f", {100 * waste(buckets, sizes):.1f} % of their tokens padding" if sizes else ""
+    return f"{len(source):,} records, {count} shape{'s' * (count > 1)} of batch{padding}"
+
+
+def buckets_of(summary: ShardSummary, batch: int) -> tuple[Bucket, ...]:
+    """The buckets of a data set: one for all records where their targets are of one size."""
+    height, width, _ = summary.shape.target
+    if height is None or width is None:
+        return make_buckets(summary.sizes, batch)
+    padding = Padding(summary.max_text, summary.max_image, summary.max_reference_tokens)
+    return (Bucket(np.arange(summary.records), height // PATCH * (width // PATCH), padding),)

@@ -1,6 +1,7 @@
 """What extraction reads: the rows of a manifest, or critters drawn on the spot."""
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -9,6 +10,26 @@ from squeeze_jax.data.critters import Pair, Split, draw_reference, draw_scene, p
 from squeeze_jax.data.extract import Example
 from squeeze_jax.data.images import load_image
 from squeeze_jax.data.manifest import Row
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """Examples by number, of which prompts and numbers of references can be asked without decoding a picture."""
+
+    @property
+    def source(self) -> str:
+        """What makes these examples these examples: a digest, or a generator's seed."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+    def prompt(self, index: int, /) -> str: ...
+
+    def references(self, index: int, /) -> int:
+        """How many an example has."""
+        ...
 
 
 class CritterRows:
@@ -30,6 +51,13 @@ class CritterRows:
         reference = Image.fromarray(draw_reference(pair.subject, pair.reference_pose, size))
         return Example(pair.prompt, [reference], Image.fromarray(draw_scene(pair.subject, pair.scene, size)))
 
+    def prompt(self, index: int) -> str:
+        return self.pair(index).prompt
+
+    def references(self, index: int) -> int:
+        """How many an example has."""
+        return 1
+
     @property
     def source(self) -> str:
         """What makes these rows these rows."""
@@ -49,3 +77,10 @@ class ManifestRows:
         row = self.rows[index]
         assert row.target is not None  # the manifest was read with need_targets=True
         return Example(row.prompt, [load_image(path) for path in row.references], load_image(row.target))
+
+    def prompt(self, index: int) -> str:
+        return self.rows[index].prompt
+
+    def references(self, index: int) -> int:
+        """How many an example has."""
+        return len(self.rows[index].references)

@@ -9,11 +9,14 @@ from jax.sharding import Mesh
 
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.load import load_dit
+from squeeze_jax.interop.load import encoder_configs, load_autoencoder, load_dit, load_internvl
 from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.lora import LoRAParam, add_lora
 from squeeze_jax.models.aggregator import Aggregator
+from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.encoders import Encoders
+from squeeze_jax.models.internvl import InternVL
 from squeeze_jax.models.system import System
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16}
@@ -39,7 +42,26 @@ def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = 
             quantise(dit)
     if config.lora is not None:
         add_lora(dit, config.lora, rngs=rngs)
-    return System(aggregator, dit)
+    encoders = None
+    if config.data.online:
+        encoders = load_encoders(config, mesh) if with_base else random_encoders(config, rngs)
+    return System(aggregator, dit, encoders)
+
+
+def load_encoders(config: Config, mesh: Mesh | None = None) -> Encoders:
+    """The frozen encoders for on-line extraction; the MLLM in `model.dtype`, the autoencoder in float32, as in records."""
+    model = config.model
+    return Encoders(load_internvl(model.mllm, DTYPES[model.dtype], mesh), load_autoencoder(model.autoencoder, mesh=mesh))
+
+
+def random_encoders(config: Config, rngs: nnx.Rngs) -> Encoders:
+    """Encoders of the same sizes, or without folders of the published ones, with random weights: for `nnx.eval_shape`."""
+    model = config.model
+    dtype: Any = DTYPES[model.dtype]
+    autoencoder, mllm = encoder_configs(model.autoencoder, model.mllm)
+    return Encoders(
+        InternVL(mllm, dtype=dtype, param_dtype=dtype, rngs=rngs), Autoencoder(autoencoder, rngs=rngs)
+    )
 
 
 def load_base(config: Config, mesh: Mesh | None = None) -> DiT:
@@ -63,6 +85,8 @@ def is_trained(config: Config) -> Callable[[Any, Any], bool]:
     kind = nnx.Param if config.lora is None else LoRAParam
 
     def trained(path: tuple[Any, ...], value: Any) -> bool:
+        if path[0] == "encoders":
+            return False
         variable = getattr(value, "type", type(value))
         return issubclass(variable, nnx.Param if path[0] == "aggregator" else kind)
 

@@ -25,8 +25,13 @@ from squeeze_jax.processes import is_main, meet, place
 from squeeze_jax.sharding import parameter_spec
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
-FREE = r"(sampling|checkpoint|log)\..*|parallel\..*|training\.(validate|sample)_every|data\.(workers|features)"
-"""Fields that a resumed run may change: they decide what is written and shown and where it runs, not what is learned."""
+FREE = (
+    r"(sampling|checkpoint|log|parallel)\..*|training\.(validate|sample)_every"
+    r"|data\.(workers|features|batch_per_chip|extract_batch)|optimizer\.accumulate"
+)
+"""Fields that a resumed run may change: they decide what is written and shown and where it runs, not what is learned.
+
+The global batch stays what it was: the data iterator refuses another one."""
 FIXED = r"(model|aggregator|lora)\b.*|optimizer\.(kind|ema)"
 """Fields that no resumed run may change: they decide which arrays there are, and of which size and dtype."""
 
@@ -141,8 +146,9 @@ class Checkpoints:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, cut at 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's text; of a long one the beginning and the end, where the cause stands."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
 
 
 def check_same_run(saved: Config, config: Config, workdir: Path, *, accept_changes: bool = False) -> list[str]:

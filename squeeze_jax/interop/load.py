@@ -21,7 +21,7 @@ from squeeze_jax.interop.mapping import Entry, MappingError, Tensors, export_ent
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.dit import DiT
-from squeeze_jax.models.internvl import InternVL
+from squeeze_jax.models.internvl import InternVL, InternVLConfig
 from squeeze_jax.sharding import parameter_spec
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -54,18 +54,27 @@ def load_dit(
     return _load(lambda: DiT(source.config, **kinds, rngs=nnx.Rngs(0), **options), source, dtype, folder, mesh)
 
 
-def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32) -> Autoencoder:
+def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:
     """FLUX.1's autoencoder from a diffusers folder or the single file `ae.safetensors` (`demo`: the miniature's)."""
     source = autoencoder_source(folder)
     make = lambda: Autoencoder(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-    return _load(make, source, dtype, folder)
+    return _load(make, source, dtype, folder, mesh)
 
 
-def load_internvl(folder: str | Path, dtype: DType = jnp.bfloat16) -> InternVL:
+def load_internvl(folder: str | Path, dtype: DType = jnp.bfloat16, mesh: Mesh | None = None) -> InternVL:
     """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the miniature's)."""
     source = internvl_source(folder)
     make = lambda: InternVL(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-    return _load(make, source, dtype, folder)
+    return _load(make, source, dtype, folder, mesh)
+
+
+def encoder_configs(autoencoder: str | Path, mllm: str | Path) -> tuple[AutoencoderConfig, InternVLConfig]:
+    """Sizes of both encoders; the published ones where a folder is not there (a plan needs no weights)."""
+    sizes: list[Any] = [AutoencoderConfig(), InternVLConfig()]
+    for i, (folder, source) in enumerate(((autoencoder, autoencoder_source), (mllm, internvl_source))):
+        if str(folder) == "demo" or Path(folder).exists():
+            sizes[i] = source(folder).config
+    return sizes[0], sizes[1]
 
 
 class Source(NamedTuple):

@@ -31,7 +31,13 @@ def attention(
 
         if suits(query, key, mask):
             return splash_attention(query, key, value, mask, name=name)
-    mixed = plain_attention(query, key, value, mask)
+    if platform() in ("gpu", "cuda"):
+        from squeeze_jax.layers import cudnn
+
+        kernel = cudnn.cudnn_attention if cudnn.suits(query, key, mask) else plain_attention
+        mixed = kernel(query, key, value, mask)
+    else:
+        mixed = plain_attention(query, key, value, mask)
     return mixed if name is None else checkpoint_name(mixed, name)
 
 

@@ -33,7 +33,7 @@ class AggregatorConfig:
     """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last hidden state;
     `last_layer_vit`: the same, image tokens blended with the vision tower's features by a learned weight."""
     layers: tuple[int, ...] = tuple(range(29))
-    """Which hidden states the pooling sees, 0 = input embeddings; the record must hold them."""
+    """Which hidden states the pooling sees, 0 = input embeddings; `last_layer` and `last_layer_vit` take the last one."""
     width: int = 3584
     """Width of the MLLM's hidden states."""
     out_width: int = 4096
@@ -52,6 +52,12 @@ class AggregatorConfig:
             raise ValueError(f"aggregator.width {self.width} must be a multiple of aggregator.heads {self.heads}")
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
             raise ValueError(f"aggregator.layers {self.layers} must be distinct, ascending and not negative")
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The hidden states that are looked at, ascending: a record needs no others."""
+        by_kind = {"last_layer": self.layers[-1:], "last_layer_vit": tuple(sorted({0, self.layers[-1]}))}
+        return by_kind.get(self.kind, self.layers)
 
 
 class Aggregator(nnx.Module):
@@ -79,7 +85,11 @@ class Aggregator(nnx.Module):
         self.out = Linear(config.width, config.out_width, cut="in", **kinds, rngs=rngs)
 
     def __call__(self, states: HiddenStates) -> Context:
-        """Context tokens [B, Lt + Li, out_width]; tokens of padding come last and are masked out."""
+        """Context tokens [B, Lt + Li, out_width]; tokens of padding come last and are masked out.
+
+        The states are all of the MLLM's, as sampling has them, or exactly those of `config.reads`, as training has them.
+        Raises ValueError where one that is needed is not there.
+        """
         text, image = self._pool(states)
         mask = jnp.concatenate([states.text_mask, states.image_mask], axis=1)
         position = jnp.concatenate([states.text_positions, states.image_positions], axis=1)
@@ -102,12 +112,12 @@ class Aggregator(nnx.Module):
         return tokens
 
     def _pool(self, states: HiddenStates) -> tuple[Float[Array, "B Lt C"], Float[Array, "B Li C"]]:
-        layers = list(self.config.layers)
-        available = states.text.shape[1]
-        if layers[-1] >= available:
-            raise ValueError(f"aggregator.layers asks for layer {layers[-1]}, the hidden states have {available}")
-        whole = layers == list(range(available))
-        text, image = ((x if whole else x[:, jnp.array(layers)]).astype(self.dtype) for x in (states.text, states.image))
+        reads, available = self.config.reads, states.text.shape[1]
+        # One of both at most is possible: as many as are read, and the last of them out of reach, cannot be all.
+        exact = available == len(reads)
+        if not exact and reads[-1] >= available:
+            raise ValueError(f"aggregator.layers asks for layer {reads[-1]}, the hidden states have {available}")
+        text, image = ((x if exact else x[:, jnp.array(reads)]).astype(self.dtype) for x in (states.text, states.image))
         match self.config.kind:
             case "dla":
                 return self.pools["text"](text), self.pools["image"](image)
@@ -118,8 +128,8 @@ class Aggregator(nnx.Module):
                 return text[:, -1], image[:, -1]
             case "last_layer_vit":
                 weight = jax.nn.sigmoid(self.vision_weight[...].astype(self.dtype))
-                vision = states.image[:, 0].astype(self.dtype)  # input embeddings: the tower's projected features
-                return text[:, -1], image[:, -1] * (1 - weight) + vision * weight
+                # Input embeddings: the tower's projected features.
+                return text[:, -1], image[:, -1] * (1 - weight) + image[:, 0] * weight
 
 
 class LayerPool(nnx.Module):

@@ -133,7 +133,7 @@ class DiT(nnx.Module):
     def velocity(
         self,
         target: Float[Array, "B N c"],
-        target_grid: tuple[int, int],
+        target_grid: tuple[int, int] | Int[Array, "B 2"],
         vec: Float[Array, "B C"],
         context: Float[Array, "B L W"],
         context_mask: Bool[Array, "B L"] | None = None,
@@ -143,10 +143,12 @@ class DiT(nnx.Module):
     ) -> Float[Array, "B N c"]:
         """The velocity with references as one padded, masked row of tokens; the form that training and sampling use.
 
-        `references_full` says that no reference token is padding, so that no mask is needed.
+        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of one number of tokens
+        may hold portraits and landscapes. `references_full` says that no reference token is padding, so that no mask is
+        needed.
         """
         batch, length = target.shape[0], target.shape[1]
-        positions = jnp.asarray(grid_positions(*target_grid))[None]
+        positions = target_positions(target_grid, length)
         tokens, image_mask = target, None
         if references is not None:
             tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
@@ -180,6 +182,14 @@ class DiT(nnx.Module):
         """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""
         positions = jnp.pad(positions, ((0, 0), (context_length, 0), (1, 0)))
         return rotation(positions, self.config.rope_axes)
+
+
+def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> Int[Array, "#B N 2"]:
+    """`grid_positions` of one grid, or of one a row of the batch, each with `length` tokens."""
+    if isinstance(grid, tuple):
+        return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
+    place, columns = jnp.arange(length)[None], jnp.asarray(grid)[:, 1:]
+    return jnp.stack([place // columns, place % columns], axis=-1)
 
 
 def _join_masks(

@@ -112,14 +112,15 @@ class InternVL(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "B L"],
-        pixel_values: Float[Array, "images height width 3"] | None = None,
+        pixel_values: Float[Array, "images height width 3"] | Float[Array, "B images height width 3"] | None = None,
         attention_mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B M L C"]:
         """All hidden states: index 0 the embeddings with the image features in place, the last after the final norm.
 
-        `pixel_values` are the pictures of the whole batch in order, sample by sample; unused ones may stand at the end,
-        and an image token without a picture becomes NaN. `attention_mask` is true (1) where a token is no padding;
-        padding may stand on either side. Hidden states of padding are finite and mean nothing.
+        `pixel_values` are the pictures of the whole batch in order, sample by sample, or those of each sample on an axis
+        of its own; unused ones may stand at the end, and an image token without a picture becomes NaN. `attention_mask`
+        is true (1) where a token is no padding; padding may stand on either side. Hidden states of padding are finite and
+        mean nothing.
         """
         config, (B, L) = self.config, input_ids.shape
         if config.text.max_position_embeddings < L:
@@ -128,8 +129,12 @@ class InternVL(nnx.Module):
         x = jnp.take(self.embedding[...], input_ids, axis=0, mode="clip").astype(self.dtype)
         if pixel_values is not None:
             is_image, index = image_slots(input_ids, valid, config.image_token_id)
-            features = self.vision(pixel_values).reshape(-1, config.text.hidden_size)
-            placed = jnp.take(features, index, axis=0, mode="fill", fill_value=jnp.nan)
+            features = self.vision(pixel_values.reshape(-1, *pixel_values.shape[-3:]))
+            if pixel_values.ndim == 5:  # rows stay apart, so that a mesh may split them
+                within = jnp.maximum(jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1, 0)
+                placed = jax.vmap(_features_at)(features.reshape(B, -1, config.text.hidden_size), within)
+            else:
+                placed = _features_at(features.reshape(-1, config.text.hidden_size), index)
             x = jnp.where(is_image[..., None], placed, x)
 
         # transformers numbers padding too; rotary attention sees differences only, so that valid tokens agree with it,
@@ -217,6 +222,10 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return turned.astype(x.dtype)
+
+
+def _features_at(features: Float[Array, "slots C"], index: Int[Array, "*L"]) -> Float[Array, "*L C"]:
+    return jnp.take(features, index, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def image_slots(

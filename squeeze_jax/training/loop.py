@@ -1,6 +1,6 @@
 """The training loop: restore, step, log, validate, sample, save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +11,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.config import Config, StageConfig
-from squeeze_jax.data.features import Shape
+from squeeze_jax.data.features import read_metadata
+from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import BatchIterator, make_dataset
+from squeeze_jax.data.sources import Examples
 from squeeze_jax.errors import InputError, Preempted
 from squeeze_jax.interop.checkpoint import (
     Checkpoints,
@@ -25,8 +26,8 @@ from squeeze_jax.interop.checkpoint import (
     read_weights,
     write_config,
 )
-from squeeze_jax.processes import is_main, place, place_rows
-from squeeze_jax.sharding import batch_sharding, make_mesh, part_of_batch, shardings
+from squeeze_jax.processes import is_main, local_rows, place, place_rows
+from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.interruption import Interruption
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
 from squeeze_jax.training.optimizer import make_optimizer
@@ -42,14 +43,18 @@ from squeeze_jax.training.state import (
     state_shardings,
     with_leaves,
 )
-from squeeze_jax.training.step import Metrics, Validation, make_train_step, make_validation
+from squeeze_jax.training.step import Batch, Metrics, Validation, make_train_step, make_validation
 from squeeze_jax.training.watch import Watch
 
 SampleFunction = Callable[[Split, Leaves, int], None]
 """Draws a grid of pictures with (split, trained leaves, step); commands pass it in."""
 
-WorkFunction = Callable[[StageConfig, TrainingBatch], tuple[float, float | None]]
+WorkFunction = Callable[[StageConfig, Batch], tuple[float, float | None]]
 """Model FLOPs of a step on a batch, and the peak FLOP/s of all devices (None where unknown); commands pass it in."""
+
+
+MOST_HELD_OUT = 128
+"""Held-out examples that validation looks at, in one fixed order; of the last batch some may come twice."""
 
 
 class Result(NamedTuple):
@@ -72,9 +77,12 @@ def train(
     accept_changes: bool = False,
     sample: SampleFunction | None = None,
     work: WorkFunction | None = None,
+    examples: Mapping[str, Examples] | None = None,
     say: Callable[[str], None] = print,
 ) -> Result:
     """Runs all stages of a config on the records in `features`/train, validating on `features`/held_out.
+
+    With `data.online` it reads `examples` of these two names instead, and no records.
 
     Killed at any moment and started again with the same arguments, it ends with the same weights bit for bit.
     `start_from` is a work or weights folder whose trained weights begin the run (stage 2 from stage 1). `accept_changes`
@@ -86,9 +94,8 @@ def train(
     parallel = config.parallel
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
-    data = training_batches(features / "train", config, mesh, rows)
-    held_out = validation_batches(features / "held_out", mesh, rows // config.optimizer.accumulate)
-    check_records(data.source.metadata.summary.shape, config, features)
+    data, held_out = batches_of(features, examples, config, mesh, rows)
+    say(data.describe())
 
     trained, split = create(config, mesh)
     base = fingerprint(split.frozen)
@@ -152,12 +159,12 @@ def train(
                 if first or last or step % config.log.every == 0:
                     watch.read(pending)
                     pending = None
+                if first:
+                    watch.restart()
                 if last or step % config.log.every == 0:
                     row = watch.row(step)
                     writer.write(step, stage=number, **row)
                     bar.update(task, completed=stage.steps - (end - step), figures=watch.text(row, validation))
-                elif first:  # it was compiled, which says nothing of speed
-                    watch.restart()
                 first = False
                 stopping = interruption.asked(step)
                 with watch.pause():
@@ -229,20 +236,18 @@ def trace(steps: tuple[int, int] | None, done: int, workdir: Path) -> None:
         jax.profiler.stop_trace()
 
 
-def check_records(shape: Shape, config: Config, features: Path) -> None:
-    """Raises InputError unless records of this shape fit the config's transformer and aggregator."""
-    rows, columns = config.target_grid
+def check_records(folder: Path, config: Config) -> None:
+    """Raises InputError unless the records fit the config's transformer and aggregator's width."""
+    metadata = read_metadata(folder)
+    channels = config.model.dit.in_channels // 4
+    wanted = [(2 * rows, 2 * columns, channels) for rows, columns in config.training_grids]
     for what, theirs, ours in (
-        ("latents of targets", shape.target, (2 * rows, 2 * columns, config.model.dit.in_channels // 4)),
-        ("width of hidden states", shape.width, config.aggregator.width),
+        ("latents of targets", metadata.target_shapes, wanted),
+        ("width of hidden states", [metadata.summary.shape.width], [config.aggregator.width]),
     ):
-        if theirs != ours:
-            raise InputError(f"{features}: {what} are {theirs}, this config wants {ours}; extract with this config")
-    if config.aggregator.layers[-1] >= shape.layers:
-        raise InputError(
-            f"{features}: records have hidden states 0 to {shape.layers - 1}, "
-            f"aggregator.layers asks for {config.aggregator.layers[-1]}; extract with this config"
-        )
+        if not set(theirs) <= set(ours):
+            theirs, ours = (", ".join(map(str, some)) for some in (theirs, ours))
+            raise InputError(f"{folder}: {what} are {theirs}, this config wants {ours}; extract with this config")
 
 
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
@@ -251,32 +256,33 @@ def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
     return with_leaves(frozen, place(leaves, shardings(leaves, mesh)))
 
 
-def training_batches(folder: Path, config: Config, mesh: Mesh, rows: int) -> BatchIterator:
-    """This process's rows of every global batch."""
-    index, count = part_of_batch(mesh.devices, jax.process_index())
-    return make_dataset(
-        folder,
-        batch=rows // count,
-        seed=config.training.seed,
-        process_index=index,
-        process_count=count,
-        workers=config.data.workers,
-    )
+def batches_of(
+    features: Path, examples: Mapping[str, Examples] | None, config: Config, mesh: Mesh, rows: int
+) -> tuple[BatchIterator, list[Batch]]:
+    """Training batches of `rows` rows, of which this process reads what lies on its devices, and validation batches."""
+    where = batch_sharding(mesh)
 
+    def batches(split: str, rows: int, seed: int, workers: int) -> BatchIterator:
+        own = local_rows(where, rows)
+        if examples is not None:
+            return make_online(examples[split], config, batch=rows, seed=seed, own=own)
+        return make_dataset(
+            features / split, batch=rows, rows=own, seed=seed, workers=workers, layers=config.aggregator.reads
+        )
 
-def validation_batches(folder: Path, mesh: Mesh, rows: int, most: int = 128) -> list[TrainingBatch]:
-    """The first `most` held-out records in batches of `rows`, in one fixed order; rows of the last may come again."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no held-out records; extract them too")
-    batches: BatchIterator = make_dataset(folder, batch=rows, seed=0)
-    count = -(-min(most, len(batches.source)) // rows)
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return [place(batch, batch_sharding(mesh)) for batch in taken]
+    if examples is None:
+        if not (features / "held_out").is_dir():
+            raise InputError(f"{features / 'held_out'}: no held-out records; extract them too")
+        check_records(features / "train", config)
+    data = batches("train", rows, config.training.seed, config.data.workers)
+    fewer = rows // config.optimizer.accumulate
+    with closing(batches("held_out", fewer, 0, 0)) as held_out:
+        count = min(held_out.epoch, max(-(-MOST_HELD_OUT // fewer), len(held_out.buckets)))
+        return data, [place_rows(next(held_out), where, fewer) for _ in range(count)]
 
 
 def mean_validation(
-    validate: Validation, leaves: Leaves, frozen: nnx.State, batches: list[TrainingBatch]
+    validate: Validation, leaves: Leaves, frozen: nnx.State, batches: list[Batch]
 ) -> float:
     """Mean validation loss over all batches."""
     return float(np.mean([np.mean(validate(leaves, frozen, batch)) for batch in batches]))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array, Int
 from squeeze_jax.config import Config
-from squeeze_jax.interop.build import build_system, is_trained, load_base
+from squeeze_jax.interop.build import build_system, is_trained, load_base, load_encoders
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec, shardings
 
@@ -65,9 +65,11 @@ def create(config: Config, mesh: Mesh) -> tuple[Leaves, Split]:
     wanted, split = split_system(nnx.eval_shape(lambda: build_system(config, with_base=False)), config)
     places = shardings(wanted | flat_leaves(split.frozen), mesh)
     read: Leaves = {}
-    if config.model.dit_weights:
-        base = flat_leaves(nnx.state(load_base(config, mesh)))
-        read = {f"dit.{name}": leaf for name, leaf in base.items()}
+    for part, wants, load in (
+        ("dit", config.model.dit_weights, load_base), ("encoders", config.data.online, load_encoders)
+    ):  # fmt: skip
+        if wants:
+            read |= {f"{part}.{name}": leaf for name, leaf in flat_leaves(nnx.state(load(config, mesh))).items()}
 
     def make() -> Leaves:
         leaves, rest = split_system(build_system(config, with_base=False), config)

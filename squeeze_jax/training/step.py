@@ -10,13 +10,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array, Bool, Float, Key
-from squeeze_jax.batch import Context, References, TrainingBatch
+from squeeze_jax.batch import Context, RawBatch, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.diffusion.flow import loss_per_sample, noisy, sample_times, schedule_shift
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import batch_sharding, on_mesh
 from squeeze_jax.training.optimizer import learning_rate
 from squeeze_jax.training.state import Leaves, Split, TrainState
+
+Batch = TrainingBatch | RawBatch
+"""Features, or examples that the program's own encoders turn into them."""
 
 
 class Draws(NamedTuple):
@@ -68,9 +71,10 @@ def draw(key: Key, shape: tuple[int, int, int], config: Config, stage: StageConf
 
 
 def losses(
-    system: System, batch: TrainingBatch, draws: Draws, config: Config, stage: StageConfig
+    system: System, batch: TrainingBatch | RawBatch, draws: Draws, config: Config, stage: StageConfig
 ) -> Float[Array, " B"]:
     """Each sample's loss. A dropped condition is masked out of attention, padding likewise: neither changes a loss."""
+    batch = system.encoded(batch)
     context = system.context(batch.hidden_states)
     context = Context(context.tokens, context.mask & draws.keep_mllm[:, None])
     references = None
@@ -78,11 +82,20 @@ def losses(
         mask = batch.references.mask & draws.keep_vae[:, None]
         references = References(batch.references.tokens, mask, batch.references.positions)
     x_t = noisy(batch.target, draws.noise, draws.t)
-    velocity = system.velocity(x_t, config.target_grid, draws.t, context, references, config.diffusion.guidance)
+    grid = config.target_grid if batch.grid is None else batch.grid
+    velocity = system.velocity(x_t, grid, draws.t, context, references, config.diffusion.guidance)
     return loss_per_sample(velocity, batch.target, draws.noise)
 
 
-TrainStep = Callable[[TrainState, nnx.State, TrainingBatch], tuple[TrainState, Metrics]]
+def target_shape(batch: Batch, config: Config) -> tuple[int, int, int]:
+    """[B, N, c] of a batch's target tokens."""
+    if isinstance(batch, RawBatch):
+        rows, columns = config.target_grid
+        return batch.target.shape[0], rows * columns, config.model.dit.in_channels
+    return batch.target.shape
+
+
+TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -102,13 +115,13 @@ def make_train_step(
     rate, pieces = learning_rate(config), config.optimizer.accumulate
 
     def mean_loss(
-        trained: Leaves, frozen: nnx.State, batch: TrainingBatch, draws: Draws
+        trained: Leaves, frozen: nnx.State, batch: Batch, draws: Draws
     ) -> tuple[jax.Array, jax.Array]:
         each = losses(split.merge(trained, frozen), batch, draws, config, stage)
         return jnp.mean(each), each
 
-    def step(state: TrainState, frozen: nnx.State, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
-        draws = draw(step_key(config, state.step), batch.target.shape, config, stage)
+    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
+        draws = draw(step_key(config, state.step), target_shape(batch, config), config, stage)
         gradient = jax.value_and_grad(mean_loss, has_aux=True)
         if pieces == 1:
             (loss, each), grads = gradient(state.trained, frozen, batch, draws)
@@ -145,7 +158,7 @@ def make_train_step(
         return jax.jit(step, donate_argnums=0)
     mesh = jax.tree.leaves(where)[0].mesh
 
-    def placed(state: TrainState, frozen: nnx.State, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
+    def placed(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh):
             return step(state, frozen, batch)
 
@@ -170,7 +183,7 @@ def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: flo
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-Validation = Callable[[Leaves, nnx.State, TrainingBatch], Float[Array, " B"]]
+Validation = Callable[[Leaves, nnx.State, Batch], Float[Array, " B"]]
 
 
 def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh | None = None) -> Validation:
@@ -180,8 +193,9 @@ def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh
     arrays lie on.
     """
 
-    def validate(trained: Leaves, frozen: nnx.State, batch: TrainingBatch) -> Float[Array, " B"]:
-        system, shape = split.merge(trained, frozen), batch.target.shape
+    def validate(trained: Leaves, frozen: nnx.State, batch: Batch) -> Float[Array, " B"]:
+        system, shape = split.merge(trained, frozen), target_shape(batch, config)
+        batch = system.encoded(batch)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
         keep = jnp.ones(shape[0], bool)

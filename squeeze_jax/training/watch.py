@@ -39,8 +39,9 @@ class Watch:
         self.restart()
 
     def restart(self) -> None:
-        """Begins to measure speed anew."""
-        self._running_since, self._seconds = time.perf_counter(), 0.0
+        """Begins to measure speed anew, as after a step that was compiled first."""
+        self._seconds: float = 0.0
+        self._running_since: float | None = time.perf_counter()
         self._count, self._waited = 0, 0.0
 
     @contextmanager
@@ -53,14 +54,18 @@ class Watch:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Around what is no training."""
-        self._seconds += time.perf_counter() - self._running_since
+        self._seconds, self._running_since = self._running(), None
         yield
         self._running_since = time.perf_counter()
+
+    def _running(self) -> float:
+        """Seconds since the last row, without pauses."""
+        return self._seconds + (0.0 if self._running_since is None else time.perf_counter() - self._running_since)
 
     @property
     def productive_seconds(self) -> float:
         """Seconds of all steps that count, in all of the run's lives."""
-        return self._productive + self._seconds + time.perf_counter() - self._running_since
+        return self._productive + self._running()
 
     def read(self, metrics: Metrics) -> None:
         """Waits for a step and takes its metrics in."""
@@ -74,23 +79,18 @@ class Watch:
 
     def row(self, step: int) -> dict[str, float]:
         """Figures of the steps since the last row, which ends here; warns where they waited for input."""
-        self._productive = self.productive_seconds
-        seconds = max(self._seconds + time.perf_counter() - self._running_since, 1e-9)
+        seconds = max(self._running(), 1e-9)
+        self._productive += seconds
         row = {**self._values, "loss_smoothed": self.loss}
         for low, high, total, number in zip(TIME_BORDERS, TIME_BORDERS[1:], *self._by_time):
             if number:
                 row[f"loss_t_{low:g}_{high:g}"] = float(total / number)
         self._by_time[:] = 0
-        row["step_seconds"] = seconds / max(self._count, 1)
-        row["examples_per_second"] = self.rows * self._count / seconds
-        row["input_wait"] = self._waited / seconds
         row["goodput"] = self._productive / max(time.time() - self._first_start, 1e-9)
-        if self.flops is not None:
-            row["model_flops_per_second"] = self.flops / row["step_seconds"]
-            if self.peak is not None:
-                row["mfu"] = row["model_flops_per_second"] / self.peak
         row |= memory_in_use()
-        if row["input_wait"] > SLOW_INPUT and self._count > 1 and not self._warned:
+        if self._count:
+            row |= self._speed(seconds)
+        if row.get("input_wait", 0.0) > SLOW_INPUT and self._count > 1 and not self._warned:
             self._warned = True
             self._say(
                 f"warning: {100 * row['input_wait']:.0f} % of the time up to step {step} went into waiting for input: "
@@ -99,14 +99,26 @@ class Watch:
         self.restart()
         return row
 
+    def _speed(self, seconds: float) -> dict[str, float]:
+        speed = {
+            "step_seconds": seconds / self._count,
+            "examples_per_second": self.rows * self._count / seconds,
+            "input_wait": self._waited / seconds,
+        }
+        if self.flops is not None:
+            speed["model_flops_per_second"] = self.flops / speed["step_seconds"]
+            if self.peak is not None:
+                speed["mfu"] = speed["model_flops_per_second"] / self.peak
+        return speed
+
     def text(self, row: dict[str, float], validation: float) -> str:
         """A row as the progress bar shows it."""
         seen = f"  validation {validation:.4f}" if np.isfinite(validation) else ""  # none yet
         used = f"  MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
-        return (
-            f"loss {self.loss:.4f}{seen}  {row['step_seconds']:.2f} s/step  "
-            f"{row['examples_per_second']:.0f} examples/s{used}"
-        )
+        speed = ""
+        if "step_seconds" in row:
+            speed = f"  {row['step_seconds']:.2f} s/step  {row['examples_per_second']:.0f} examples/s"
+        return f"loss {self.loss:.4f}{seen}{speed}{used}"
 
 
 def memory_in_use() -> dict[str, float]:

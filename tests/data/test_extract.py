@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -80,27 +79,33 @@ from fake_encoders import FakeEncoders, some_examples
 from squeeze_jax.data.extract import extract
 class Slow(FakeEncoders):
     def latents(self, images):
-        time.sleep(0.05)
+        time.sleep(0.02)
         print("batch", flush=True)
         return super().latents(images)
-extract(some_examples(40), Slow(), {out!r}, target_size=(64, 64), reference_long_side=64, examples_per_shard=4, batch=2)
+extract(some_examples(40), Slow(), {out!r}, target_size=(64, 64), reference_long_side=64, examples_per_shard=4, batch=2,
+        shard={shard!r})
 """
 
 
-def test_killed_for_real(tmp_path, request):
-    out = tmp_path / "out"
-    code = SLOW.format(tests=str(request.config.rootpath / "tests"), out=str(out))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    for _ in range(12):
-        process.stdout.readline()
-    time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert not (out / METADATA_FILE).exists()
-    encoders = FakeEncoders()
-    extract(some_examples(40), encoders, out, **OPTIONS | {"batch": 2})
-    assert 0 < len(encoders.prompts) < 40
-    assert prompts_in(out) == [example.prompt for example in some_examples(40)]
+@pytest.mark.parametrize("shares", [[(0, 2), (1, 2)], [(0, 1), (0, 1)]], ids=["shared out", "the same twice"])
+def test_processes_at_once_one_killed_and_restarted_equal_one_uninterrupted(tmp_path, request, shares):
+    def start(shard):
+        code = SLOW.format(tests=str(request.config.rootpath / "tests"), out=str(tmp_path / "a"), shard=shard)
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    one, two = map(start, shares)
+    for _ in range(8):
+        one.stdout.readline()
+    one.kill()
+    one.communicate()
+    assert not (tmp_path / "a" / METADATA_FILE).exists()
+    again = start(shares[0])
+    said = again.communicate(timeout=120)[0], two.communicate(timeout=120)[0]
+    assert again.returncode == two.returncode == 0
+    assert all("batch" in lines for lines in said), "both worked"
+    extract(some_examples(40), FakeEncoders(), tmp_path / "b", **OPTIONS | {"batch": 2})
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert prompts_in(tmp_path / "a") == [example.prompt for example in some_examples(40)]
 
 
 def test_a_damaged_shard_is_made_again(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.data.extract import extract
 from squeeze_jax.data.features import FeatureSource
-from squeeze_jax.data.pipeline import collate, make_dataset, to_batch
+from squeeze_jax.data.pipeline import buckets_of, collate, make_dataset, to_batch
 from squeeze_jax.diffusion.latents import pack, reference_positions
 from squeeze_jax.errors import InputError
 
@@ -41,7 +41,8 @@ def flat(lists):
 
 
 def leaves(batch):
-    return [batch.target, *batch.hidden_states, *batch.references, batch.index]
+    grid = [] if batch.grid is None else [batch.grid]
+    return [batch.target, *batch.hidden_states, *batch.references, batch.index, *grid]
 
 
 def assert_equal_batches(one, other):
@@ -74,7 +75,7 @@ def test_a_batch_has_the_documented_fields(folder):
 @given(st.lists(st.integers(0, RECORDS - 1), min_size=1, max_size=6))
 def test_a_mixed_batch_equals_each_record_alone(folder, numbers):
     source = FeatureSource(folder)
-    sizes = source.metadata.summary
+    sizes = buckets_of(source.metadata.summary, 1)[0].padding
     records = [source[number] for number in numbers]
     batch = to_batch(collate(records, sizes))
     assert batch.index.tolist() == numbers
@@ -115,19 +116,18 @@ def test_text_only_data_has_no_reference_axis_to_speak_of(tmp_path):
 # Order
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("cache", [False, True])
-def test_every_epoch_has_each_record_once_on_each_process(folder, processes, cache):
-    shares = []
-    for index in range(processes):
-        own = len(range(index, RECORDS, processes))
-        batches = make_dataset(folder, batch=1, seed=5, process_index=index, process_count=processes, cache=cache)
-        epochs = [flat(indices(batches, own)) for _ in range(3)]
-        assert {frozenset(epoch) for epoch in epochs} == {frozenset(epochs[0])}, "the same records every epoch"
-        assert all(len(set(epoch)) == own for epoch in epochs)
-        assert len({tuple(epoch) for epoch in epochs}) == 3, "in another order"
-        shares.append(epochs[0])
-    assert sorted(flat(shares)) == list(range(RECORDS)), "disjoint and complete"
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 3], [1, 2]], [[3], [0], [2], [1]]])
+def test_processes_read_their_rows_of_the_same_batches(folder, rows):
+    """Whichever rows lie on whose devices; and every epoch holds each record once, in another order."""
+    whole = indices(make_dataset(folder, batch=4, seed=5), 3 * RECORDS)
+    parts = [indices(make_dataset(folder, batch=4, seed=5, rows=own), 3 * RECORDS) for own in rows]
+    for step, batch in enumerate(whole):
+        for own, part in zip(rows, parts):
+            assert part[step] == [batch[row] for row in own]
+    drawn = flat(whole)
+    epochs = [drawn[i : i + RECORDS] for i in range(0, len(drawn), RECORDS)]
+    assert all(sorted(epoch) == list(range(RECORDS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs) == 12
 
 
 def test_epochs_run_into_each_other(folder):
@@ -147,13 +147,13 @@ def test_the_seed_decides_the_order(folder):
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(0, 20), st.integers(0, 20), st.booleans())
-def test_a_restored_iterator_goes_on_identically(folder, before, elsewhere, cache):
-    original = make_dataset(folder, batch=4, seed=3, process_index=1, process_count=2)
+@given(st.integers(0, 20), st.integers(0, 20))
+def test_a_restored_iterator_goes_on_identically(folder, before, elsewhere):
+    original = make_dataset(folder, batch=4, seed=3, rows=[1, 3])
     list(islice(original, before))
     state = original.get_state()
     assert json.loads(state)["batches"] == before
-    restored = make_dataset(folder, batch=4, seed=3, process_index=1, process_count=2, cache=cache)
+    restored = make_dataset(folder, batch=4, seed=3, rows=[1, 3])
     list(islice(restored, elsewhere))
     restored.set_state(state)
     for a, b in zip(islice(original, 8), islice(restored, 8), strict=True):
@@ -177,7 +177,6 @@ def test_position_zero_and_the_end_of_an_epoch(folder):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"process_count": 2}, "process_count was 1, is 2"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"batch": 5}, "batch was 4, is 5"),
     ],
@@ -201,11 +200,15 @@ def test_a_state_of_other_records_or_of_nothing_is_refused(folder, tmp_path):
             batches.set_state(broken)
 
 
-def test_too_few_records_and_cache_with_workers_are_refused(folder):
-    with pytest.raises(InputError, match="23 records are too few for 24 processes"):
-        make_dataset(folder, batch=1, seed=0, process_count=24)
-    with pytest.raises(InputError, match="2 workers"):
-        make_dataset(folder, batch=1, seed=0, workers=2, cache=True)
+def test_another_number_of_processes_goes_on_where_one_stopped(folder):
+    one = make_dataset(folder, batch=4, seed=0)
+    list(islice(one, 7))
+    wanted = indices(one, 8)
+    one.set_state(json.dumps(json.loads(one.get_state()) | {"batches": 7}).encode())
+    for own in ([0, 1], [2, 3]):
+        part = make_dataset(folder, batch=4, seed=0, rows=own)
+        part.set_state(one.get_state())
+        assert indices(part, 8) == [[batch[row] for row in own] for batch in wanted]
 
 
 # Workers

@@ -196,6 +196,20 @@ def test_a_subset_of_layers_equals_a_record_that_holds_only_those(dla):
     np.testing.assert_allclose(held.tokens, whole.tokens, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers", [(1, 3), (0, 2), (2,)])
+def test_a_record_that_holds_only_what_is_read_gives_the_same_context(kind, layers):
+    config, x = dataclasses.replace(CONFIG, kind=kind, layers=layers, refiner_blocks=0), states()
+    run = compiled(random_aggregator(config))
+    held = x._replace(text=x.text[:, list(config.reads)], image=x.image[:, list(config.reads)])
+    np.testing.assert_array_equal(run(held).tokens, run(x).tokens)
+    assert config.reads[-1] == layers[-1]
+    unread = [layer for layer in range(LAYERS) if layer not in config.reads]
+    text, image = x.text.copy(), x.image.copy()
+    text[:, unread] = image[:, unread] = np.nan
+    np.testing.assert_array_equal(run(x._replace(text=text, image=image)).tokens, run(x).tokens)
+
+
 def test_layers_that_the_record_lacks_are_named():
     aggregator = nnx.eval_shape(lambda: Aggregator(CONFIG, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="asks for layer 3, the hidden states have 2"):

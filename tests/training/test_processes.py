@@ -1,0 +1,62 @@
+"""Real processes over loopback: together they are one run, killed or not."""
+
+import signal
+
+import pytest
+from training_runs import assert_same, ended, final_state, free_address, steps, wait_for_step
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
+
+
+def together(start, workdir, count, **settings):
+    """All processes of one run."""
+    address = free_address()
+    return [start(workdir, address=address, count=count, index=i, **settings) for i in range(count)]
+
+
+def finished(processes):
+    """What each of them said, once all have ended well."""
+    ends = [ended(process) for process in processes]
+    assert [code for code, _ in ends] == [0] * len(ends), "\n".join(said for _, said in ends)
+    return [said for _, said in ends]
+
+
+@pytest.fixture(scope="module")
+def two(start, tmp_path_factory):
+    """A run of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("two")
+    return workdir, finished(together(start, workdir, 2, batch_per_chip=2))
+
+
+def test_two_processes_are_the_run_that_one_process_is(two, start, tmp_path):
+    workdir, said = two
+    finished([start(tmp_path, batch_per_chip=4)])
+    assert_same(tmp_path, workdir, rtol=1e-4, atol=1e-5)
+    assert "4 examples a step on 2 devices" in said[0]
+    assert "validation" not in said[1]
+    assert steps(workdir) == list(range(1, 9))
+
+
+
+
+def test_one_of_two_is_killed_and_the_restarted_run_gives_the_same_bits(two, start, tmp_path):
+    processes = together(start, tmp_path, 2, batch_per_chip=2, slow=0.3)
+    wait_for_step(tmp_path, 5, processes[0])
+    processes[1].send_signal(signal.SIGKILL)
+    processes[1].communicate()
+    processes[0].kill()  # as the scheduler does when a member of the job has failed
+    processes[0].communicate()
+    said = finished(together(start, tmp_path, 2, batch_per_chip=2))
+    assert f"continuing {tmp_path} from step 4" in said[0]
+    assert_same(two[0], tmp_path)
+
+
+def test_sigterm_to_one_process_saves_the_run_of_both(two, start, tmp_path):
+    processes = together(start, tmp_path, 2, batch_per_chip=2, slow=0.3, every=100)
+    wait_for_step(tmp_path, 3, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [ended(process) for process in processes]
+    assert [code for code, _ in ends] == [143, 143], ends
+    assert final_state(tmp_path)[0] == steps(tmp_path)[-1]
+    finished(together(start, tmp_path, 2, batch_per_chip=2, every=100))
+    assert_same(two[0], tmp_path)

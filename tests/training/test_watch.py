@@ -1,0 +1,102 @@
+"""What a run shows of itself, against a clock that the test turns."""
+
+import json
+
+import numpy as np
+import pytest
+
+from squeeze_jax.training import watch as module
+from squeeze_jax.training.step import TIME_BORDERS, Metrics
+from squeeze_jax.training.watch import Watch
+
+
+class Clock:
+    """Stands in for `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+    def time(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def metrics(loss=1.0, sums=(0, 0, 0, 0), counts=(0, 0, 0, 0)):
+    values = dict.fromkeys(Metrics._fields, np.float32(0.5)) | {"loss": np.float32(loss)}
+    values |= {"loss_by_time": np.array(sums, np.float32), "count_by_time": np.array(counts, np.float32)}
+    return Metrics(**values)
+
+
+def test_speed_leaves_pauses_and_compilation_out_and_goodput_does_not(clock, tmp_path):
+    said = []
+    watch = Watch(8, tmp_path, 0.0, said.append)
+    watch.flops, watch.peak = 600.0, 1000.0
+    clock.now += 50  # the first step, compiled
+    watch.read(metrics())
+    watch.restart()
+    for _ in range(4):
+        clock.now += 2
+        watch.read(metrics())
+    with watch.pause():
+        clock.now += 92
+        assert watch.productive_seconds == 8
+    row = watch.row(5)
+    assert row["step_seconds"] == 2
+    assert row["examples_per_second"] == 4
+    assert row["model_flops_per_second"] == 300
+    assert row["mfu"] == pytest.approx(0.3)
+    assert row["goodput"] == pytest.approx(8 / 150)
+    assert row["input_wait"] == 0
+    assert not said
+    assert "MFU 30 %" in watch.text(row, 1.0)
+
+
+def test_goodput_counts_from_the_first_start_over_restarts(clock, tmp_path):
+    Watch(8, tmp_path, 0.0, print)
+    clock.now += 100
+    again = Watch(8, tmp_path, 30.0, print)  # thirty seconds of the first life are in the checkpoint
+    clock.now += 20
+    again.read(metrics())
+    assert again.row(1)["goodput"] == pytest.approx(50 / 120)
+    (tmp_path / module.STARTED).write_text("{")  # cut short: begins anew, never fails
+    assert json.loads((Watch(8, tmp_path, 0.0, print), tmp_path / module.STARTED)[1].read_text()) == {"time": clock.now}
+
+
+def test_waiting_for_input_is_measured_and_warned_of_once(clock, tmp_path):
+    said = []
+    watch = Watch(8, tmp_path, 0.0, said.append)
+    for _ in range(2):
+        for _ in range(3):
+            with watch.waiting():
+                clock.now += 1
+            clock.now += 1
+            watch.read(metrics())
+        assert watch.row(3)["input_wait"] == pytest.approx(0.5)
+    assert len(said) == 1
+    assert said[0].startswith("warning: 50 % of the time")
+    assert "data.workers" in said[0]
+
+
+def test_loss_is_told_apart_by_noise_level_and_non_finite_ones_are_left_out(clock, tmp_path):
+    watch = Watch(8, tmp_path, 0.0, print)
+    watch.read(metrics(2.0, (4, 0, 0, 3), (2, 0, 0, 1)))
+    watch.read(metrics(1.0, (0, 0, 0, 1), (0, 0, 0, 1)))
+    watch.read(metrics(np.nan, (np.nan, 0, 0, 0), (1, 0, 0, 0)))
+    clock.now += 1
+    row = watch.row(3)
+    assert row["loss_smoothed"] == pytest.approx(0.98 * 2 + 0.02)
+    assert {name: value for name, value in row.items() if name.startswith("loss_t")} == {
+        "loss_t_0_0.25": 2.0,
+        "loss_t_0.75_1": 2.0,
+    }
+    assert len(TIME_BORDERS) == 5
+    assert not [name for name in watch.row(4) if name.startswith("loss_t")]
