@@ -73,7 +73,7 @@ def place_rows(tree: Tree, where: NamedSharding, rows: int) -> Tree:
     every, own = np.arange(rows), local_rows(where, rows)
 
     def one(x: np.ndarray) -> jax.Array:
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             return x[np.searchsorted(own, every[index[0]])]
 
         return jax.make_array_from_callback((rows, *x.shape[1:]), where, read)

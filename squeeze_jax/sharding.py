@@ -134,14 +134,14 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
-    wanted = _named(sizes)
+    wanted = written(sizes)
     if sum(size == -1 for size in sizes) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"a mesh of {wanted}: sizes are at least 1, and one of them may be -1 (all that is left)")
     known = math.prod(size for size in sizes if size != -1)
     sizes = tuple(max(1, len(devices) // known) if size == -1 else size for size in sizes)
     slices = _slices(devices)
     if (problem := _problem(sizes, len(devices), slices, heads)) is not None:
-        near = "; ".join(_named(mesh) for mesh in nearest_meshes(len(devices), sizes, slices=slices, heads=heads))
+        near = "; ".join(written(mesh) for mesh in nearest_meshes(len(devices), sizes, slices=slices, heads=heads))
         raise InputError(f"a mesh of {wanted} {problem}. The nearest that work: {near or 'none'}")
     return Mesh(arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -162,9 +162,9 @@ def _slices(devices: Sequence[Any]) -> int:
 
 
 def nearest_meshes(
-    devices: int, wanted: Sequence[int], *, slices: int = 1, heads: int = 0, most: int = 3
+    devices: int, wanted: Sequence[int], *, slices: int = 1, heads: int = 0, most: int | None = 3
 ) -> list[tuple[int, int, int]]:
-    """The (data, fsdp, tensor) over so many devices that `make_mesh` takes, nearest first.
+    """The (data, fsdp, tensor) over so many devices that `make_mesh` takes, nearest first; `most` None: all of them.
 
     Near is where the axes' sizes have to be multiplied by least; of equals the smaller tensor axis, then data axis.
     """
@@ -190,7 +190,8 @@ def _problem(sizes: Sequence[int], devices: int, slices: int, heads: int) -> str
     return None
 
 
-def _named(sizes: Sequence[int]) -> str:
+def written(sizes: Sequence[int]) -> str:
+    """A mesh's sizes for people."""
     return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
 
 

@@ -2,14 +2,20 @@
 
 import os
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from squeeze_jax.commands.run import guarded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from squeeze_jax.config import Config
+    from squeeze_jax.planning.program import Compiled
+    from squeeze_jax.planning.report import Report
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -36,7 +42,14 @@ class Plan:
     """Slices of that shape, joined by the network."""
     mesh: str | None = None
     """data=1,fsdp=16,tensor=1; none: the preset's, with all chips on fsdp."""
-    what: Literal["train"] = "train"
+    search: bool = False
+    """Try every mesh, policy of remat and batch per chip by hand, then compile the best few."""
+    best: int = 3
+    """How many `--search` compiles and prints."""
+    what: Literal["train", "sample"] = "train"
+    """The train step of the preset's last stage, or the staged sampler with its steps, τ and guidance."""
+    images: int | None = None
+    """Images sampled at once; none: one for every place of the data and fsdp axes."""
     references: int = 1
     """Square references of each example."""
     chip_hour: float | None = None
@@ -56,99 +69,74 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: Plan, overrides: list[str]) -> None:
     from squeeze_jax.config import load_preset, override
-    from squeeze_jax.errors import InputError
     from squeeze_jax.interop.tensors import write_json
-    from squeeze_jax.planning import program
-    from squeeze_jax.sharding import AXES
+    from squeeze_jax.planning.program import topology_mesh
+    from squeeze_jax.planning.report import lines, train_report
+    from squeeze_jax.planning.sampling import sample_report
 
     config = override(load_preset(given.preset), overrides, f"squeeze_jax plan {given.preset}")
-    parallel, stage = config.parallel, config.training.stages[-1]
-    sizes = {"data": parallel.data, "fsdp": parallel.fsdp, "tensor": parallel.tensor}
-    if given.mesh is not None:
-        try:
-            sizes = dict.fromkeys(AXES, 1) | {k: int(v) for k, v in (part.split("=") for part in given.mesh.split(","))}
-        except ValueError:
-            raise InputError(f"--mesh {given.mesh!r} is not understood; write data=1,fsdp=8,tensor=1") from None
-        if unknown := set(sizes) - set(AXES):
-            raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
-    mesh, chip = program.topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
-    rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    print(f"{config.name} on {given.slices} x {given.topology}: {mesh.size} chips, {shape}; {rows} examples a step")
-    state, split = program.abstract_system(config)
-    trained, frozen = program.count(state.trained), program.count(split.frozen)
-    print(f"parameters        {trained:,} trained, {frozen:,} frozen")
-    flops = program.step_flops(config, stage, rows, given.references)
-    print(f"model FLOPs       {flops / 1e12:,.1f} T a step ({flops / rows / 1e12:.1f} T an example)", flush=True)
-
-    compiled = program.compile_train_step(config, mesh, stage, given.references)
-    gib = 2**30
-    fits = compiled.total <= chip.memory
-    print(
-        f"HBM a chip        {compiled.total / gib:.2f} GiB of {chip.memory / gib:.0f}: "
-        f"arguments {compiled.arguments / gib:.2f}, "
-        f"temporaries {compiled.temporaries / gib:.2f}, output {compiled.output / gib:.2f} "
-        f"({compiled.aliased / gib:.2f} of it in place){'' if fits else '   DOES NOT FIT'}"
-    )
-    traffic: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
-    for one in compiled.collectives:
-        traffic[one.kind, one.axes] += one.sent * one.times
-    for (kind, axes), sent in sorted(traffic.items(), key=lambda item: -item[1]):
-        if sent >= 1e6:
-            print(f"  {kind:20}{'+'.join(axes) or '-':14}{sent / 1e9:10.3f} GB a chip")
-    largest = max((one.largest for one in compiled.collectives), default=0)
-    print(f"largest of them   {largest / 1e6:.0f} MB on a chip")
-    network = sum(sent for (_, axes), sent in traffic.items() if given.slices > 1 and "data" in axes)
-    links = sum(traffic.values()) - network
-    times = {
-        "compute": flops / mesh.size / chip.flops / REACHED,
-        "links": links / chip.link_rate,
-        "network": network / chip.network_rate,
-    }
-    seconds = max(times.values())
-    print("roofline          " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in times.items()))
-    utilisation = flops / mesh.size / chip.flops / seconds
-    steps = sum(stage.steps for stage in config.training.stages)
-    hours = steps * seconds * mesh.size / 3600
-    print(
-        f"to expect         {seconds:.3f} s a step, {rows / seconds:.1f} examples/s, {100 * utilisation:.0f} % of peak; "
-        f"{steps:,} steps: {hours:,.0f} chip-hours" + (f", {hours * given.chip_hour:,.0f}" if given.chip_hour else "")
-    )
-    print(f"compiled in       {compiled.seconds:.0f} s")
-    if given.hlo is not None:
-        given.hlo.write_text(compiled.text)
+    sizes = asked(given.mesh, config)
+    print(f"{config.name}, {given.what}, on {given.slices} x {given.topology}", flush=True)
+    if given.search:
+        reports = searched(given, config)
+    elif given.what == "train":
+        mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
+        reports = [train_report(config, mesh, chip, given.references)]
+    else:
+        mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
+        reports = [sample_report(config, mesh, chip, given.references, given.images)]
+    place, written = {"topology": given.topology, "slices": given.slices}, []
+    for report, compiled in reports:
+        print("\n".join(lines(report, given.chip_hour)), flush=True)
+        written.append(place | report)
+        if given.hlo is not None:
+            given.hlo.write_text(compiled.text)
     if given.json is not None:
-        report: dict[str, Any] = {
-            "preset": config.name,
-            "topology": given.topology,
-            "slices": given.slices,
-            "mesh": dict(mesh.shape),
-            "examples_per_step": rows,
-            "parameters": {"trained": trained, "frozen": frozen},
-            "fits": fits,
-            "hbm_capacity": chip.memory,
-            "hbm_per_chip": {
-                "arguments": compiled.arguments,
-                "temporaries": compiled.temporaries,
-                "output": compiled.output,
-                "aliased": compiled.aliased,
-                "total": compiled.total,
-            },
-            "model_flops_per_step": flops,
-            "collectives": [
-                {"kind": kind, "axes": list(axes), "bytes_per_chip": sent} for (kind, axes), sent in traffic.items()
-            ],
-            "largest_collective": largest,
-            "roofline_seconds": times,
-            "predicted_step_seconds": seconds,
-            "predicted_mfu": utilisation,
-            "chip_hours": hours,
-            "compile_seconds": compiled.seconds,
-        }
-        write_json(given.json, report)
+        write_json(given.json, {**place, "best": written} if given.search else written[0])
         print(f"report: {given.json}")
 
 
-REACHED = 0.68
-"""Share of the peak that large products reach: the TPU compiler's own estimate of a 1024x1024 forward on v5p takes 237 ms
-for 74.5 TFLOP. A first estimate; rematerialisation and memory-bound parts are not in it."""
+def asked(mesh: str | None, config: "Config") -> dict[str, int]:
+    """Sizes of the mesh's axes from `--mesh`, or the preset's."""
+    from squeeze_jax.errors import InputError
+    from squeeze_jax.sharding import AXES
+
+    if mesh is None:
+        return {axis: getattr(config.parallel, axis) for axis in AXES}
+    try:
+        sizes = dict.fromkeys(AXES, 1) | {k: int(v) for k, v in (part.split("=") for part in mesh.split(","))}
+    except ValueError:
+        raise InputError(f"--mesh {mesh!r} is not understood; write data=1,fsdp=8,tensor=1") from None
+    if unknown := set(sizes) - set(AXES):
+        raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
+    return sizes
+
+
+def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled]]":
+    """Reports of the best ways to train that the compiler agrees fit."""
+    from squeeze_jax.planning.program import topology_mesh
+    from squeeze_jax.planning.report import train_report
+    from squeeze_jax.planning.search import candidates
+    from squeeze_jax.sharding import AXES, nearest_meshes, written
+
+    heads, stage = config.model.dit.heads, config.training.stages[-1]
+    first, chip = topology_mesh(given.topology, dict.fromkeys(AXES, 1) | {"data": -1}, given.slices)
+    every = nearest_meshes(first.size, (1, first.size, 1), slices=given.slices, heads=heads, most=None)
+    shapes = [dict(zip(AXES, shape)) for shape in every]
+    found = candidates(
+        config,
+        [topology_mesh(given.topology, sizes, given.slices)[0] for sizes in shapes],
+        chip,
+        stage,
+        given.references,
+    )
+    print(f"{len(found)} ways fit by hand; the best, by examples a second:")
+    for one in found[: 2 * given.best]:
+        shape = written(list(one.mesh.shape.values()))
+        print(f"  {shape:26}{one.remat:16}{one.batch:3} a chip {one.memory / 2**30:6.1f} GiB {one.rate:9.1f}", flush=True)
+    left = given.best
+    for one in found:
+        if left:
+            report, compiled = train_report(one.config(config), one.mesh, chip, given.references)
+            left -= report["fits"]
+            yield report, compiled

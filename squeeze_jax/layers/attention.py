@@ -41,6 +41,16 @@ def attention(
     return mixed if name is None else checkpoint_name(mixed, name)
 
 
+def heads_first(x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+    """`x` itself; on TPU laid out head by head, as the kernel reads it.
+
+    Without it the compiler turns the array round only after norms and rotation, in float32 and several times.
+    """
+    if platform() != "tpu":
+        return x
+    return jax.lax.optimization_barrier(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
 def plain_attention(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B S K D"],

@@ -5,10 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.norm import per_channel
 from squeeze_jax.sharding import Cut, gathered
+
+PRODUCT = "product"
+"""The `checkpoint_name` tag of what a backward pass would have to multiply matrices for, were it not kept."""
 
 
 class Linear(nnx.Module):
@@ -52,7 +56,7 @@ class Linear(nnx.Module):
             y = y + per_channel(self.bias[...].astype(self.dtype), y)
         if self.adapter is not None:
             y = self.adapter(x, y)
-        return y
+        return checkpoint_name(y, PRODUCT)
 
 
 def swish(x: jax.Array) -> jax.Array:

@@ -13,9 +13,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.linear import PRODUCT, Linear
 from squeeze_jax.sharding import gathered
 
 QKVLayout = Literal["shared", "separate"]
@@ -70,7 +71,8 @@ class LowRank(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
         down, up = (leaf[...].astype(x.dtype) for leaf in (self.down, self.up))
-        delta = (x @ gathered(down, "nothing")) @ gathered(up, "out")
+        narrow = checkpoint_name(x @ gathered(down, "nothing"), PRODUCT)  # `up`'s gradient needs it
+        delta = narrow @ gathered(up, "out")
         return delta * self.scale[...].astype(x.dtype)
 
     def matrix(self) -> Float[Array, "*depth C _"]:

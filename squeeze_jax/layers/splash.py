@@ -17,6 +17,8 @@ from squeeze_jax.sharding import ROWS, current_mesh, evenly
 
 BLOCKS = (1024, 768, 640, 512, 384, 256, 128)
 """Tokens of a block, queries and keys alike; more than 1024 overflow a chip's scoped memory."""
+KEYS = 1536
+"""Most keys that the backward kernel holds: 2560 in four blocks of 640 overflow by a hair."""
 LANES = 128
 
 
@@ -29,6 +31,20 @@ def suits(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
 def block_of(tokens: int) -> int:
     """The block of least cost: padded tokens squared, and half as much again for a block of 256 (our decision)."""
     return min(BLOCKS, key=lambda block: (-(-tokens // block) * block) ** 2 * (1 + LANES / block))
+
+
+def padded(tokens: int) -> int:
+    """Tokens in whole blocks."""
+    block = block_of(tokens)
+    return -(-tokens // block) * block
+
+
+def _keys_at_once(length: int, block: int) -> int:
+    """Keys that the backward kernel holds at a time: it writes a gradient of all queries for each such piece, which are
+    then summed, so as many whole blocks as fit into a chip's scoped memory.
+    """
+    blocks = length // block
+    return block * max(n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * block <= KEYS))
 
 
 def splash_attention(
@@ -45,22 +61,21 @@ def splash_attention(
     `name` is the `checkpoint_name` of what a backward pass needs. `interpret` runs the kernel on a CPU.
     """
     batch, tokens, _, width = query.shape
-    block = block_of(tokens)
-    padded = -(-tokens // block) * block
+    block, length = block_of(tokens), padded(tokens)
     valid = jnp.ones((batch, tokens), bool) if mask is None else mask
-    segments = jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, padded - tokens)))
+    segments = jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, length - tokens)))
 
     def ready(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - tokens), (0, 0)))
 
     arrays = (ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value))
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+        block_q_dkv=block, block_kv_dkv=_keys_at_once(length, block), block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-        whole = masks.MultiHeadMask([masks.FullMask((padded, padded))] * query.shape[1])
+        whole = masks.MultiHeadMask([masks.FullMask((length, length))] * query.shape[1])
         kernel = splash.make_splash_mha_single_device(
             whole, block_sizes=sizes, residual_checkpoint_name=name, interpret=interpret
         )

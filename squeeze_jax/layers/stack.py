@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import jax
 from flax import nnx
 
-Remat = Literal["none", "block", "save_attention", "offload_attention"]
+from squeeze_jax.layers.linear import PRODUCT
+
+Remat = Literal["none", "block", "save_attention", "save_products", "offload_attention"]
 REMAT = get_args(Remat)
 ATTENTION = "attention"
 """The `checkpoint_name` tag that blocks put on the output of their attention."""
@@ -40,6 +42,8 @@ def scan_blocks(
     - `none`: everything that it needs;
     - `block`: only each block's input, the block is run again;
     - `save_attention`: as `block`, but attention outputs are kept;
+    - `save_products`: as `save_attention`, and linear layers' outputs too: nothing but elementwise work (norms, modulation,
+      activations, rotation) is run again. The inputs of frozen layers are not kept, since frozen weights have no gradient;
     - `offload_attention`: as `save_attention`, kept in host memory.
     """
     graph, parameters = nnx.split(blocks)
@@ -61,6 +65,8 @@ def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., 
             policy = policies.nothing_saveable
         case "save_attention":
             policy = policies.save_only_these_names(ATTENTION)
+        case "save_products":
+            policy = policies.save_only_these_names(ATTENTION, PRODUCT)
         case "offload_attention":
             policy = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],

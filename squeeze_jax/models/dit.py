@@ -16,7 +16,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import grid_positions, reference_origins
-from squeeze_jax.layers.attention import attention
+from squeeze_jax.layers.attention import attention, heads_first
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import NORM_EPS, Embedder, Modulation, gated, modulate, sinusoidal
 from squeeze_jax.layers.norm import RMSNorm
@@ -312,7 +312,7 @@ class FinalLayer(nnx.Module):
 def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fused [q; k; v] channels as three arrays [B T H D]."""
     shape = (*qkv.shape[:2], heads, qkv.shape[-1] // (3 * heads))  # no -1: a context may have length 0
-    q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
+    q, k, v = (heads_first(part.reshape(shape)) for part in jnp.split(qkv, 3, axis=-1))
     return q, k, v
 
 

@@ -13,20 +13,24 @@ class Chip:
     """Peak bfloat16 FLOP/s."""
     memory: int
     """Bytes of HBM."""
+    memory_rate: float
+    """Bytes/s of HBM."""
     link_rate: float
     """Published bytes/s between chips (ICI), all links of a chip together."""
     network_rate: float
     """Bytes/s between slices (DCN): a host's network shared by its chips, 200 or 100 Gbit/s taken (our decision)."""
+    torus_axes: int = 3
+    """Axes along which a chip has neighbours."""
     options: tuple[tuple[str, str], ...] = ()
     """What the compiler has to be told besides the topology."""
 
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 300e9, 6.25e9, (("chip_config_name", "megacore"),)),
-    "v5e": Chip(197e12, 16 * GIB, 200e9, 3.125e9),
-    "v5p": Chip(459e12, 95 * GIB, 600e9, 6.25e9),
-    "v6e": Chip(918e12, 32 * GIB, 448e9, 6.25e9),
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9, options=(("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9, torus_axes=2),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 6.25e9, torus_axes=2),
 }
 
 

@@ -6,6 +6,7 @@ XLA counts a loop's body once; here a collective counts as often as the loops ar
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ class Collective(NamedTuple):
     """How often it runs."""
     largest: int
     """Bytes of its largest operand or result on a chip."""
+    hidden: bool = False
+    """Whether the compiler made it asynchronous, so that something is computed beside it."""
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -38,8 +41,11 @@ _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
-    """Every collective of a compiled program's text. Devices are numbered as the mesh's array is, last axis fastest."""
+def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = ()) -> list[Collective]:
+    """Every collective of a compiled program's text. Devices are numbered as the mesh's array is, last axis fastest.
+
+    `unknown` says how often the entry's loops run that end at no constant, in their order.
+    """
     lines_of: dict[str, list[str]] = {}
     entry, name = "", ""
     for line in text.splitlines():
@@ -50,6 +56,7 @@ def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
         elif name:
             lines_of[name].append(line)
     times: dict[str, int] = defaultdict(int)
+    given = iter(unknown)
 
     def visit(name: str, count: int) -> None:
         times[name] += count
@@ -57,6 +64,7 @@ def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
             trips = 1
             if loop := _LOOP.search(line):
                 trips = int(known[1]) if (known := _KNOWN.search(line)) else _trips(lines_of[loop[1]])
+                trips = (next(given, 1) if name == entry else 1) if trips is None else trips
             for one, several in _CALLED.findall(line):
                 for inner in [one, *re.split(r"[, %]+", several)]:
                     if inner in lines_of:
@@ -71,13 +79,13 @@ def collectives(text: str, mesh_shape: dict[str, int]) -> list[Collective]:
     ]
 
 
-def _trips(condition: list[str]) -> int:
-    """How often a loop runs that counts from 0 while its counter is below a constant; 1 where it is of another kind."""
+def _trips(condition: list[str]) -> int | None:
+    """How often a loop runs that counts from 0 while its counter is below a constant; None where it is of another kind."""
     for line in condition:
         if found := _BOUND.search(line):
             bound = re.compile(rf"%{re.escape(found[1])} = s32\[\]\S* constant\((\d+)\)")
-            return next((int(constant[1]) for other in condition if (constant := bound.search(other))), 1)
-    return 1
+            return next((int(constant[1]) for other in condition if (constant := bound.search(other))), None)
+    return None
 
 
 def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | None:
@@ -98,7 +106,8 @@ def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | No
             whole = min(sizes) * group
         case _:
             sent = whole
-    return Collective(kind, axes, round(sent), times, whole)
+    hidden = found[3] is not None or "async_collective_name" in line
+    return Collective(kind, axes, round(sent), times, whole, hidden)
 
 
 def _bytes(kind: str, dimensions: str) -> int:
@@ -108,12 +117,13 @@ def _bytes(kind: str, dimensions: str) -> int:
 def _group(line: str, mesh_shape: dict[str, int]) -> tuple[int, tuple[str, ...]]:
     """Chips that take part together, and the mesh axes along which they differ."""
     devices = np.arange(math.prod(mesh_shape.values())).reshape(tuple(mesh_shape.values()))
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, source = (tuple(map(int, part.split(","))) for part in found.groups()[:2])
-        order = np.arange(math.prod(source)).reshape(source)
-        if found[3]:
-            order = order.transpose(tuple(map(int, found[3].split(","))))
-        members = order.reshape(shape)[0].ravel().tolist()
+    if found := re.search(r"replica_groups=\[([\d,]+)\](<=\S+)", line):
+        order = _numbered(found[2])
+        members = order.reshape(_numbers(found[1]))[0].ravel().tolist()
+    elif found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        order = _numbered("<=" + found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+        members = _first_group(order.reshape(tuple(sizes.values())), list(sizes), found[3])
     elif found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         members = [int(number) for number in found[1].split(",")]
     elif found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
@@ -123,3 +133,28 @@ def _group(line: str, mesh_shape: dict[str, int]) -> tuple[int, tuple[str, ...]]
     places = np.array([np.argwhere(devices == member)[0] for member in members])
     axes = tuple(axis for axis, column in zip(mesh_shape, places.T) if len(set(column.tolist())) > 1)
     return len(members), axes
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _numbered(text: str) -> np.ndarray:
+    """Device numbers as XLA abbreviates them: `<=[4,16]T(1,0)` or `<=([4,16]T(1,0))`, flat where there is no T."""
+    found = re.match(r"<=\(?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert found is not None, text
+    order = np.arange(math.prod(_numbers(found[1]))).reshape(_numbers(found[1]))
+    return order.transpose(_numbers(found[2])) if found[2] else order
+
+
+def _first_group(order: np.ndarray, names: list[str], along: str) -> list[int]:
+    """Members of the first group of `mesh[…] {'a', 'b':(2)4}`: axes whole, or the named (before)size part of one."""
+    part = {name: (int(before), int(size)) if size else None for name, before, size in
+            re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)}  # fmt: skip
+    for axis, name in reversed(list(enumerate(names))):
+        if name not in part:
+            order = order.take([0], axis=axis)
+        elif (cut := part[name]) is not None:
+            after = order.shape[axis] // (cut[0] * cut[1])
+            order = order.take(np.arange(cut[1]) * after, axis=axis)
+    return order.ravel().tolist()

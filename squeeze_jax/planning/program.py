@@ -1,6 +1,7 @@
 """The real train step, compiled for a TPU topology that nobody has to own."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -39,6 +40,11 @@ class Compiled:
     """Of the output, what takes the place of donated arguments."""
     seconds: float
     """How long compiling took."""
+    optimal: float
+    """Seconds that the compiler itself expects on a chip: products and traffic with HBM, collectives as traffic with HBM
+    only, a Pallas kernel as its operands' traffic only, a loop's body once."""
+    moved: float
+    """Bytes between a chip and its HBM, counted likewise."""
     collectives: list[Collective]
     text: str
 
@@ -105,24 +111,25 @@ def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, reference
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     examples = batch_sharding(mesh)
     batch = jax.tree.map(lambda x: _placed(x, examples), abstract_batch(config, rows, references))
-    flat = nnx.to_flat_state(split.frozen)
-    leaves = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
-    places = shardings(leaves, mesh)
-    frozen = nnx.from_flat_state(
-        [(path, v.replace(_placed(v.get_value(), places[".".join(map(str, path))]))) for path, v in flat]
-    )
+    frozen = placed(split.frozen, mesh)
     step = make_train_step(split, make_optimizer(config), config, stage, where)
+    return compiled(step, mesh, jax.tree.map(_placed, state, where), frozen, batch)
+
+
+def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = ()) -> Compiled:
+    """A jitted function compiled for placed shapes; `trips` is how often its loops without a known end run, in order."""
     began = time.perf_counter()
-    lowered = step.lower(jax.tree.map(_placed, state, where), frozen, batch)  # pyright: ignore[reportFunctionMemberAccess]
-    compiled = lowered.compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    program = function.lower(*arguments).compile()
+    memory, text, cost = program.memory_analysis(), program.as_text(), program.cost_analysis()
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         time.perf_counter() - began,
-        collectives(text, dict(mesh.shape)),
+        cost["optimal_seconds"] % 1.0,  # an instruction of unknown time counts as -1 s
+        cost["bytes accessed"],
+        collectives(text, dict(mesh.shape), trips),
         text,
     )
 
@@ -132,28 +139,34 @@ def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 
     weights' gradients; nothing is counted twice for being rematerialised.
     """
     plain = replace(config, parallel=replace(config.parallel, remat="none"))
-    return rows * matmul_flops(jax.value_and_grad(_loss(plain, stage)), *_loss_arguments(plain, references))
+    loss, arguments = loss_and_arguments(plain, stage, 1, references)
+    return rows * matmul_flops(jax.value_and_grad(loss), *arguments)
 
 
 def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
     """FLOPs of one example's loss without gradients."""
-    return matmul_flops(_loss(config, stage), *_loss_arguments(config, references))
+    loss, arguments = loss_and_arguments(config, stage, 1, references)
+    return matmul_flops(loss, *arguments)
 
 
-def _loss(config: Config, stage: StageConfig) -> Any:
-    """The training loss as a function of trained leaves, frozen leaves and a batch."""
-    _, split = abstract_system(config)
+def loss_and_arguments(
+    config: Config, stage: StageConfig, rows: int, references: int = 1
+) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State, TrainingBatch]]:
+    """The training loss as a function of trained leaves, frozen leaves and a batch, and the shapes of these."""
+    state, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
         draws = draw(step_key(config, 0), batch.target.shape, config, stage)
         return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
 
-    return loss
+    return loss, (state.trained, split.frozen, abstract_batch(config, rows, references))
 
 
-def _loss_arguments(config: Config, references: int) -> tuple[Any, nnx.State, TrainingBatch]:
-    state, split = abstract_system(config)
-    return state.trained, split.frozen, abstract_batch(config, 1, references)
+def placed(state: nnx.State, mesh: Mesh, prefix: str = "") -> nnx.State:
+    """A state's shapes where the sharding table puts them; `prefix` goes before their paths."""
+    flat = [(".".join(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(state)]
+    places = shardings({prefix + name: variable.get_value() for name, _, variable in flat}, mesh)
+    return nnx.from_flat_state([(path, v.replace(_placed(v.get_value(), places[prefix + name]))) for name, path, v in flat])
 
 
 def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax.batch import TrainingBatch
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.planning.chips import CHIPS
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.program import abstract_system
-from squeeze_jax.training.step import draw, losses, step_key
+from squeeze_jax.training.step import Batch, draw, losses, step_key, target_shape
 
 # Beginning of JAX's name for a device → peak dense bfloat16 FLOP/s (the makers' data sheets).
 PEAKS = {
@@ -33,15 +32,15 @@ def peak_of(kind: str) -> float | None:
     return PEAKS[max(fitting, key=len)] if fitting else None
 
 
-def step_work(config: Config, stage: StageConfig, batch: TrainingBatch) -> tuple[float, float | None]:
+def step_work(config: Config, stage: StageConfig, batch: Batch) -> tuple[float, float | None]:
     """Model FLOPs of a step on this batch (nothing twice for being rematerialised), and all devices' peak FLOP/s."""
     rows = batch.target.shape[0]
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
+    one: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
     plain = replace(config, parallel=replace(config.parallel, remat="none"))
     state, split = abstract_system(plain)
 
-    def loss(trained: Any, frozen: Any, batch: TrainingBatch) -> jax.Array:
-        draws = draw(step_key(plain, 0), batch.target.shape, plain, stage)
+    def loss(trained: Any, frozen: Any, batch: Batch) -> jax.Array:
+        draws = draw(step_key(plain, 0), target_shape(batch, plain), plain, stage)
         return jnp.mean(losses(split.merge(trained, frozen), batch, draws, plain, stage))
 
     peak = peak_of(jax.devices()[0].device_kind)

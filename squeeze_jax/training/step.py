@@ -135,8 +135,11 @@ def make_train_step(
             nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
             sums, each = jax.lax.scan(add, nothing, cut)
             loss, grads = jax.tree.map(lambda x: x / pieces, sums)
-        norms = [optax.tree.norm({k: g for k, g in grads.items() if k.startswith(p)}) for p in ("dit.", "aggregator.")]
-        norm = jnp.hypot(*norms)
+        of_dit, of_aggregator = (
+            optax.tree.norm({name: leaf for name, leaf in grads.items() if name.startswith(part)})
+            for part in ("dit.", "aggregator.")
+        )
+        norm = jnp.hypot(of_dit, of_aggregator)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.moments, state.trained)
         trained: Leaves = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
@@ -149,9 +152,9 @@ def make_train_step(
             keep, (trained, moments, average), (state.trained, state.moments, state.average)
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        metrics = Metrics(
-            loss, norm, *norms, *by_time(each.ravel(), draws.t), jnp.asarray(rate(state.step), jnp.float32), skipped
-        )
+        sums, counts = by_time(each.ravel(), draws.t)
+        now = jnp.asarray(rate(state.step), jnp.float32)
+        metrics = Metrics(loss, norm, of_dit, of_aggregator, sums, counts, now, skipped)
         return TrainState(state.step + 1, trained, moments, average, skipped), metrics
 
     if where is None:

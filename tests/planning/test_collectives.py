@@ -47,3 +47,42 @@ def test_gathering_and_scattering():
 
 def test_a_program_alone_sends_nothing():
     assert compiled(lambda x: x @ x, (P(),), P(), (16, 16)) == []
+
+
+GATHER = "  %all-gather.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=2, replica_groups="
+PROGRAM = "HloModule m\n\nENTRY %main.1 (x: bf16[64,128]) -> bf16[64,128] {\n" + GATHER
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "members"),
+    [
+        ("{{0,2,4,6},{1,3,5,7}}, dimensions={0}", ("data", "fsdp"), 4),
+        ("[2,4]<=[4,2]T(1,0), dimensions={0}", ("data", "fsdp"), 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}", ("fsdp", "tensor"), 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}", ("data",), 2),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}, dimensions={0}", ("data", "tensor"), 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={0}", ("data",), 2),
+        ("mesh['a'=8] {'a':(2)2}, dimensions={0}", ("fsdp",), 2),
+        ("mesh['a'=8] {'a':(1)4}, dimensions={0}", ("data", "fsdp"), 4),
+    ],
+)
+def test_every_way_to_write_a_group(groups, axes, members):
+    """The TPU compiler writes groups as a mesh of its own; each is one of data=2, fsdp=2, tensor=2."""
+    (found,) = collectives(f"{PROGRAM}{groups}\n}}\n", MESH)
+    assert found.axes == axes
+    assert found.sent == round(64 * 128 * 2 * (members - 1) / members)
+
+
+def test_loops_without_a_known_end_run_as_often_as_is_said():
+    def function(x, n):
+        def body(_, x):
+            return jax.lax.psum(x, "fsdp") * 0.1
+
+        x = jax.lax.fori_loop(0, n, body, x)
+        return jax.lax.fori_loop(n, 2 * n, body, x)
+
+    mesh = make_mesh(**MESH)
+    inner = jax.shard_map(function, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    text = jax.jit(inner).lower(jnp.zeros(64), jnp.int32(3)).compile().as_text()
+    assert [one.times for one in collectives(text, MESH)] == [1, 1]
+    assert sorted(one.times for one in collectives(text, MESH, (3, 5))) == [3, 5]

@@ -1,0 +1,152 @@
+"""A plan: everything about a run on a topology, as one dictionary (the JSON that `plan` writes) and as lines to read."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from jax.sharding import Mesh
+
+from squeeze_jax.config import Config
+from squeeze_jax.layers.splash import padded
+from squeeze_jax.planning.chips import GIB, Chip
+from squeeze_jax.planning.collectives import Collective
+from squeeze_jax.planning.estimate import Estimate, sequence, step_estimate
+from squeeze_jax.planning.network import crosses_slices
+from squeeze_jax.planning.program import Compiled, abstract_system, compile_train_step, count, step_flops
+
+Report = dict[str, Any]
+
+
+def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) -> tuple[Report, Compiled]:
+    """The plan of a training run's last stage; its steps are all stages'."""
+    stage = config.training.stages[-1]
+    rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
+    flops = step_flops(config, stage, rows, references)
+    whole = compile_train_step(config, mesh, stage, references)
+    estimate = step_estimate(config, mesh, chip, stage, whole, references)
+    report = described(config, mesh, chip, whole, references)
+    steps = config.total_steps
+    report |= {
+        "what": "train",
+        "examples_per_step": rows,
+        "model_flops_per_step": flops,
+        **reached(flops, estimate, mesh, chip),
+        "examples_per_second": rows / estimate.total,
+        "steps": steps,
+        "chip_hours": steps * estimate.total * mesh.size / 3600,
+        "chip_hours_35000_steps": 35_000 * estimate.total * mesh.size / 3600,
+    }
+    return report, whole
+
+
+def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, references: int) -> Report:
+    """What a plan says of any program."""
+    state, split = abstract_system(config)
+    frozen, blocks = count(split.frozen), config.model.dit.double_blocks + config.model.dit.single_blocks
+    largest = max((one.largest for one in whole.collectives), default=0)
+    return {
+        "preset": config.name,
+        "mesh": dict(mesh.shape),
+        "chips": mesh.size,
+        "batch_per_chip": config.data.batch_per_chip,
+        "remat": config.parallel.remat,
+        "parameters": {"trained": count(state.trained), "frozen": frozen},
+        "fits": whole.total <= chip.memory,
+        "hbm_capacity": chip.memory,
+        "hbm_per_chip": {
+            "arguments": whole.arguments,
+            "temporaries": whole.temporaries,
+            "output": whole.output,
+            "aliased": whole.aliased,
+            "total": whole.total,
+        },
+        "collectives": traffic(whole.collectives, mesh),
+        "largest_collective": largest,
+        "gathers_more_than_a_block": largest > 2 * count(state.trained if config.lora is None else split.frozen) / blocks,
+        "holds_attention_matrix": holds_square(whole.text, sum(sequence(config, references))),
+        "compile_seconds": whole.seconds,
+    }
+
+
+def holds_square(text: str, tokens: int) -> bool:
+    """Whether a compiled program has an array of tokens x tokens (padded or not), as attention without a kernel has."""
+    lengths = {str(tokens), str(padded(tokens))}
+    shapes = (shape.split(",") for shape in set(re.findall(r"\[(\d+(?:,\d+)+)\]", text)))
+    return any(shape.count(length) > 1 for shape in shapes for length in lengths)
+
+
+def reached(flops: float, estimate: Estimate, mesh: Mesh, chip: Chip) -> Report:
+    """The roofline of published peaks, and the estimate against it."""
+    return {
+        "roofline_seconds": {
+            "compute": flops / mesh.size / chip.flops,
+            "hbm": estimate.moved / chip.memory_rate,
+            "ici": estimate.links,
+            "dcn": estimate.network,
+        },
+        "estimated_seconds": {
+            "compiler": estimate.compute,
+            "attention_kernels": estimate.kernels,
+            "waiting_for_collectives": estimate.exposed,
+        },
+        "predicted_step_seconds": estimate.total,
+        "predicted_mfu": flops / mesh.size / chip.flops / estimate.total,
+    }
+
+
+def traffic(found: list[Collective], mesh: Mesh) -> list[Report]:
+    """Bytes that a chip sends in a step, by kind and mesh axes, the most first."""
+    sent: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+    for one in found:
+        sent[one.kind, one.axes] += one.sent * one.times
+    ordered = sorted(sent.items(), key=lambda item: -item[1])
+    return [
+        {
+            "kind": kind,
+            "axes": list(axes),
+            "over": "dcn" if crosses_slices(mesh, axes) else "ici",
+            "bytes_per_chip": total,
+        }
+        for (kind, axes), total in ordered
+    ]
+
+
+def lines(report: Report, chip_hour: float | None = None) -> Iterator[str]:
+    """The report to read."""
+    memory, capacity = report["hbm_per_chip"], report["hbm_capacity"]
+    shape = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    per_step = "step" if report["what"] == "train" else "batch"
+    parameters, flops, examples = report["parameters"], report["model_flops_per_step"], report["examples_per_step"]
+    yield f"mesh              {shape}: {report['chips']} chips, {examples} examples a {per_step}, remat {report['remat']}"
+    yield f"parameters        {parameters['trained']:,} trained, {parameters['frozen']:,} frozen"
+    yield f"model FLOPs       {flops / 1e12:,.1f} T a {per_step} ({flops / examples / 1e12:.1f} T an example)"
+    yield (
+        f"HBM a chip        {memory['total'] / GIB:.2f} GiB of {capacity / GIB:.0f}: "
+        f"arguments {memory['arguments'] / GIB:.2f}, temporaries {memory['temporaries'] / GIB:.2f}, "
+        f"output {memory['output'] / GIB:.2f} ({memory['aliased'] / GIB:.2f} of it in place)"
+        + ("" if report["fits"] else "   DOES NOT FIT")
+    )
+    for one in report["collectives"]:
+        if one["bytes_per_chip"] >= 1e6:
+            where = f"{'+'.join(one['axes']) or '-'} ({one['over']})"
+            yield f"  {one['kind']:20}{where:20}{one['bytes_per_chip'] / 1e9:10.3f} GB a chip"
+    yield f"largest of them   {report['largest_collective'] / 1e6:.0f} MB on a chip" + (
+        "   MORE THAN A BLOCK" if report["gathers_more_than_a_block"] else ""
+    )
+    if report["holds_attention_matrix"]:
+        yield "attention         an array of tokens x tokens exists: the kernel does not suit these sizes"
+    for title, key in (("roofline", "roofline_seconds"), ("estimate", "estimated_seconds")):
+        parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * value:.0f} ms" for name, value in report[key].items())
+        yield f"{title:18}{parts}"
+    seconds = report["predicted_step_seconds"]
+    yield (
+        f"to expect         {seconds:.3f} s a {per_step}, {examples / seconds:.2f} examples/s, "
+        f"{100 * report['predicted_mfu']:.1f} % of the published peak"
+    )
+    if report["what"] == "train":
+        for steps, hours in ((report["steps"], report["chip_hours"]), (35_000, report["chip_hours_35000_steps"])):
+            yield f"                  {steps:,} steps: {hours:,.0f} chip-hours" + (
+                f", {hours * chip_hour:,.0f} at {chip_hour:g} an hour" if chip_hour else ""
+            )
+    yield f"compiled in       {report['compile_seconds']:.0f} s"

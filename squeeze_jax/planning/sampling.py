@@ -1,0 +1,149 @@
+"""The staged sampler, compiled for a TPU topology that nobody has to own, and how long a batch of images will take."""
+
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from squeeze_jax.batch import Context, References
+from squeeze_jax.config import Config
+from squeeze_jax.interop.build import build_system
+from squeeze_jax.planning.chips import Chip
+from squeeze_jax.planning.estimate import KERNEL_SHARE, Estimate, Kernel, block_program, sequence
+from squeeze_jax.planning.flops import matmul_flops
+from squeeze_jax.planning.network import network_seconds
+from squeeze_jax.planning.program import Compiled, abstract_batch, compiled, placed
+from squeeze_jax.planning.report import Report, described, reached
+from squeeze_jax.sampling.sampler import Schedule, make_sampler, make_schedule
+from squeeze_jax.sharding import batch_sharding
+
+Evaluation = tuple[bool, bool]
+"""Whether a velocity sees the MLLM's tokens, and whether it sees the references'."""
+
+
+def schedule_of(config: Config, references: int) -> Schedule:
+    """The config's own steps and stage borders."""
+    own, (height, width) = config.sampling, config.target_grid
+    shown = references > 0 and any(stage.references for stage in config.training.stages)
+    return make_schedule(own.steps, height * width, own.tau1, own.tau2, references=shown, shifted=own.shifted)
+
+
+def evaluations(config: Config, references: int) -> list[tuple[Evaluation, int]]:
+    """How often an image's velocity is evaluated with which conditions, stage by stage; without any: CFG's other branch."""
+    borders = schedule_of(config, references).borders.tolist()
+    kinds = ((True, False), (True, True), (False, True))
+    steps = [(kind, end - start) for kind, start, end in zip(kinds, [0, *borders], borders) if end > start]
+    guided = config.sampling.cfg_scale != 1.0
+    return [*steps, *([((False, False), config.sampling.steps)] if guided else [])]
+
+
+def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1) -> Compiled:
+    """The sampler that `sample` runs for the config's size, every image with a prompt and references of its own."""
+    system = nnx.eval_shape(lambda: build_system(config, with_base=False))
+    graph, state = nnx.split(system)
+    schedule = schedule_of(config, references)
+    split = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    where = batch_sharding(mesh) if split else NamedSharding(mesh, PartitionSpec())
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract_batch(config, images, references)
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    numbers = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (schedule, jnp.zeros(()))
+    )
+    shown = batch.references if any(kind[1] for kind, _ in evaluations(config, references)) else None
+    sampler = make_sampler(
+        graph, target_grid=config.target_grid, guided=config.sampling.cfg_scale != 1.0,
+        guidance=config.diffusion.guidance, mesh=mesh,
+    )  # fmt: skip
+    trips = [steps for kind, steps in evaluations(config, references) if kind != (False, False)]
+    if shown is not None:  # a stage without steps is a loop of the program all the same
+        borders = [0, *schedule.borders.tolist()]
+        trips = [end - start for start, end in pairwise(borders)]
+    return compiled(
+        sampler, mesh, (placed(state, mesh),), batch.target, batch.hidden_states, shown, *numbers, trips=trips
+    )
+
+
+def image_flops(config: Config, references: int = 1) -> int:
+    """FLOPs of one image: the context once, then every evaluation of the velocity."""
+    system = nnx.eval_shape(lambda: build_system(config, with_base=False))
+    graph, state = nnx.split(system)
+    batch = abstract_batch(config, 1, references)
+    context = jax.eval_shape(lambda state, states: nnx.merge(graph, state).context(states), state, batch.hidden_states)
+
+    nothing = Context(*(jax.ShapeDtypeStruct((x.shape[0], 0, *x.shape[2:]), x.dtype) for x in context))
+
+    def velocity(kind: Evaluation) -> int:
+        mllm, vae = kind
+        shown = context if mllm else nothing
+
+        def run(state: nnx.State, target: jax.Array, context: Context, references: References | None) -> Any:
+            t = jnp.ones(1)
+            return nnx.merge(graph, state).velocity(target, config.target_grid, t, context, references)
+
+        return matmul_flops(run, state, batch.target, shown, batch.references if vae else None)
+
+    once = matmul_flops(lambda state, states: nnx.merge(graph, state).context(states), state, batch.hidden_states)
+    return once + sum(steps * velocity(kind) for kind, steps in evaluations(config, references))
+
+
+def batch_estimate(
+    config: Config, mesh: Mesh, chip: Chip, whole: Compiled, images: int, references: int = 1
+) -> Estimate:
+    """Of a batch of images, compiled as `whole`: blocks' times are linear in their tokens, measured at two lengths."""
+    dit = config.model.dit
+    cut = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = images // cut if images % cut == 0 else images
+    context, image = sequence(config, references)
+    target = config.target_grid[0] * config.target_grid[1]
+    most = context + image
+    seconds = moved = 0.0
+    lengths = [(tokens_of(kind, context, target, image - target), steps) for kind, steps in evaluations(config, references)]
+    for name, depth in (("double", dit.double_blocks), ("single", dit.single_blocks)):
+        short = block_program(config, mesh, name, rows, 0, target, backward=False)
+        long = block_program(config, mesh, name, rows, context, image, backward=False)
+        for tokens, steps in lengths:
+            share = (tokens - target) / (most - target)
+            seconds += depth * steps * (short.optimal + share * (long.optimal - short.optimal))
+            moved += depth * steps * (short.moved + share * (long.moved - short.moved))
+    blocks = dit.double_blocks + dit.single_blocks
+    kernels = sum(steps * Kernel(tokens, dit.width, blocks).flops(False, False) for tokens, steps in lengths)
+    links, network, exposed = network_seconds(whole.collectives, mesh, chip)
+    return Estimate(
+        whole.optimal + seconds,
+        rows * kernels / mesh.shape["tensor"] / (KERNEL_SHARE * chip.flops),
+        links,
+        network,
+        exposed,
+        whole.moved + moved,
+    )
+
+
+def tokens_of(kind: Evaluation, context: int, target: int, references: int) -> int:
+    """Tokens of the joint sequence of an evaluation."""
+    return target + kind[0] * context + kind[1] * references
+
+
+def sample_report(
+    config: Config, mesh: Mesh, chip: Chip, references: int = 1, images: int | None = None
+) -> tuple[Report, Compiled]:
+    """The plan of sampling `images` at once (by default one for every place that holds examples)."""
+    images = mesh.shape["data"] * mesh.shape["fsdp"] if images is None else images
+    flops = images * image_flops(config, references)
+    whole = compile_sampler(config, mesh, images, references)
+    estimate = batch_estimate(config, mesh, chip, whole, images, references)
+    report = described(config, mesh, chip, whole, references)
+    report |= {
+        "what": "sample",
+        "examples_per_step": images,
+        "sampling_steps": config.sampling.steps,
+        "model_flops_per_step": flops,
+        "model_flops_per_image": flops // images,
+        **reached(flops, estimate, mesh, chip),
+        "examples_per_second": images / estimate.total,
+    }
+    return report, whole
