@@ -48,8 +48,8 @@ class Plan:
     """How many `--search` compiles and prints."""
     what: Literal["train", "sample"] = "train"
     """The train step of the preset's last stage, or the staged sampler with its steps, τ and guidance."""
-    images: int | None = None
-    """Images sampled at once; none: one for every place of the data and fsdp axes."""
+    images: int = 0
+    """Images sampled at once; 0: one for every place of the data and fsdp axes."""
     references: int = 1
     """Square references of each example."""
     chip_hour: float | None = None
@@ -121,7 +121,8 @@ def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled]
     from squeeze_jax.sharding import AXES
 
     heads, stage = config.model.dit.heads, config.training.stages[-1]
-    first, chip = topology_mesh(given.topology, dict.fromkeys(AXES, 1) | {"data": -1}, given.slices)
+    alone = {axis: -1 if axis == "data" else 1 for axis in AXES}
+    first, chip = topology_mesh(given.topology, alone, given.slices)
     shapes = [dict(zip(AXES, shape)) for shape in meshes(first.size, given.slices, heads)]
     found = candidates(
         config,

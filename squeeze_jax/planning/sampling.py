@@ -129,10 +129,10 @@ def tokens_of(kind: Evaluation, context: int, target: int, references: int) -> i
 
 
 def sample_report(
-    config: Config, mesh: Mesh, chip: Chip, references: int = 1, images: int | None = None
+    config: Config, mesh: Mesh, chip: Chip, references: int = 1, images: int = 0
 ) -> tuple[Report, Compiled]:
-    """The plan of sampling `images` at once (by default one for every place that holds examples)."""
-    images = mesh.shape["data"] * mesh.shape["fsdp"] if images is None else images
+    """The plan of sampling `images` at once (0: one for every place that holds examples)."""
+    images = images or mesh.shape["data"] * mesh.shape["fsdp"]
     flops = images * image_flops(config, references)
     whole = compile_sampler(config, mesh, images, references)
     estimate = batch_estimate(config, mesh, chip, whole, images, references)
