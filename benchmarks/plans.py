@@ -28,7 +28,8 @@ PLANS: dict[str, tuple[str, ...]] = {
 }
 COLUMNS = (
     "topology", "mesh", "batch a chip", "remat", "HBM a chip, GiB (arguments + temporaries)",
-    "over ICI, GB", "over DCN, GB", "model TFLOP", "predicted s", "MFU, %", "examples/s", "chip-hours of 35,000 steps", "compiled in, s",
+    "over ICI, GB", "over DCN, GB", "model TFLOP", "predicted s", "MFU, %", "examples/s",
+    "chip-hours of 35,000 steps", "compiled in, s",
 )  # fmt: skip
 GIB = 2**30
 

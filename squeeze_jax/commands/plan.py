@@ -121,9 +121,9 @@ def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled]
     from squeeze_jax.sharding import AXES
 
     heads, stage = config.model.dit.heads, config.training.stages[-1]
-    alone = {axis: -1 if axis == "data" else 1 for axis in AXES}
+    alone: dict[str, int] = {axis: -1 if axis == "data" else 1 for axis in AXES}
     first, chip = topology_mesh(given.topology, alone, given.slices)
-    shapes = [dict(zip(AXES, shape)) for shape in meshes(first.size, given.slices, heads)]
+    shapes: list[dict[str, int]] = [dict(zip(AXES, shape)) for shape in meshes(first.size, given.slices, heads)]
     found = candidates(
         config,
         [topology_mesh(given.topology, sizes, given.slices)[0] for sizes in shapes],
