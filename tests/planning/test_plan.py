@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from squeeze_jax.commands import plan
+from squeeze_jax.planning.program import too_large
 
 PRESET = "configs/flux_stage2.py"
 GIB = 2**30
@@ -113,3 +114,17 @@ def test_two_slices_beside_another_process_that_uses_jax(tmp_path):
     between = [one for one in report["collectives"] if one["over"] == "dcn"]
     assert between and all("data" in one["axes"] for one in between)
     assert sum(one["bytes_per_chip"] for one in between) >= report["parameters"]["trained"] / 4 * 2 * 0.99
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (32.00G)", 32),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.0M of 15.75G hbm.", 0.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack", None),
+        ("INTERNAL: hbm", None),
+    ],
+)
+def test_the_compilers_refusal_is_read(message, gib):
+    error = too_large(message)
+    assert (error and error.needed) == (gib and gib * GIB)
