@@ -75,9 +75,7 @@ def too_large(message: str) -> TooLargeError | None:
     return TooLargeError(float(size) * {"M": 2**-10, "G": 1.0, "T": 2.0**10}[unit])
 
 
-def topology_mesh(
-    topology: str, sizes: dict[str, int], slices: int = 1, heads: int | None = None
-) -> tuple[Mesh, Chip]:
+def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: int | None = None) -> tuple[Mesh, Chip]:
     """A mesh over a described topology, and its chip; one size may be -1 and takes what the others leave.
 
     With several slices `data` goes over the network between them, the other axes stay within one.
