@@ -48,8 +48,8 @@ class Plan:
     """How many `--search` compiles and prints."""
     what: Literal["train", "sample"] = "train"
     """The train step of the preset's last stage, or the staged sampler with its steps, τ and guidance."""
-    images: int | None = None
-    """Images sampled at once; none: one for every place of the data and fsdp axes."""
+    images: int = 0
+    """Images sampled at once; 0: one for every place of the data and fsdp axes."""
     references: int = 1
     """Square references of each example."""
     chip_hour: float | None = None
@@ -70,30 +70,36 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: Plan, overrides: list[str]) -> None:
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.interop.tensors import write_json
-    from squeeze_jax.planning.program import topology_mesh
-    from squeeze_jax.planning.report import lines, train_report
-    from squeeze_jax.planning.sampling import sample_report
+    from squeeze_jax.planning.report import lines
 
     config = override(load_preset(given.preset), overrides, f"squeeze_jax plan {given.preset}")
     sizes = asked(given.mesh, config)
     print(f"{config.name}, {given.what}, on {given.slices} x {given.topology}", flush=True)
-    if given.search:
-        reports = searched(given, config)
-    elif given.what == "train":
-        mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
-        reports = [train_report(config, mesh, chip, given.references)]
-    else:
-        mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
-        reports = [sample_report(config, mesh, chip, given.references, given.images)]
-    place, written = {"topology": given.topology, "slices": given.slices}, []
-    for report, compiled in reports:
+    place, written = {"topology": given.topology, "slices": given.slices, "preset": config.name}, []
+    for report, compiled in searched(given, config) if given.search else planned(given, config, sizes):
         print("\n".join(lines(report, given.chip_hour)), flush=True)
         written.append(place | report)
-        if given.hlo is not None:
+        if given.hlo is not None and compiled is not None:
             given.hlo.write_text(compiled.text)
     if given.json is not None:
         write_json(given.json, {**place, "best": written} if given.search else written[0])
         print(f"report: {given.json}")
+
+
+def planned(given: Plan, config: "Config", sizes: dict[str, int]) -> "Iterator[tuple[Report, Compiled | None]]":
+    """The one plan that is asked for."""
+    from squeeze_jax.planning.program import TooLargeError, topology_mesh
+    from squeeze_jax.planning.report import refused, train_report
+    from squeeze_jax.planning.sampling import sample_report
+
+    mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
+    try:
+        if given.what == "train":
+            yield train_report(config, mesh, chip, given.references)
+        else:
+            yield sample_report(config, mesh, chip, given.references, given.images)
+    except TooLargeError as error:
+        yield refused(config, mesh, chip, error), None
 
 
 def asked(mesh: str | None, config: "Config") -> dict[str, int]:
@@ -112,17 +118,18 @@ def asked(mesh: str | None, config: "Config") -> dict[str, int]:
     return sizes
 
 
-def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled]]":
+def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled | None]]":
     """Reports of the best ways to train that the compiler agrees fit."""
-    from squeeze_jax.planning.program import topology_mesh
-    from squeeze_jax.planning.report import train_report
+    from squeeze_jax.planning.program import TooLargeError, topology_mesh
+    from squeeze_jax.planning.report import refused, train_report
     from squeeze_jax.planning.search import candidates
     from squeeze_jax.sharding import AXES, nearest_meshes, written
 
     heads, stage = config.model.dit.heads, config.training.stages[-1]
-    first, chip = topology_mesh(given.topology, dict.fromkeys(AXES, 1) | {"data": -1}, given.slices)
+    alone: dict[str, int] = {axis: -1 if axis == "data" else 1 for axis in AXES}
+    first, chip = topology_mesh(given.topology, alone, given.slices)
     every = nearest_meshes(first.size, (1, first.size, 1), slices=given.slices, heads=heads, most=None)
-    shapes = [dict(zip(AXES, shape)) for shape in every]
+    shapes: list[dict[str, int]] = [dict(zip(AXES, shape)) for shape in every]
     found = candidates(
         config,
         [topology_mesh(given.topology, sizes, given.slices)[0] for sizes in shapes],
@@ -137,6 +144,9 @@ def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled]
     left = given.best
     for one in found:
         if left:
-            report, compiled = train_report(one.config(config), one.mesh, chip, given.references)
+            try:
+                report, compiled = train_report(one.config(config), one.mesh, chip, given.references)
+            except TooLargeError as error:
+                report, compiled = refused(one.config(config), one.mesh, chip, error), None
             left -= report["fits"]
             yield report, compiled

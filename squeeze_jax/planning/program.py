@@ -1,5 +1,6 @@
 """The real train step, compiled for a TPU topology that nobody has to own."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,26 @@ class Compiled:
     @property
     def total(self) -> int:
         return self.arguments + self.temporaries + self.output - self.aliased
+
+
+class TooLargeError(InputError):
+    """The compiler refused a program for its size."""
+
+    def __init__(self, needed: float) -> None:
+        super().__init__(f"the compiler needs {needed:.1f} GiB of HBM a chip, more than there is")
+        self.needed = round(needed * 2**30)
+        """Bytes a chip, of arguments and temporaries or of the latter alone: as far as the compiler got."""
+
+
+def too_large(message: str) -> TooLargeError | None:
+    """The compiler's message as an error of its own, if it is about HBM."""
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    found = re.search(r"Used ([\d.]+)([MGT]) of|temporaries \(([\d.]+)([MGT])\)", message)
+    if found is None:
+        return None
+    size, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return TooLargeError(float(size) * {"M": 2**-10, "G": 1.0, "T": 2.0**10}[unit])
 
 
 def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: int = 0) -> tuple[Mesh, Chip]:
@@ -117,9 +138,16 @@ def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, reference
 
 
 def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = ()) -> Compiled:
-    """A jitted function compiled for placed shapes; `trips` is how often its loops without a known end run, in order."""
+    """A jitted function compiled for placed shapes; `trips` is how often its loops without a known end run, in order.
+
+    Raises TooLargeError where the compiler finds no way into a chip's HBM.
+    """
     began = time.perf_counter()
-    program = function.lower(*arguments).compile()
+    lowered = function.lower(*arguments)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise (too_large(str(error)) or error) from None
     memory, text, cost = program.memory_analysis(), program.as_text(), program.cost_analysis()
     return Compiled(
         memory.argument_size_in_bytes,

@@ -13,7 +13,14 @@ from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.collectives import Collective
 from squeeze_jax.planning.estimate import Estimate, sequence, step_estimate
 from squeeze_jax.planning.network import crosses_slices
-from squeeze_jax.planning.program import Compiled, abstract_system, compile_train_step, count, step_flops
+from squeeze_jax.planning.program import (
+    Compiled,
+    TooLargeError,
+    abstract_system,
+    compile_train_step,
+    count,
+    step_flops,
+)
 
 Report = dict[str, Any]
 
@@ -69,6 +76,20 @@ def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, reference
     }
 
 
+def refused(config: Config, mesh: Mesh, chip: Chip, error: TooLargeError) -> Report:
+    """The report of a program that the compiler found no place for."""
+    return {
+        "preset": config.name,
+        "mesh": dict(mesh.shape),
+        "chips": mesh.size,
+        "batch_per_chip": config.data.batch_per_chip,
+        "remat": config.parallel.remat,
+        "fits": False,
+        "hbm_capacity": chip.memory,
+        "hbm_per_chip": {"total": error.needed},
+    }
+
+
 def holds_square(text: str, tokens: int) -> bool:
     """Whether a compiled program has an array of tokens x tokens (padded or not), as attention without a kernel has."""
     lengths = {str(tokens), str(padded(tokens))}
@@ -116,6 +137,10 @@ def lines(report: Report, chip_hour: float | None = None) -> Iterator[str]:
     """The report to read."""
     memory, capacity = report["hbm_per_chip"], report["hbm_capacity"]
     shape = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    if "collectives" not in report:
+        yield f"mesh              {shape}: {report['batch_per_chip']} examples a chip, remat {report['remat']}"
+        yield f"HBM a chip        {memory['total'] / GIB:.2f} GiB of {capacity / GIB:.0f}   DOES NOT FIT: not compiled"
+        return
     per_step = "step" if report["what"] == "train" else "batch"
     parameters, flops, examples = report["parameters"], report["model_flops_per_step"], report["examples_per_step"]
     yield f"mesh              {shape}: {report['chips']} chips, {examples} examples a {per_step}, remat {report['remat']}"

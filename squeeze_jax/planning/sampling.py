@@ -51,9 +51,7 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract_batch(config, images, references)
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    numbers = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (schedule, jnp.zeros(()))
-    )
+    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (schedule, jnp.zeros(())))
     shown = batch.references if any(kind[1] for kind, _ in evaluations(config, references)) else None
     sampler = make_sampler(
         graph, target_grid=config.target_grid, guided=config.sampling.cfg_scale != 1.0,
@@ -63,9 +61,7 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
     if shown is not None:  # a stage without steps is a loop of the program all the same
         borders = [0, *schedule.borders.tolist()]
         trips = [end - start for start, end in pairwise(borders)]
-    return compiled(
-        sampler, mesh, (placed(state, mesh),), batch.target, batch.hidden_states, shown, *numbers, trips=trips
-    )
+    return compiled(sampler, mesh, (placed(state, mesh),), batch.target, batch.hidden_states, shown, *numbers, trips=trips)
 
 
 def image_flops(config: Config, references: int = 1) -> int:
@@ -91,9 +87,7 @@ def image_flops(config: Config, references: int = 1) -> int:
     return once + sum(steps * velocity(kind) for kind, steps in evaluations(config, references))
 
 
-def batch_estimate(
-    config: Config, mesh: Mesh, chip: Chip, whole: Compiled, images: int, references: int = 1
-) -> Estimate:
+def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, images: int, references: int = 1) -> Estimate:
     """Of a batch of images, compiled as `whole`: blocks' times are linear in their tokens, measured at two lengths."""
     dit = config.model.dit
     cut = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -128,11 +122,9 @@ def tokens_of(kind: Evaluation, context: int, target: int, references: int) -> i
     return target + kind[0] * context + kind[1] * references
 
 
-def sample_report(
-    config: Config, mesh: Mesh, chip: Chip, references: int = 1, images: int | None = None
-) -> tuple[Report, Compiled]:
-    """The plan of sampling `images` at once (by default one for every place that holds examples)."""
-    images = mesh.shape["data"] * mesh.shape["fsdp"] if images is None else images
+def sample_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1, images: int = 0) -> tuple[Report, Compiled]:
+    """The plan of sampling `images` at once (0: one for every place that holds examples)."""
+    images = images or mesh.shape["data"] * mesh.shape["fsdp"]
     flops = images * image_flops(config, references)
     whole = compile_sampler(config, mesh, images, references)
     estimate = batch_estimate(config, mesh, chip, whole, images, references)

@@ -60,9 +60,7 @@ class Candidate:
         )
 
 
-def candidates(
-    config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, references: int = 1
-) -> list[Candidate]:
+def candidates(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, references: int = 1) -> list[Candidate]:
     """All that fit by hand, the most examples a second first; of equal policy and mesh, the best batch alone."""
     best: dict[Any, Candidate] = {}
     for one in _all(config, meshes, chip, stage, references):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from parity import relative_error
 
+from squeeze_jax.layers import rope
 from squeeze_jax.layers.rope import rotate, rotation
 
 AXES = (4, 8, 12)
@@ -60,3 +61,13 @@ def test_every_sample_has_positions_of_its_own():
     for i in range(2):
         np.testing.assert_array_equal(together[i : i + 1], rotate(x[i : i + 1], rotation(positions[i : i + 1], AXES)))
     np.testing.assert_allclose(np.linalg.norm(together, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_product_that_tpus_take_gives_the_same_bits(dtype, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 7, 3, 16)), dtype)
+    by = rotation(jnp.asarray(rng.integers(0, 50, (2, 7, 3))), (4, 4, 8))
+    elsewhere = rotate(x, by)
+    monkeypatch.setattr(rope, "platform", lambda: "tpu")
+    np.testing.assert_array_equal(np.asarray(rotate(x, by), np.float32), np.asarray(elsewhere, np.float32))

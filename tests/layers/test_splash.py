@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from parity import relative_error
 
+from squeeze_jax.layers import splash
 from squeeze_jax.layers.attention import plain_attention
 from squeeze_jax.layers.splash import block_of, splash_attention, suits
 from squeeze_jax.sharding import make_mesh, on_mesh
@@ -48,6 +49,24 @@ def test_output_and_gradients_equal_whole_products(mesh):
     for one, other in zip(ours, wanted):
         assert np.isfinite(one).all()
         assert relative_error(one, other) < 1e-5
+
+
+def test_keys_in_pieces_of_several_blocks(monkeypatch):
+    """512 tokens in blocks of 128, of which the backward kernel holds two: gradients of queries are sums of two."""
+    monkeypatch.setattr(splash, "BLOCKS", (128,))
+    monkeypatch.setattr(splash, "KEYS", 256)
+    q, k, v, mask = inputs(tokens=500, heads=1)
+    ours = with_gradients(lambda *x: splash_attention(*x, interpret=True), q, k, v, mask)
+    for one, other in zip(ours, with_gradients(plain_attention, q, k, v, mask)):
+        assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "keys"),
+    [(2560, 640, 1280), (1536, 768, 1536), (4608, 768, 1536), (1024, 1024, 1024), (4096, 1024, 1024)],
+)
+def test_the_backward_kernel_holds_whole_blocks_that_fit(length, block, keys):
+    assert splash._keys_at_once(length, block) == keys
 
 
 def test_a_sample_that_sees_nothing_stays_finite():

@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from squeeze_jax.commands import plan
+from squeeze_jax.planning.program import too_large
 
 PRESET = "configs/flux_stage2.py"
+GIB = 2**30
 
 
 @pytest.mark.parametrize(
@@ -26,15 +28,103 @@ def test_what_cannot_be_planned_is_named(arguments, message, capsys, monkeypatch
     assert message in capsys.readouterr().err
 
 
+def run(out, *arguments, **options):
+    """The report of a plan made in a process of its own."""
+    pytest.importorskip("libtpu", reason="needs the `tpu` extra")
+    command = [sys.executable, "-m", "squeeze_jax", "plan", *arguments, "--json", out]
+    subprocess.run(command, check=True, timeout=1800, **options)
+    return json.loads(out.read_text())
+
+
+def check(report):
+    """What holds of every plan."""
+    memory = report["hbm_per_chip"]
+    assert memory["total"] == memory["arguments"] + memory["temporaries"] + memory["output"] - memory["aliased"]
+    assert report["fits"] == (memory["total"] <= report["hbm_capacity"])
+    roofline, seconds = report["roofline_seconds"], report["predicted_step_seconds"]
+    assert seconds > max(roofline.values())
+    assert report["predicted_mfu"] == pytest.approx(roofline["compute"] / seconds)
+    assert sum(one["bytes_per_chip"] for one in report["collectives"] if one["over"] == "dcn") == (
+        0 if report["slices"] == 1 else pytest.approx(roofline["dcn"] * 6.25e9, rel=1e-6)
+    )
+
+
 @pytest.mark.slow
-def test_the_full_step_fits_one_host_of_v5p(tmp_path):
+def test_a_mesh_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     pytest.importorskip("libtpu", reason="needs the `tpu` extra")
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "squeeze_jax", "plan", PRESET, "--topology", "v5p:2x2x1", "--json", out]
-    subprocess.run(command, check=True, timeout=600)
-    report = json.loads(out.read_text())
-    memory = report["hbm_per_chip"]
+    ended = subprocess.run([*command, "--mesh", "fsdp=3"], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert "needs 3 chips, there are 4; nearest that fit: data=1,fsdp=4,tensor=1" in ended.stderr
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_full_step_fits_one_host_of_v5p(tmp_path):
+    report = run(tmp_path / "plan.json", PRESET, "--topology", "v5p:2x2x1")
+    check(report)
     assert report["fits"]
-    assert memory["total"] == memory["arguments"] + memory["temporaries"] + memory["output"] - memory["aliased"]
-    assert memory["total"] < 24 * 2**30
+    assert report["hbm_per_chip"]["total"] < 24 * GIB
+    assert report["parameters"]["frozen"] == pytest.approx(11.9e9, rel=0.01)
+    # Every gather is of one matrix, never of the model; attention is a kernel throughout.
+    assert not report["gathers_more_than_a_block"]
     assert report["largest_collective"] < 200e6
+    assert not report["holds_attention_matrix"]
+
+
+@pytest.mark.slow
+def test_the_sampler_holds_its_weights_once(tmp_path):
+    """Arguments are the weights, cut over four chips, and small inputs; temporaries hold no second copy of them."""
+    report = run(tmp_path / "plan.json", PRESET, "--topology", "v5p:2x2x1", "--what", "sample")
+    check(report)
+    weights = (2 * report["parameters"]["frozen"] + 4 * report["parameters"]["trained"]) / 4
+    memory = report["hbm_per_chip"]
+    assert weights < memory["arguments"] < 1.05 * weights
+    assert memory["temporaries"] < weights / 2
+    assert report["fits"] and not report["holds_attention_matrix"]
+
+
+@pytest.mark.slow
+def test_selective_saving_reaches_sixty_percent_on_64_chips(tmp_path):
+    report = run(
+        tmp_path / "plan.json", PRESET, "--topology", "v5p:4x4x4", "--mesh", "data=4,fsdp=16",
+        "--data.batch-per-chip", "8", "--parallel.remat", "save_products",
+    )  # fmt: skip
+    check(report)
+    assert report["fits"]
+    assert report["predicted_mfu"] >= 0.6
+
+
+@pytest.mark.slow
+def test_two_slices_beside_another_process_that_uses_jax(tmp_path):
+    """At two blocks' depth: copies of the model on two slices sum their gradients over the network, and gather nothing."""
+    holding = "import jax, time; jax.numpy.zeros(3).block_until_ready(); print('up', flush=True); time.sleep(1800)"
+    beside = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True)
+    try:
+        assert beside.stdout is not None and beside.stdout.readline() == "up\n"
+        report = run(
+            tmp_path / "plan.json", PRESET, "--topology", "v5p:2x2x1", "--slices", "2", "--mesh", "data=2,fsdp=4",
+            "--model.dit.double-blocks", "1", "--model.dit.single-blocks", "1",
+        )  # fmt: skip
+    finally:
+        beside.kill()
+        beside.wait()
+    check(report)
+    between = [one for one in report["collectives"] if one["over"] == "dcn"]
+    assert between and all("data" in one["axes"] for one in between)
+    assert sum(one["bytes_per_chip"] for one in between) >= report["parameters"]["trained"] / 4 * 2 * 0.99
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (32.00G)", 32),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.0M of 15.75G hbm.", 0.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack", None),
+        ("INTERNAL: hbm", None),
+    ],
+)
+def test_the_compilers_refusal_is_read(message, gib):
+    error = too_large(message)
+    assert (error and error.needed) == (gib and gib * GIB)
