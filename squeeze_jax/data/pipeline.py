@@ -170,6 +170,11 @@ class BatchIterator:
         """Batches in which each record has come once."""
         return sum(-(-len(bucket.records) // self._identity["batch"]) for bucket in self.buckets)
 
+    @property
+    def records(self) -> int:
+        """Of the whole data set."""
+        return self._identity["records"]
+
     def describe(self) -> str:
         """What is read, in one line for people."""
         return self._about

@@ -24,7 +24,7 @@ from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import Split, TrainState, initial_state, split_system, state_shardings
-from squeeze_jax.training.step import draw, losses, make_train_step, step_key
+from squeeze_jax.training.step import Batch, draw, losses, make_train_step, step_key, target_shape
 
 IMAGE_TOKENS = 256
 """Of one tile in the MLLM's sequence (InternVL3)."""
@@ -155,7 +155,7 @@ def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = 
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         time.perf_counter() - began,
-        cost["optimal_seconds"] % 1.0,  # an instruction of unknown time counts as -1 s
+        cost["optimal_seconds"] % 1.0 if cost["optimal_seconds"] < 0 else cost["optimal_seconds"],  # unknown counts as -1 s
         cost["bytes accessed"],
         collectives(text, dict(mesh.shape), trips),
         text,
@@ -166,28 +166,31 @@ def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 
     """Model FLOPs of a step of `rows` examples: forward, activations' gradients through the frozen weights, and trained
     weights' gradients; nothing is counted twice for being rematerialised.
     """
+    return rows * example_flops(config, stage, abstract_batch(config, 1, references))
+
+
+def example_flops(config: Config, stage: StageConfig, batch: Batch) -> int:
+    """Model FLOPs of a step on a batch of one example; arrays or shapes."""
     plain = replace(config, parallel=replace(config.parallel, remat="none"))
-    loss, arguments = loss_and_arguments(plain, stage, 1, references)
-    return rows * matmul_flops(jax.value_and_grad(loss), *arguments)
+    loss, (trained, frozen) = loss_of(plain, stage)
+    return matmul_flops(jax.value_and_grad(loss), trained, frozen, batch)
 
 
 def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
     """FLOPs of one example's loss without gradients."""
-    loss, arguments = loss_and_arguments(config, stage, 1, references)
-    return matmul_flops(loss, *arguments)
+    loss, leaves = loss_of(config, stage)
+    return matmul_flops(loss, *leaves, abstract_batch(config, 1, references))
 
 
-def loss_and_arguments(
-    config: Config, stage: StageConfig, rows: int, references: int = 1
-) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State, TrainingBatch]]:
-    """The training loss as a function of trained leaves, frozen leaves and a batch, and the shapes of these."""
+def loss_of(config: Config, stage: StageConfig) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State]]:
+    """The training loss as a function of trained leaves, frozen leaves and a batch, and the shapes of the former two."""
     state, split = abstract_system(config)
 
-    def loss(trained: Any, frozen: nnx.State, batch: TrainingBatch) -> jax.Array:
-        draws = draw(step_key(config, 0), batch.target.shape, config, stage)
+    def loss(trained: Any, frozen: nnx.State, batch: Batch) -> jax.Array:
+        draws = draw(step_key(config, 0), target_shape(batch, config), config, stage)
         return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
 
-    return loss, (state.trained, split.frozen, abstract_batch(config, rows, references))
+    return loss, (state.trained, split.frozen)
 
 
 def placed(state: nnx.State, mesh: Mesh, prefix: str = "") -> nnx.State:

@@ -1,16 +1,13 @@
 """How much a running step has to compute, and how fast its devices could: what utilisation is measured against."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.planning.chips import CHIPS
-from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.planning.program import abstract_system
-from squeeze_jax.training.step import Batch, draw, losses, step_key, target_shape
+from squeeze_jax.planning.program import example_flops
+from squeeze_jax.training.step import Batch
 
 # Beginning of JAX's name for a device → peak dense bfloat16 FLOP/s (the makers' data sheets).
 PEAKS = {
@@ -36,13 +33,5 @@ def step_work(config: Config, stage: StageConfig, batch: Batch) -> tuple[float, 
     """Model FLOPs of a step on this batch (nothing twice for being rematerialised), and all devices' peak FLOP/s."""
     rows = batch.target.shape[0]
     one: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
-    plain = replace(config, parallel=replace(config.parallel, remat="none"))
-    state, split = abstract_system(plain)
-
-    def loss(trained: Any, frozen: Any, batch: Batch) -> jax.Array:
-        draws = draw(step_key(plain, 0), target_shape(batch, plain), plain, stage)
-        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, plain, stage))
-
     peak = peak_of(jax.devices()[0].device_kind)
-    flops = rows * matmul_flops(jax.value_and_grad(loss), state.trained, split.frozen, one)
-    return flops, None if peak is None else peak * jax.device_count()
+    return rows * example_flops(config, stage, one), None if peak is None else peak * jax.device_count()
