@@ -62,6 +62,8 @@ def test_overrides_reach_nested_fields_and_keep_the_rest():
         (["--optimizer.accumulate", "0"], ["optimizer.accumulate is 0"]),
         (["--parallel.remat", "some"], ["remat"]),
         (["--data.max-tiles", "13"], ["data.max_tiles is 13", "between 1 and 12"]),
+        (["--data.buckets", "512", "500"], ["data.buckets has 512x500", "multiples of 16"]),
+        (["--data.buckets", "64", "32", "64", "32"], ["data.buckets names a size twice"]),
         (["--data.max-tiles", "4", "--model.mllm-source", "transformers"], ["data.max_tiles is 4", "leave it at 1"]),
     ],
 )
@@ -71,6 +73,14 @@ def test_impossible_combinations_say_why(arguments, words, capsys):
     said = " ".join((str(stop.value) + capsys.readouterr().err).replace("│", " ").split())
     for word in words:
         assert word in said, said
+
+
+def test_buckets_are_given_in_pairs_and_survive_json():
+    config = override(tiny_config(), ["--data.buckets", "512", "768", "64", "64"], "train.py")
+    assert config.data.buckets == ((512, 768), (64, 64))
+    assert config.training_grids == ((32, 48), (4, 4))
+    assert from_json(to_json(config)) == config
+    assert tiny_config().training_grids == (tiny_config().target_grid,)
 
 
 def test_all_reasons_are_given_at_once():

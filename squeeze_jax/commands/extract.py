@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from etils import epath
 
 from squeeze_jax.commands.run import guarded, setup
 
@@ -16,8 +17,8 @@ class Extract:
 
     manifest: Annotated[Path, tyro.conf.Positional]
     """JSON list of rows with `prompt`, `image_paths`, `image_tgt_path`, relative to the file."""
-    out: Path
-    """Folder for the records: train and held_out below it."""
+    out: epath.Path
+    """Folder for the records, also gs://bucket/…: train and held_out below it."""
     config: Path
     """Preset whose encoders and sizes to use."""
     shard: str = "0/1"

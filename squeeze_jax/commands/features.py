@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from squeeze_jax.config import Config
@@ -45,7 +46,7 @@ def rows_of_shard(config: Config, layers: int) -> int:
 
 
 def extract_features(
-    config: Config, out: Path, *, manifest: Path | None = None, shard: tuple[int, int] = (0, 1)
+    config: Config, out: epath.PathLike, *, manifest: Path | None = None, shard: tuple[int, int] = (0, 1)
 ) -> None:
     """Writes `out`/train and `out`/held_out; finished shards are kept, so a killed extraction goes on."""
     sources = row_sources(config, manifest)
@@ -57,7 +58,7 @@ def extract_features(
             extract(
                 rows,
                 encoders,
-                out / split,
+                epath.Path(out) / split,
                 target_size=(config.data.height, config.data.width),
                 buckets=config.data.buckets,
                 reference_long_side=config.data.reference_long_side,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax import nnx
 from PIL import Image
 
@@ -27,7 +28,7 @@ CHUNK = 64
 """Pictures sampled at once."""
 
 
-def grid_sampler(config: Config, folder: Path, features: Path) -> SampleFunction | None:
+def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> SampleFunction | None:
     """A function that draws held-out examples: a row of references, of samples, of true targets."""
     try:
         rows = row_sources(config)["held_out"]

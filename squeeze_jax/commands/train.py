@@ -66,6 +66,7 @@ def take_number(arguments: list[str], flag: str) -> int | None:
 def run(arguments: list[str]) -> None:
     setup()
     import jax
+    from etils import epath
 
     from squeeze_jax.processes import is_main, join, meet
 
@@ -92,7 +93,7 @@ def run(arguments: list[str]) -> None:
     folder = Path(workdir) if workdir else Path("runs") / Path(arguments[0]).stem
     folder.mkdir(parents=True, exist_ok=True)
 
-    features = Path(config.data.features) if config.data.features else folder / "features"
+    features = epath.Path(config.data.features or folder / "features")  # may lie in a bucket
     if config.data.features is None and not config.data.online:
         extract_features(config, features, shard=(jax.process_index(), jax.process_count()))
         meet("records extracted")

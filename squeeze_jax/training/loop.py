@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -71,7 +72,7 @@ class Result(NamedTuple):
 def train(
     config: Config,
     workdir: Path,
-    features: Path,
+    features: epath.PathLike,
     *,
     start_from: Path | None = None,
     accept_changes: bool = False,
@@ -236,7 +237,7 @@ def trace(steps: tuple[int, int] | None, done: int, workdir: Path) -> None:
         jax.profiler.stop_trace()
 
 
-def check_records(folder: Path, config: Config) -> None:
+def check_records(folder: epath.Path, config: Config) -> None:
     """Raises InputError unless the records fit the config's transformer and aggregator's width."""
     metadata = read_metadata(folder)
     channels = config.model.dit.in_channels // 4
@@ -257,10 +258,10 @@ def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def batches_of(
-    features: Path, examples: Mapping[str, Examples] | None, config: Config, mesh: Mesh, rows: int
+    features: epath.PathLike, examples: Mapping[str, Examples] | None, config: Config, mesh: Mesh, rows: int
 ) -> tuple[BatchIterator, list[Batch]]:
     """Training batches of `rows` rows, of which this process reads what lies on its devices, and validation batches."""
-    where = batch_sharding(mesh)
+    where, features = batch_sharding(mesh), epath.Path(features)
 
     def batches(split: str, rows: int, seed: int, workers: int) -> BatchIterator:
         own = local_rows(where, rows)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from squeeze_jax.commands import sample
+from squeeze_jax.data.features import read_metadata
 
 ROOT = Path(__file__).parents[2]
 PRESET = """
@@ -121,10 +122,12 @@ def test_real_photographs_go_the_whole_way(tmp_path, environment, monkeypatch, c
     manifest = tmp_path / "pairs.json"
     manifest.write_text(json.dumps(rows))
     workdir = tmp_path / "work"
-    arguments = (preset(tmp_path, f"manifest={str(manifest)!r}"), "--workdir", workdir, "--training.stages.1.steps", 2)
+    kept = f"manifest={str(manifest)!r}, codec='int8', keep='read'"
+    arguments = (preset(tmp_path, kept), "--workdir", workdir, "--training.stages.1.steps", 2)
     run = subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert Image.open(workdir / "samples" / "000006.png").size == (64, 3 * 64)
+    assert read_metadata(workdir / "features" / "train").codec == "int8"
 
     monkeypatch.setenv("SQUEEZE_JAX_CACHE", environment["SQUEEZE_JAX_CACHE"])
     base = ["--checkpoint", str(workdir), "--prompt", "a cat", "--reference", str(tmp_path / "chelsea.jpg")]

@@ -7,12 +7,15 @@ import pytest
 from etils import epath
 from etils.epath import backend, gpath
 from fake_encoders import FakeEncoders, some_examples
+from tiny import tiny_config
 
 from squeeze_jax.data import features
 from squeeze_jax.data.extract import extract
 from squeeze_jax.data.features import FeatureSource, read_metadata
 from squeeze_jax.data.storage import remove_parts, write_whole
 from squeeze_jax.errors import InputError
+from squeeze_jax.sharding import make_mesh
+from squeeze_jax.training.loop import batches_of
 
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4}
 
@@ -87,6 +90,21 @@ def test_records_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
     assert order[-1] == "squeeze.json"
     assert read_metadata("gs://b/records").summary.records == 10
     assert len(FeatureSource("gs://b/records")) == 10
+
+
+def test_the_command_and_the_training_keep_a_buckets_name(bucket, monkeypatch, capsys):
+    from squeeze_jax.commands import extract as command
+    from squeeze_jax.commands import features as of_commands
+
+    asked = []
+    monkeypatch.setattr(of_commands, "extract_features", lambda config, out, **how: asked.append(str(out)))
+    monkeypatch.setattr(command, "setup", lambda: None)
+    assert command.main(["pairs.json", "--out", "gs://b/records", "--config", "configs/demo.py"]) == 0
+    assert asked == ["gs://b/records"], "a plain Path would make one slash of two"
+    assert "records: gs://b/records" in capsys.readouterr().out
+    mesh = make_mesh()
+    with pytest.raises(InputError, match=r"gs://b/records/held_out: no held-out records"):
+        batches_of("gs://b/records", None, tiny_config(), mesh, 8)
 
 
 def test_a_shard_lost_on_its_way_is_made_again(bucket):
