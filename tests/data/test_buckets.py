@@ -209,7 +209,7 @@ WORKERS = """
 import json, sys
 if __name__ == "__mp_main__":  # a worker
     sys.modules["jax"] = None  # whoever needs it fails
-    print("worker", file=sys.stderr)
+    sys.stderr.write("worker\\n")
 from squeeze_jax.data.pipeline import make_dataset
 
 if __name__ == "__main__":
@@ -229,7 +229,8 @@ def test_workers_without_jax_continue_a_run_that_had_none(folder, tmp_path, requ
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     grains_own = "WARNING:absl:Failed to load jax profiler: import of jax halted; None in sys.modules"
     assert done.returncode == 0, done.stderr
-    assert set(done.stderr.splitlines()) == {"worker", grains_own}
+    assert "worker" in done.stderr
+    assert not done.stderr.replace(grains_own, "").replace("worker", "").strip()
     expected = [[b.index.tolist(), b.grid.tolist(), list(b.references.tokens.shape)] for b in islice(batches, 9)]
     assert json.loads(done.stdout) == expected
 
