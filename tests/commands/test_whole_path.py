@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,39 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bits(tmp_path,
     assert steps == list(range(1, 13))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_extract_train_validate_sample_and_score_as_one_does(tmp_path, environment, count):
+    config = preset(tmp_path, "critters=CrittersConfig(train=24, held_out=4)")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    several, one, score = tmp_path / "several", tmp_path / "one", ("--log.score", 4)
+    share = ("--data.batch-per-chip", 4 // count, "--coordinator", address, "--num-processes", count)
+    started = [
+        subprocess.Popen(
+            command(config, "--workdir", several, *score, *share, "--process-id", i),
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=900)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * count, said
+    assert "retrieval of 4 held-out pairs" in said[0]
+    assert not any("retrieval" in text for text in said[1:])
+    alone = subprocess.run(
+        command(config, "--workdir", one, *score), env=environment, capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for run in (several, one)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    pictures = [np.asarray(Image.open(run / "samples" / "000012.png"), int) for run in (several, one)]
+    assert np.mean(np.abs(pictures[0] - pictures[1]) <= 1) > 0.99
+
+
 def flat(tree, prefix=""):
     if isinstance(tree, dict):
         for key, value in tree.items():
@@ -130,6 +164,11 @@ def test_real_photographs_go_the_whole_way(tmp_path, environment, monkeypatch, c
     assert read_metadata(workdir / "features" / "train").codec == "int8"
 
     monkeypatch.setenv("SQUEEZE_JAX_CACHE", environment["SQUEEZE_JAX_CACHE"])
+    # What training drew at its end is what the command draws from the saved checkpoint: the held-out row, seed 0.
+    drawn = np.asarray(Image.open(workdir / "samples" / "000006.png"), int)[64:128]
+    held_out = ["--prompt", "picture 2", "--reference", str(tmp_path / "chelsea.jpg"), "--out", str(tmp_path / "cli.png")]
+    assert sample.main(["--checkpoint", str(workdir), *held_out]) == 0
+    assert np.max(np.abs(drawn - np.asarray(Image.open(tmp_path / "cli.png"), int))) <= 1
     base = ["--checkpoint", str(workdir), "--prompt", "a cat", "--reference", str(tmp_path / "chelsea.jpg")]
     assert sample.main([*base, "--out", str(tmp_path / "two.png"), "--num-images", "2"]) == 0
     assert sample.main([*base, "--out", str(tmp_path / "one.png"), "--seed", "1"]) == 0
