@@ -200,15 +200,24 @@ def newest(
 ) -> tuple[TrainState, float] | None:
     """The state of the newest checkpoint that can be read and its productive seconds; `data` is set to its place.
 
-    A damaged checkpoint is set aside, aloud, for the one before it. None where there is none at all.
+    A damaged checkpoint is set aside, aloud, for the one before it. None where there never was one; raises InputError
+    where all are damaged, and where this is another run's folder.
     """
     like = jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), trained)
     like = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), like, state_shardings(like, mesh)
     )
+    aside: Path | None = None
     while (step := checkpoints.latest()) is not None:
         try:
             about = checkpoints.about(step)
+            # Before the arrays: those of another config would look damaged.
+            changed = check_same_run(about.config, config, workdir, accept_changes=accept_changes)
+            if about.base != base:
+                raise InputError(
+                    f"{workdir} was trained on another base (fingerprint {about.base}, this one's is {base}); "
+                    "give the weights that it began with"
+                )
             state, place = checkpoints.restore(step, like._asdict())
         except InputError:
             raise
@@ -216,16 +225,15 @@ def newest(
             aside = checkpoints.set_aside(step)
             say(f"warning: the checkpoint of step {step} cannot be read ({first_line(error)}); it now lies in {aside}")
             continue
-        changed = check_same_run(about.config, config, workdir, accept_changes=accept_changes)
         for line in changed:
             say(f"changed: {line}")
-        if about.base != base:
-            raise InputError(
-                f"{workdir} was trained on another base (fingerprint {about.base}, this one's is {base}); "
-                "give the weights that it began with"
-            )
         data.set_state(place)
         return TrainState(**state), about.productive_seconds
+    if aside is not None:
+        raise InputError(
+            f"{workdir}: not one checkpoint can be read; they lie in {aside.parent}, put one back to try again, "
+            "or give another --workdir to begin anew"
+        )
     return None
 
 

@@ -63,6 +63,12 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(whole, start, tmp_
     assert f"continuing {workdir} from step 6" in said
     assert_same(whole, workdir)
     assert (workdir / "damaged" / "8").is_dir()
+    for path in (workdir / "checkpoints").rglob("*"):
+        if path.is_file() and "state" in path.parts:
+            path.write_bytes(b"")
+    code, said = ended(start(workdir))
+    assert code == 2, said
+    assert "not one checkpoint can be read" in said, "never from the beginning unasked"
 
 
 def test_another_number_of_devices_continues_the_same_run(whole, start, tmp_path):

@@ -16,7 +16,8 @@ from tiny import tiny_config
 from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
 from squeeze_jax.data.extract import extract
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.checkpoint import CHECKPOINTS, read_weights, write_weights
+from squeeze_jax.interop.checkpoint import CHECKPOINTS, read_weights, write_config, write_weights
+from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training.loop import train
 
@@ -143,6 +144,38 @@ def test_another_config_is_refused_and_what_it_may_change_is_not(whole, features
         train(other, workdir, features, say=lambda text: None)
     free = dataclasses.replace(BOTH, sampling=dataclasses.replace(BOTH.sampling, steps=3))
     assert train(free, workdir, features, say=lambda text: None).step == 4
+
+
+def test_changes_go_on_when_told_so_and_never_those_of_size(whole, features):
+    workdir, _ = whole
+    said = []
+    slower = dataclasses.replace(BOTH, optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-3))
+    assert train(slower, workdir, features, accept_changes=True, say=said.append).step == 4
+    assert "changed: optimizer.learning_rate: 0.01 → 0.001" in said
+    wider = dataclasses.replace(BOTH, aggregator=dataclasses.replace(BOTH.aggregator, mlp_width=32))
+    with pytest.raises(InputError, match=r"aggregator\.mlp_width: 24 → 32.*these decide its arrays"):
+        train(wider, workdir, features, accept_changes=True, say=lambda text: None)
+    write_config(workdir, BOTH)
+
+
+def test_a_run_goes_on_only_with_the_base_it_began_with(features, tmp_path):
+    adapted = config(StageConfig(steps=1, references=True), lora=LoRAConfig(rank=2))
+    train(adapted, tmp_path, features, say=lambda text: None)
+    other = dataclasses.replace(adapted, training=dataclasses.replace(adapted.training, seed=1))  # draws another base
+    with pytest.raises(InputError, match="was trained on another base"):
+        train(other, tmp_path, features, accept_changes=True, say=lambda text: None)
+
+
+def test_some_checkpoints_stay_and_chosen_steps_are_traced(features, tmp_path):
+    kept = config(StageConfig(steps=4, references=True))
+    kept = dataclasses.replace(
+        kept,
+        checkpoint=CheckpointConfig(every=1, keep=1, keep_every=2),
+        log=dataclasses.replace(kept.log, profile=(2, 3)),
+    )
+    train(kept, tmp_path, features, say=lambda text: None)
+    assert sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()) == [2, 4]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_stage_two_from_stage_ones_weights(whole, features, tmp_path):
