@@ -1,6 +1,7 @@
 """Meshes that can be and those that cannot, what lies where, and products whose matrices lie in slices."""
 
 import math
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -74,6 +75,24 @@ def test_products_of_sliced_matrices_equal_whole_ones(axes):
     )(mesh, leaves, x)  # fmt: skip
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
         assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed", "travels"),
+    [("float32", "bfloat16", "bf16"), ("bfloat16", "float32", "bf16"), ("int8", "bfloat16", "i8")],
+)
+def test_a_matrix_travels_in_the_smaller_of_its_types(stored, computed, travels):
+    layer = Linear(64, 32, dtype=jnp.dtype(computed), rngs=nnx.Rngs(0))
+    layer.kernel.set_value(layer.kernel[...].astype(stored))
+    graph, state = nnx.split(layer)
+
+    def product(state, x):
+        with on_mesh(make_mesh(1, 8, 1)):
+            return nnx.merge(graph, state)(x)
+
+    assert re.findall(r"(\w+)\[64,32\] = sharding_constraint", str(jax.make_jaxpr(product)(state, jnp.zeros((8, 64))))) == [
+        travels
+    ]
 
 
 PRESETS = ("flux_stage2", "flux_schnell", "demo")

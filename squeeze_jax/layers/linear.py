@@ -46,10 +46,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         x = x.astype(self.dtype)
+        narrow = min(self.kernel.dtype, self.dtype, key=lambda kind: kind.itemsize)  # what the matrix travels in
+        kernel = gathered(self.kernel[...].astype(narrow), self.cut).astype(self.dtype)
         if self.kernel_scale is None:
-            y = x @ gathered(self.kernel[...].astype(self.dtype), self.cut)
+            y = x @ kernel
         else:
-            kernel = gathered(self.kernel[...], self.cut).astype(self.dtype)  # travels as int8
             y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
             y = (y * per_channel(self.kernel_scale[...], y)).astype(self.dtype)
         if self.bias is not None:
