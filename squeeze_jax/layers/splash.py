@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -58,7 +59,8 @@ def splash_attention(
 ) -> Float[Array, "B T H D"]:
     """softmax(q·kᵀ / sqrt(D))·v of a joint sequence, in which masked tokens see, and are seen by, each other alone.
 
-    `name` is the `checkpoint_name` of what a backward pass needs. `interpret` runs the kernel on a CPU.
+    `name` is the `checkpoint_name` of what a backward pass needs of the result, `name` + "_inputs" that of queries, keys
+    and values as the kernel takes them. `interpret` runs the kernel on a CPU.
     """
     batch, tokens, _, width = query.shape
     block, length = block_of(tokens), padded(tokens)
@@ -69,6 +71,8 @@ def splash_attention(
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - tokens), (0, 0)))
 
     arrays = (ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value))
+    if name is not None:
+        arrays = tuple(checkpoint_name(x, f"{name}_inputs") for x in arrays)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=_keys_at_once(length, block), block_kv_dkv_compute=block, use_fused_bwd_kernel=True,

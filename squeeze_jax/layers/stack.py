@@ -14,7 +14,7 @@ from squeeze_jax.layers.linear import PRODUCT
 Remat = Literal["none", "block", "save_attention", "save_products", "offload_attention"]
 REMAT = get_args(Remat)
 ATTENTION = "attention"
-"""The `checkpoint_name` tag that blocks put on the output of their attention."""
+"""The `checkpoint_name` tag that blocks put on the output of their attention; a kernel's inputs have its own."""
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -42,8 +42,9 @@ def scan_blocks(
     - `none`: everything that it needs;
     - `block`: only each block's input, the block is run again;
     - `save_attention`: as `block`, but attention outputs are kept;
-    - `save_products`: as `save_attention`, and linear layers' outputs too: nothing but elementwise work (norms, modulation,
-      activations, rotation) is run again. The inputs of frozen layers are not kept, since frozen weights have no gradient;
+    - `save_products`: as `save_attention`, and linear layers' outputs and an attention kernel's inputs too: nothing but
+      elementwise work (norms, modulation, activations) is run again. The inputs of frozen layers are not kept, since frozen
+      weights have no gradient;
     - `offload_attention`: as `save_attention`, kept in host memory.
     """
     graph, parameters = nnx.split(blocks)
@@ -52,11 +53,17 @@ def scan_blocks(
         parameters, inputs = leaves
         return apply(nnx.merge(graph, parameters), carry, inputs)
 
-    return jax.lax.scan(rematerialised(body, remat), carry, (parameters, per_block), unroll=unroll)
+    depth = len(jax.tree.leaves(parameters)[0])
+    body = rematerialised(body, remat, alone=depth == 1 or unroll is True or depth <= unroll)
+    return jax.lax.scan(body, carry, (parameters, per_block), unroll=unroll)
 
 
-def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`function` wrapped in `jax.checkpoint` under the named policy (see `scan_blocks`)."""
+def rematerialised(function: Callable[..., Any], remat: Remat, *, alone: bool = False) -> Callable[..., Any]:
+    """`function` wrapped in `jax.checkpoint` under the named policy (see `scan_blocks`).
+
+    `alone` says that no loop keeps its forward and its backward apart (a loop of one step is none to the compiler):
+    without a barrier between them the compiler would see the same work twice, do it once and keep everything.
+    """
     policies = jax.checkpoint_policies
     match remat:
         case "none":
@@ -66,7 +73,7 @@ def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., 
         case "save_attention":
             policy = policies.save_only_these_names(ATTENTION)
         case "save_products":
-            policy = policies.save_only_these_names(ATTENTION, PRODUCT)
+            policy = policies.save_only_these_names(ATTENTION, f"{ATTENTION}_inputs", PRODUCT)
         case "offload_attention":
             policy = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
@@ -76,4 +83,4 @@ def rematerialised(function: Callable[..., Any], remat: Remat) -> Callable[..., 
             )
         case _:
             raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy, prevent_cse=alone)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.layers.splash import padded
 from squeeze_jax.layers.stack import Remat
 from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.estimate import sequence
@@ -25,7 +26,7 @@ from squeeze_jax.planning.program import abstract_batch, abstract_system, count,
 from squeeze_jax.training.state import state_shardings
 
 POLICIES: tuple[Remat, ...] = ("save_products", "save_attention", "block")
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 PRODUCTS_SHARE = 0.6
 """Of the published peak, what a step's products reach with everything between them (the planner's own figures)."""
 OPTIMIZER_PASSES = 8
@@ -75,6 +76,7 @@ def _all(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, ref
     for remat in POLICIES:
         under = replace(config, parallel=replace(config.parallel, remat=remat))
         flops, kept = traced(under, stage, references)
+        kept += _kernel_inputs(config, references) if remat == "save_products" else 0
         for mesh in meshes:
             tensor = mesh.shape["tensor"]
             resident = _bytes_on_a_chip(jax.tree.map(_with, state, state_shardings(state, mesh)))
@@ -104,6 +106,12 @@ def _exchanged(config: Config, references: int) -> float:
     """Bytes an example that the tensor axis sums: a stream of activations, about four times a block, twice each."""
     dit = config.model.dit
     return 8.0 * (dit.double_blocks + dit.single_blocks) * sum(sequence(config, references)) * dit.width * 2
+
+
+def _kernel_inputs(config: Config, references: int) -> int:
+    """Bytes an example of queries, keys and values in whole blocks, which exist on TPU alone: not in a trace made here."""
+    dit = config.model.dit
+    return 3 * (dit.double_blocks + dit.single_blocks) * padded(sum(sequence(config, references))) * dit.width * 2
 
 
 def _ring(mesh: Mesh, axis: str) -> float:
