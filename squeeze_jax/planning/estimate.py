@@ -90,7 +90,8 @@ def step_estimate(
     depths = (dit.double_blocks, dit.single_blocks)
     compute = whole.optimal + sum((depth - 1) * block.optimal for depth, block in zip(depths, blocks))
     moved = whole.moved + sum((depth - 1) * block.moved for depth, block in zip(depths, blocks))
-    compute += _refiners(config, stage, rows, references) / (0.68 * chip.flops) / mesh.shape["tensor"]
+    uncounted = _refiners(config, stage, rows, references) + _encoders(config, stage, rows, references)
+    compute += uncounted / (0.68 * chip.flops) / mesh.shape["tensor"]
     pieces = config.optimizer.accumulate
     kernels = [Kernel(context + image, dit.width, sum(depths))]
     if context >= 128:
@@ -105,6 +106,14 @@ def step_estimate(
         exposed,
         pieces * moved,
     )
+
+
+def _encoders(config: Config, stage: StageConfig, rows: int, references: int) -> int:
+    """FLOPs of the frozen encoders where they run in the program, whose scans the compiler counts once."""
+    if not config.data.online:
+        return 0
+    without = replace(config, data=replace(config.data, online=False))
+    return step_flops(config, stage, rows, references) - step_flops(without, stage, rows, references)
 
 
 def _refiners(config: Config, stage: StageConfig, rows: int, references: int) -> int:

@@ -13,11 +13,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from squeeze_jax.batch import HiddenStates, References, TrainingBatch
+from squeeze_jax.batch import HiddenStates, RawBatch, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.data.chat import MAX_TEXT_TOKENS
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system
+from squeeze_jax.interop.load import encoder_configs
 from squeeze_jax.planning.chips import Chip, chip_of
 from squeeze_jax.planning.collectives import Collective, collectives
 from squeeze_jax.planning.flops import matmul_flops
@@ -98,7 +99,7 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
     """Shapes of a batch: the longest text, and as many square references as are asked for."""
     height, width = config.target_grid
     side = config.data.reference_long_side // (2 * config.model.latent_pixels)
-    channels, layers, mllm = config.model.dit.in_channels, config.aggregator.layers[-1] + 1, config.aggregator.width
+    channels, layers, mllm = config.model.dit.in_channels, len(config.aggregator.reads), config.aggregator.width
 
     def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct((rows, *sizes), dtype)
@@ -117,6 +118,28 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
     )
 
 
+def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
+    """Shapes of what a training program is given: features, or on-line the pictures and token ids behind them."""
+    if not config.data.online:
+        return abstract_batch(config, rows, references)
+    data, mllm = config.data, encoder_configs(config.model.autoencoder, config.model.mllm)[1]
+    tiles = references * (data.max_tiles + (data.max_tiles > 1))
+    length, side, tile = MAX_TEXT_TOKENS + tiles * mllm.image_tokens, data.reference_long_side, mllm.vision.image_size
+
+    def shape(*sizes: int, dtype: Any = jnp.uint8) -> Any:
+        return jax.ShapeDtypeStruct((rows, *sizes), dtype)
+
+    return RawBatch(
+        target=shape(data.height, data.width, 3),
+        references=shape(references, side, side, 3),
+        reference_count=shape(dtype=jnp.int32),
+        ids=shape(length, dtype=jnp.int32),
+        valid=shape(length, dtype=jnp.bool_),
+        tiles=shape(tiles, tile, tile, 3),
+        index=shape(dtype=jnp.int32),
+    )
+
+
 def abstract_system(config: Config) -> tuple[TrainState, Split]:
     """A training state and the rest of the system as shapes; no weights are read or made."""
     system = nnx.eval_shape(lambda: build_system(config, with_base=False))
@@ -131,7 +154,7 @@ def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, reference
     where = state_shardings(state, mesh)
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     examples = batch_sharding(mesh)
-    batch = jax.tree.map(lambda x: _placed(x, examples), abstract_batch(config, rows, references))
+    batch = jax.tree.map(lambda x: _placed(x, examples), abstract_input(config, rows, references))
     frozen = placed(split.frozen, mesh)
     step = make_train_step(split, make_optimizer(config), config, stage, where)
     return compiled(step, mesh, jax.tree.map(_placed, state, where), frozen, batch)
@@ -166,7 +189,7 @@ def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 
     """Model FLOPs of a step of `rows` examples: forward, activations' gradients through the frozen weights, and trained
     weights' gradients; nothing is counted twice for being rematerialised.
     """
-    return rows * example_flops(config, stage, abstract_batch(config, 1, references))
+    return rows * example_flops(config, stage, abstract_input(config, 1, references))
 
 
 def example_flops(config: Config, stage: StageConfig, batch: Batch) -> int:
@@ -179,7 +202,7 @@ def example_flops(config: Config, stage: StageConfig, batch: Batch) -> int:
 def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
     """FLOPs of one example's loss without gradients."""
     loss, leaves = loss_of(config, stage)
-    return matmul_flops(loss, *leaves, abstract_batch(config, 1, references))
+    return matmul_flops(loss, *leaves, abstract_input(config, 1, references))
 
 
 def loss_of(config: Config, stage: StageConfig) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State]]:

@@ -22,7 +22,7 @@ from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.estimate import sequence
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.network import crosses_slices, link_rate
-from squeeze_jax.planning.program import abstract_batch, abstract_system, count, loss_of, placed
+from squeeze_jax.planning.program import abstract_input, abstract_system, count, loss_of, placed
 from squeeze_jax.training.state import state_shardings
 
 POLICIES: tuple[Remat, ...] = ("save_products", "save_attention", "block")
@@ -122,13 +122,13 @@ def _ring(mesh: Mesh, axis: str) -> float:
 def traced(config: Config, stage: StageConfig, references: int = 1) -> tuple[int, int]:
     """Of one example under the config's policy: FLOPs of all products that are run, and bytes that the backward keeps."""
     loss, (trained, frozen) = loss_of(config, stage)
-    flops = matmul_flops(jax.value_and_grad(loss), trained, frozen, abstract_batch(config, 1, references))
+    flops = matmul_flops(jax.value_and_grad(loss), trained, frozen, abstract_input(config, 1, references))
 
     def pull(trained: Any, frozen: nnx.State, batch: Any) -> Any:
         return jax.vjp(lambda trained: loss(trained, frozen, batch), trained)[1]
 
     def kept(rows: int) -> int:
-        residuals = jax.eval_shape(pull, trained, frozen, abstract_batch(config, rows, references))
+        residuals = jax.eval_shape(pull, trained, frozen, abstract_input(config, rows, references))
         return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(residuals))
 
     return flops, kept(2) - kept(1)
