@@ -86,10 +86,11 @@ def splash_attention(
         attend: Any = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))
         return attend(query, key, value, segments)
 
+    whole: Any = run
     mesh = current_mesh()
     if mesh is not None and mesh.size > 1:
         spec = evenly(PartitionSpec(ROWS, "tensor", None, None), arrays[0].shape, mesh)
         rows = PartitionSpec(spec[0], None)
         # The kernel says nothing of how its outputs vary over the mesh.
-        run = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
-    return run(*arrays, segments)[:, :, :tokens].swapaxes(1, 2)
+        whole = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
+    return whole(*arrays, segments)[:, :, :tokens].swapaxes(1, 2)
