@@ -80,6 +80,7 @@ def run(arguments: list[str]) -> None:
     from squeeze_jax.commands.features import extract_features, row_sources
     from squeeze_jax.commands.grids import critter_scores, grid_sampler
     from squeeze_jax.config import load_preset, override
+    from squeeze_jax.errors import InputError
     from squeeze_jax.interop.checkpoint import write_config
     from squeeze_jax.planning.work import step_work
     from squeeze_jax.training.loop import train
@@ -90,6 +91,11 @@ def run(arguments: list[str]) -> None:
     accept_changes = take_switch(arguments, "--accept-changes")
     preset = load_preset(arguments[0])
     config = override(preset, arguments[1:], f"train.py {arguments[0]}")
+    if workdir and "://" in workdir:
+        raise InputError(
+            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the bucket (Cloud Storage "
+            "FUSE) and give its path. Records may lie in a bucket as they are (--data.features)"
+        )
     folder = Path(workdir) if workdir else Path("runs") / Path(arguments[0]).stem
     folder.mkdir(parents=True, exist_ok=True)
 

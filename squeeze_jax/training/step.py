@@ -107,7 +107,7 @@ def make_train_step(
 ) -> TrainStep:
     """The compiled step of a stage: (state, frozen leaves, batch) to (state, metrics); the state is donated.
 
-    Gradients exist for trained leaves only. The batch's rows are cut into `optimizer.accumulate` pieces whose gradients
+    Gradients exist for trained leaves only. The batch's rows are dealt out to `optimizer.accumulate` pieces whose gradients
     are averaged: the same numbers as one large batch. A non-finite loss or gradient leaves weights, moments and average
     as they were and is counted. `where` says how the state lies on a mesh (`state_shardings`), before and after; without
     it everything lies on one device.
@@ -131,9 +131,13 @@ def make_train_step(
                 (loss, each), grads = gradient(state.trained, frozen, *piece)
                 return jax.tree.map(jnp.add, total, (loss, grads)), each
 
-            cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), (batch, draws))
+            # Piece p has the rows p, pieces + p, 2·pieces + p, …: on a mesh, rows stay on their devices.
+            cut = jax.tree.map(
+                lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), (batch, draws)
+            )
             nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
             sums, each = jax.lax.scan(add, nothing, cut)
+            each = each.swapaxes(0, 1)
             loss, grads = jax.tree.map(lambda x: x / pieces, sums)
         of_dit, of_aggregator = (
             optax.tree.norm({name: leaf for name, leaf in grads.items() if name.startswith(part)})

@@ -102,6 +102,22 @@ def test_weights_of_another_size_are_refused():
         check_leaves(a, b, Path("folder"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir", "gs://bucket/run"], "mount the bucket"),
+        (["--coordinator", "localhost:1"], "give all three"),
+        (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "must be from 0 to 1"),
+        (["--num-processes", "two"], "must be a whole number"),
+        (["--workdir"], "needs a value"),
+    ],
+)
+def test_train_refuses_what_it_cannot_be_started_with(capsys, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, train.main, [DEMO, *arguments], words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"config\.json"):
         read_weights(tmp_path)

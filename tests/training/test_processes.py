@@ -51,6 +51,7 @@ def test_one_of_two_is_killed_and_the_restarted_run_gives_the_same_bits(two, sta
     assert_same(two[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_the_run_of_both(two, start, tmp_path):
     processes = together(start, tmp_path, 2, batch_per_chip=2, slow=0.3, every=100)
     wait_for_step(tmp_path, 3, processes[0])
