@@ -52,6 +52,18 @@ def test_one_of_two_is_killed_and_the_restarted_run_gives_the_same_bits(two, sta
 
 
 @pytest.mark.slow
+def test_four_processes_are_that_run_too_and_one_goes_on_where_two_stopped(two, start, tmp_path):
+    four, one = tmp_path / "four", tmp_path / "one"
+    finished(together(start, four, 4))
+    assert_same(two[0], four, rtol=1e-4, atol=1e-5)
+    shutil.copytree(two[0], one)
+    shutil.rmtree(one / "checkpoints" / "8")
+    said = finished([start(one, batch_per_chip=4)])
+    assert f"continuing {one} from step 6" in said[0]
+    assert_same(two[0], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_the_run_of_both(two, start, tmp_path):
     processes = together(start, tmp_path, 2, batch_per_chip=2, slow=0.3, every=100)
     wait_for_step(tmp_path, 3, processes[0])
