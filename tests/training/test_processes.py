@@ -1,5 +1,6 @@
 """Real processes over loopback: together they are one run, killed or not."""
 
+import shutil
 import signal
 
 import pytest
