@@ -273,6 +273,8 @@ def _impossible(config: Config):
         yield f"model.latent_pixels is {config.model.latent_pixels}; it must be 1, 2, 4 or 8"
     if data.max_tiles != 1 and config.model.mllm_source != "internvl":
         yield f"data.max_tiles is {data.max_tiles}, which only model.mllm_source internvl reads; leave it at 1"
+    if config.log.profile is not None and not 1 <= config.log.profile[0] <= config.log.profile[1] <= config.total_steps:
+        yield f"log.profile is {config.log.profile}; give the first and the last of steps 1 to {config.total_steps}"
     if data.online:
         unused = {"features": "it reads no records", "buckets": "it has one size", "workers": "it reads in threads"}
         for name, why in unused.items():

@@ -167,16 +167,16 @@ def train(
                     writer.write(step, stage=number, **row)
                     bar.update(task, completed=stage.steps - (end - step), figures=watch.text(row, validation))
                 first = False
-                stopping = interruption.asked(step)
+                if interruption.asked(step):
+                    save()
+                    checkpoints.wait()
+                    raise Preempted(f"stopped by SIGTERM after step {step}, which is saved; start again to go on")
                 with watch.pause():
                     if last or step % config.training.validate_every == 0:
                         validation = mean_validation(validate, weights(), frozen, held_out)
                         writer.write(step, validation_loss=validation)
-                    if last or stopping or step % config.checkpoint.every == 0:
+                    if last or step % config.checkpoint.every == 0:
                         save()
-                    if stopping:
-                        checkpoints.wait()
-                        raise Preempted(f"stopped by SIGTERM after step {step}, which is saved; start again to go on")
                     if sample and (last or (config.training.sample_every and step % config.training.sample_every == 0)):
                         sample(split, weights(), step)
         trace(config.log.profile, step, workdir)
