@@ -10,7 +10,8 @@ import pytest
 from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.batch import Context, HiddenStates, References
-from squeeze_jax.config import OptimizerConfig
+from squeeze_jax.config import OptimizerConfig, StageConfig
+from squeeze_jax.interop.build import build_system
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
 from squeeze_jax.training.state import initial_state, split_system
@@ -171,6 +172,26 @@ def test_validation_is_the_same_whatever_the_step():
     a = validate(state.trained, split.frozen, batch)
     b = validate(state.trained, split.frozen, row(batch, 2))
     np.testing.assert_allclose(a[2], b[0], rtol=1e-5)
+
+
+def test_one_example_is_learnt_by_heart():
+    """At fixed times and noise, which a falling training loss alone does not show."""
+    stage, steps = StageConfig(steps=200, references=False), 200
+    model = dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, in_channels=4))
+    config = tiny_config(
+        model=model,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10, decay="cosine"),
+        training=dataclasses.replace(CONFIG.training, stages=(stage,)),
+    )
+    trained, split = split_system(build_system(config), config)
+    optimizer, one = make_optimizer(config), tiny_batch(rows=1)
+    batch = jax.tree.map(lambda x: np.repeat(x, 16, axis=0), one._replace(target=one.target[..., :4]))
+    state, step = initial_state(trained, optimizer, config), make_train_step(split, optimizer, config, stage)
+    validate = make_validation(split, config, stage)
+    before = float(np.mean(validate(state.trained, split.frozen, batch)))
+    for _ in range(steps):
+        state, _ = step(state, split.frozen, batch)
+    assert float(np.mean(validate(state.trained, split.frozen, batch))) < 0.1 * before
 
 
 def test_moving_average_at_step_zero_is_a_tenth_of_the_way_back():
