@@ -10,12 +10,22 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import atexit
+import shutil
+import tempfile
+
 import jax
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+# Many tests run the same programs: what one worker has compiled, the others find.
+if "SQUEEZE_TEST_CACHE" not in os.environ:
+    os.environ["SQUEEZE_TEST_CACHE"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["SQUEEZE_TEST_CACHE"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["SQUEEZE_TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 install_import_hook("squeeze_jax", "beartype.beartype")
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tiny import tiny_config
 
 from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
@@ -25,14 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about r
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _settings(tmp_path_factory):
-    """Optax itself computes 0.9 ** (an integer count), which strict promotion forbids; and the runs share programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    reset_cache()
+def _optax_promotes():
+    """Optax itself computes 0.9 ** (an integer count), which strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    reset_cache()
 
 
 @pytest.fixture(scope="module")
