@@ -71,6 +71,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(whole, start, tmp_
     assert "not one checkpoint can be read" in said, "never from the beginning unasked"
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_continues_the_same_run(whole, start, tmp_path):
     """Two devices with a row each go on where one with two rows stopped."""
     code, said = ended(start(tmp_path, steps=8, batch_per_chip=2))

@@ -124,7 +124,8 @@ def test_losses_are_those_of_records(batches, system):
     np.testing.assert_allclose(*both, rtol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1)])
 def test_on_a_mesh_the_same_step_is_made_and_encoders_never_move(batches, axes):
     _, raw = batches
     outcomes = []

