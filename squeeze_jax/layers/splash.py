@@ -70,7 +70,7 @@ def splash_attention(
     def ready(x: jax.Array) -> jax.Array:
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - tokens), (0, 0)))
 
-    arrays = (ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value))
+    arrays: Any = (ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value))
     if name is not None:
         arrays = tuple(checkpoint_name(x, f"{name}_inputs") for x in arrays)
     sizes = splash.BlockSizes(

@@ -98,7 +98,7 @@ def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | No
     found = _INSTRUCTION.match(line)
     if found is None:
         return None
-    kind, sizes = found[2], [_bytes(*shape) for shape in _SHAPE.findall(found[1])]
+    kind, sizes = found[2], [bytes_of(*shape) for shape in _SHAPE.findall(found[1])]
     group, axes = _group(line, mesh_shape)
     whole = max(sizes)
     share = (group - 1) / group if group > 1 else 0.0
@@ -118,7 +118,7 @@ def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | No
 
 def _between_slices(found: re.Match[str], line: str, times: int) -> Collective:
     """The part of a collective that goes through the hosts: a chip hands its piece over and takes the result later."""
-    size = _bytes(found[1], found[2])
+    size = bytes_of(found[1], found[2])
     kind = _TRANSFER.search(line)
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line)
     slices = sum(_extent(part) for part in target[1].split(",")) if target else 2
@@ -133,7 +133,8 @@ def _extent(part: str) -> int:
     return int(last or first) - int(first) + 1
 
 
-def _bytes(kind: str, dimensions: str) -> int:
+def bytes_of(kind: str, dimensions: str) -> int:
+    """Bytes of an array of XLA's type `kind` (bf16) and `dimensions` (64,128)."""
     return WIDTHS.get(kind, 4) * math.prod(int(size) for size in dimensions.split(",") if size)
 
 
