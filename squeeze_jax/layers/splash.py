@@ -70,9 +70,9 @@ def splash_attention(
     def ready(x: jax.Array) -> jax.Array:
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - tokens), (0, 0)))
 
-    arrays = (ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value))
+    query, key, value = ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value)
     if name is not None:
-        arrays = tuple(checkpoint_name(x, f"{name}_inputs") for x in arrays)
+        query, key, value = (checkpoint_name(x, f"{name}_inputs") for x in (query, key, value))
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=_keys_at_once(length, block), block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
@@ -89,8 +89,8 @@ def splash_attention(
     whole: Any = run
     mesh = current_mesh()
     if mesh is not None and mesh.size > 1:
-        spec = evenly(PartitionSpec(ROWS, "tensor", None, None), arrays[0].shape, mesh)
+        spec = evenly(PartitionSpec(ROWS, "tensor", None, None), query.shape, mesh)
         rows = PartitionSpec(spec[0], None)
         # The kernel says nothing of how its outputs vary over the mesh.
         whole = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
-    return whole(*arrays, segments)[:, :, :tokens].swapaxes(1, 2)
+    return whole(query, key, value, segments)[:, :, :tokens].swapaxes(1, 2)

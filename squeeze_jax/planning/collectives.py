@@ -1,6 +1,8 @@
 """What a compiled program sends between chips, read from its HLO text: bytes a chip by kind and mesh axis.
 
-XLA counts a loop's body once; here a collective counts as often as the loops around it run.
+XLA counts a loop's body once; here a collective counts as often as the loops around it run. Between slices a TPU program
+has no collectives: it hands its part to the host's runtime (`send`), which says what it makes of it; axis `data` alone
+crosses slices.
 """
 
 import math
@@ -38,6 +40,8 @@ _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # the CPU's compiler says it, the TPU's does not
 _BOUND = re.compile(r"compare\(.*%([\w.\-]+)\), direction=LT")
 _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
+_BETWEEN_SLICES = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(.*xla_megascale_runtime")
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -89,10 +93,12 @@ def _trips(condition: list[str]) -> int | None:
 
 
 def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | None:
+    if (found := _BETWEEN_SLICES.match(line)) is not None:
+        return _between_slices(found, line, times)
     found = _INSTRUCTION.match(line)
     if found is None:
         return None
-    kind, sizes = found[2], [_bytes(*shape) for shape in _SHAPE.findall(found[1])]
+    kind, sizes = found[2], [bytes_of(*shape) for shape in _SHAPE.findall(found[1])]
     group, axes = _group(line, mesh_shape)
     whole = max(sizes)
     share = (group - 1) / group if group > 1 else 0.0
@@ -110,7 +116,25 @@ def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | No
     return Collective(kind, axes, round(sent), times, whole, hidden)
 
 
-def _bytes(kind: str, dimensions: str) -> int:
+def _between_slices(found: re.Match[str], line: str, times: int) -> Collective:
+    """The part of a collective that goes through the hosts: a chip hands its piece over and takes the result later."""
+    size = bytes_of(found[1], found[2])
+    kind = _TRANSFER.search(line)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line)
+    slices = sum(_extent(part) for part in target[1].split(",")) if target else 2
+    name = kind[1].lower().replace("_", "-") if kind else "collective-permute"
+    share = (slices - 1) / slices * (2 if name == "all-reduce" else 1) if name in ("all-reduce", "reduce-scatter") else 1
+    return Collective(name, ("data",), round(size * share), times, size, hidden=True)
+
+
+def _extent(part: str) -> int:
+    """Members of `3` or of `0:3`."""
+    first, _, last = part.partition(":")
+    return int(last or first) - int(first) + 1
+
+
+def bytes_of(kind: str, dimensions: str) -> int:
+    """Bytes of an array of XLA's type `kind` (bf16) and `dimensions` (64,128)."""
     return WIDTHS.get(kind, 4) * math.prod(int(size) for size in dimensions.split(",") if size)
 
 

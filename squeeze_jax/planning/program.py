@@ -20,7 +20,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system
 from squeeze_jax.interop.load import encoder_configs
 from squeeze_jax.planning.chips import Chip, chip_of
-from squeeze_jax.planning.collectives import Collective, collectives
+from squeeze_jax.planning.collectives import Collective, bytes_of, collectives
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
@@ -47,12 +47,29 @@ class Compiled:
     only, a Pallas kernel as its operands' traffic only, a loop's body once."""
     moved: float
     """Bytes between a chip and its HBM, counted likewise."""
+    prefetched: int
+    """Bytes that copies move into fast memory and out of it while something else is computed. `optimal` and `moved` hold
+    them four times, as if they were waited for: read and written, at their start and at their end."""
     collectives: list[Collective]
     text: str
 
     @property
     def total(self) -> int:
         return self.arguments + self.temporaries + self.output - self.aliased
+
+    def expected(self, chip: Chip) -> float:
+        """`optimal` without the copies that run beside computation."""
+        return self.optimal - 4 * self.prefetched / chip.reckoned_rate
+
+    @property
+    def traffic(self) -> float:
+        """`moved` without them: who uses what they bring is counted as reading it from HBM already."""
+        return self.moved - 4 * self.prefetched
+
+
+def prefetched(text: str) -> int:
+    """Bytes of a program's asynchronous copies, each once."""
+    return sum(bytes_of(*found) for found in re.findall(r"= \((\w+)\[([\d,]*)\].* copy-start\(", text))
 
 
 class TooLargeError(InputError):
@@ -180,6 +197,7 @@ def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = 
         time.perf_counter() - began,
         cost["optimal_seconds"] % 1.0 if cost["optimal_seconds"] < 0 else cost["optimal_seconds"],  # unknown counts as -1 s
         cost["bytes accessed"],
+        prefetched(text),
         collectives(text, dict(mesh.shape), trips),
         text,
     )

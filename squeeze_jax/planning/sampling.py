@@ -102,18 +102,18 @@ def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, imag
         long = block_program(config, mesh, name, rows, context, image, backward=False)
         for tokens, steps in lengths:
             share = (tokens - target) / (most - target)
-            seconds += depth * steps * (short.optimal + share * (long.optimal - short.optimal))
-            moved += depth * steps * (short.moved + share * (long.moved - short.moved))
+            seconds += depth * steps * (short.expected(chip) + share * (long.expected(chip) - short.expected(chip)))
+            moved += depth * steps * (short.traffic + share * (long.traffic - short.traffic))
     blocks = dit.double_blocks + dit.single_blocks
     kernels = sum(steps * Kernel(tokens, dit.width, blocks).flops(False, False) for tokens, steps in lengths)
     links, network, exposed = network_seconds(whole.collectives, mesh, chip)
     return Estimate(
-        whole.optimal + seconds,
+        whole.expected(chip) + seconds,
         rows * kernels / mesh.shape["tensor"] / (KERNEL_SHARE * chip.flops),
         links,
         network,
         exposed,
-        whole.moved + moved,
+        whole.traffic + moved,
     )
 
 

@@ -86,3 +86,16 @@ def test_loops_without_a_known_end_run_as_often_as_is_said():
     text = jax.jit(inner).lower(jnp.zeros(64), jnp.int32(3)).compile().as_text()
     assert [one.times for one in collectives(text, MESH)] == [1, 1]
     assert sorted(one.times for one in collectives(text, MESH, (3, 5))) == [3, 5]
+
+
+@pytest.mark.parametrize(("slices", "share"), [("1,2", 1.0), ("0:3", 1.5)])
+def test_what_goes_between_slices_is_found_though_it_is_no_collective_there(slices, share):
+    """A sum as the TPU compiler hands it to the hosts: each of n chips sends 2·(n − 1) / n of its part."""
+    line = (
+        "  %send.3 = (bf16[5,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%x, %token), channel_id=2, "
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="ALL_REDUCE"}}'
+    )
+    (found,) = collectives(f"HloModule m\n\nENTRY %main.1 (x: f32[1]) -> f32[1] {{\n{line}\n}}\n", MESH)
+    assert (found.kind, found.axes, found.hidden) == ("all-reduce", ("data",), True)
+    assert found.sent == 5 * 8 * 128 * 2 * share

@@ -6,6 +6,8 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import tiny_config
 
 from squeeze_jax.commands.plan import ENVIRONMENT
@@ -14,7 +16,7 @@ from squeeze_jax.layers.attention import plain_attention
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.planning.estimate import KERNEL_SHARE, Estimate, Kernel, block_program
 from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.planning.program import topology_mesh
+from squeeze_jax.planning.program import compiled, topology_mesh
 from squeeze_jax.planning.report import holds_square
 from squeeze_jax.planning.search import traced
 
@@ -92,9 +94,32 @@ def test_a_megapixel_forward_takes_what_the_compiler_says_of_the_peers():
     seconds = moved = 0.0
     for kind, depth in (("double", 19), ("single", 38)):
         block = block_program(config, mesh, kind, 1, 512, 4096, backward=False)
-        seconds, moved = seconds + depth * block.optimal, moved + depth * block.moved
+        seconds, moved = seconds + depth * block.expected(chip), moved + depth * block.traffic
     kernels = Kernel(4608, 3072, 57).flops(backward=False, again=False)
     assert kernels == pytest.approx(57 * 0.261e12, rel=1e-2)
     total = seconds + kernels / (KERNEL_SHARE * chip.flops)
     assert total == pytest.approx(0.237, rel=0.1)
     assert moved < 163e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "name"), [("v4:2x2x1", "v4"), ("v5e:2x2", "v5e"), ("v5p:2x2x1", "v5p"), ("v6e:2x2", "v6e")]
+)
+def test_what_the_compiler_reckons_with(topology, name):
+    """A sum moves its operands at the recorded rate; a product whose operand is fetched ahead takes its FLOPs alone."""
+    pytest.importorskip("libtpu", reason="needs the `tpu` extra")
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    mesh, chip = topology_mesh(topology, {"data": -1, "fsdp": 1, "tensor": 1})
+
+    def shape(*sizes, where=None):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, where or P()))
+
+    x = shape(8192 * mesh.size, 8192, where=P("data"))
+    added = compiled(jax.jit(jnp.add), mesh, x, x)
+    assert added.expected(chip) == pytest.approx(added.traffic / chip.reckoned_rate, rel=1e-3)
+    long = compiled(jax.jit(jnp.matmul), mesh, shape(16384 * mesh.size, 16384, where=P("data")), shape(16384, 16384))
+    product = compiled(jax.jit(jnp.matmul), mesh, shape(4608 * mesh.size, 3072, where=P("data")), shape(3072, 12288))
+    assert product.prefetched > 0 and long.prefetched == 0
+    share = (4608 * 3072 * 12288) / 16384**3
+    assert product.expected(chip) == pytest.approx(long.expected(chip) * share, rel=0.01)
