@@ -27,6 +27,7 @@ from squeeze_jax.interop.checkpoint import (
     read_weights,
     write_config,
 )
+from squeeze_jax.interop.fingerprint import fingerprint
 from squeeze_jax.processes import is_main, local_rows, place, place_rows
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.interruption import Interruption
@@ -37,7 +38,6 @@ from squeeze_jax.training.state import (
     Split,
     TrainState,
     create,
-    fingerprint,
     flat_leaves,
     initial_state,
     make_state,

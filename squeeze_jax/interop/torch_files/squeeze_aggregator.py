@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 
 class Aggregator(nn.Module):
@@ -103,10 +103,10 @@ class FusionBlock(nn.Module):
         y = self.norm1(x)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.to_qkv(y).chunk(3, dim=-1))
         q, k, v = (part.transpose(1, 2) for part in (self.norm_q(q), self.norm_k(k), v))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.to_out(mixed * torch.sigmoid(self.to_gate(y)))
         y = self.norm2(x)
-        return x + self.ff_down(F.silu(self.ff_gate(y)) * self.ff_up(y))
+        return x + self.ff_down(silu(self.ff_gate(y)) * self.ff_up(y))
 
 
 class Norm(nn.Module):
