@@ -428,7 +428,7 @@ def save_lora(
             tensors[f"{key}.alpha"] = np.asarray(scale * len(a), np.float32)
         elif not header:
             b = b * np.float32(scale)
-        ranks[name], alphas[name] = len(a), alpha_of(scale, len(a)) if header else len(a)
+        ranks[name], alphas[name] = len(a), alpha_of(scale, len(a)) if header else float(len(a))
         tensors[f"{key}.{spelling.down}"] = np.ascontiguousarray(a.astype(np.dtype(dtype)))
         tensors[f"{key}.{spelling.up}"] = np.ascontiguousarray(b.astype(np.dtype(dtype)))
     for path, linear in adapted.items():

@@ -3,21 +3,26 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system, is_trained
-from squeeze_jax.interop.checkpoint import check_leaves, read_weights, saved_base
-from squeeze_jax.interop.exported import is_exported
+from squeeze_jax.interop.checkpoint import check_leaves, read_config, read_weights, saved_base
+from squeeze_jax.interop.exported import is_exported, lora_leaves, read_exported, transformer_leaves
 from squeeze_jax.interop.fingerprint import fingerprint
 from squeeze_jax.interop.lora import ROLES
 from squeeze_jax.interop.tensors import TensorFolder, read_json
 from squeeze_jax.models.system import System
+from squeeze_jax.sharding import parameter_spec
+
+Start = Literal["run", "lora", "transformer"]
+"""What a run can begin with: a folder of ours (a run's, weights, exported), a LoRA, a FLUX.1 transformer."""
 
 
 class Trained(NamedTuple):
@@ -67,8 +72,34 @@ def other_base(folder: Path, wanted: str, found: str, config: Config) -> InputEr
     )
 
 
-def start_of(folder: Path) -> str:
-    """What `--from` names: `run` (of ours, or exported), `lora` or `transformer`. Raises InputError for anything else."""
+def starting_leaves(start: Path, config: Config, base: str, mesh: Mesh) -> dict[str, Any]:
+    """Trained leaves that a run begins with, laid out on its mesh: all of them from a run's or exported folder, the
+    adapters of a LoRA, or the whole of a transformer. What is not among them begins as the config's seed has it.
+
+    base: fingerprint of what the run leaves as it is. Raises InputError where that is not what the weights began with.
+    """
+
+    def place(name: str, shape: tuple[int, ...]) -> Sharding:
+        return NamedSharding(mesh, parameter_spec(name, shape, mesh))
+
+    kind = start_of(start)
+    if kind == "transformer":
+        return transformer_leaves(start, config, place)
+    if kind == "lora":
+        if config.lora is None:
+            raise InputError(f"--from {start} is a LoRA, but this config trains the whole transformer; set lora")
+        return lora_leaves(start, config, place)
+    leaves = read_exported(start, config, place) if is_exported(start) else read_weights(start, mesh)[1]
+    saved, wanted = read_config(start), saved_base(start)
+    same = (saved.lora, saved.model.frozen_dtype) == (config.lora, config.model.frozen_dtype)
+    encoders = config.data.online or (saved.data.online and not is_exported(start))  # these are covered, too
+    if config.model.dit_weights and same and not encoders and wanted not in (None, base):
+        raise other_base(start, str(wanted), base, config)
+    return leaves
+
+
+def start_of(folder: Path) -> Start:
+    """What `--from` names. Raises InputError for anything else."""
     if not folder.exists():
         raise InputError(f"--from {folder}: no such file or folder")
     if (folder / "config.json").is_file() and "aggregator" in read_json(folder / "config.json"):
