@@ -21,6 +21,7 @@ SHARD_BYTES = 5_000_000_000
 def save_merged(folder: Path, dit: DiT, dtype: DType, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config.json and the weights, base + adapters (added in float32, rounded once to `dtype`).
 
+    The adapters' matrices are rounded to `dtype` first: a LoRA file of that type and the merged weights mean the same.
     Raises InputError for an int8 base, which cannot take a delta.
     """
     parameters, modules = parameters_by_path(dit), dict(linears(dit))
@@ -44,7 +45,7 @@ def save_merged(folder: Path, dit: DiT, dtype: DType, shard_bytes: int = SHARD_B
             array = _layer(parameters[entry.path], entry.layer).astype(np.float32)
             linear = modules.get(entry.path.removesuffix(".kernel"))
             if linear is not None and linear.adapter is not None and entry.path.endswith(".kernel"):
-                array = array + _delta(linear.adapter, entry.layer, array.shape[-1])
+                array = array + _delta(linear.adapter, entry.layer, array.shape[-1], np.dtype(dtype))
             for name, tensor in zip(entry.sources, to_theirs(array, entry), strict=True):
                 tensors[name] = np.ascontiguousarray(tensor.astype(np.dtype(dtype)))
         write_tensors(folder / file, tensors)
@@ -59,10 +60,11 @@ def _layer(leaf: Any, layer: int | None) -> np.ndarray:
     return np.asarray(jax.device_get(leaf[...] if layer is None else leaf[...][layer]))
 
 
-def _delta(adapter: Adapter, layer: int | None, out_features: int) -> np.ndarray:
-    """An adapter's delta of one layer's kernel [in, out], in float32."""
+def _delta(adapter: Adapter, layer: int | None, out_features: int, dtype: np.dtype) -> np.ndarray:
+    """An adapter's delta of one layer's kernel [in, out], in float32, with matrices of `dtype`."""
     total: Any = 0.0
     for part in adapter.parts:
-        down, up, scale = (_layer(leaf, layer).astype(np.float32) for leaf in (part.down, part.up, part.scale))
+        down, up = (_layer(leaf, layer).astype(dtype).astype(np.float32) for leaf in (part.down, part.up))
+        scale = _layer(part.scale, layer).astype(np.float32)
         total = total + np.pad(down @ up * scale, ((0, 0), (part.start, out_features - part.start - part.size)))
     return total
