@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "score a checkpoint",
     "plan": "what a pod run will need and take",
     "verify": "check a published checkpoint, by name and by number",
+    "export": "write a folder for PyTorch: LoRA, aggregator, pipeline, card, certificate",
     "demo-encoders": "train the miniature's autoencoder and MLLM",
 }
 

@@ -1,5 +1,6 @@
 """`train`: a preset, its overrides, a work folder; extracts what is not there yet, trains, samples, scores."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ Trains, or resumes if DIR has a checkpoint. PRESET is a file of configs/; any fi
 (`python train.py PRESET --help` lists all, with their meaning and default).
 
   --workdir DIR   where checkpoints, metrics and pictures go (default: runs/<name of the preset>)
-  --from DIR      begin with the trained weights of another run's folder, as stage 2 does with stage 1's
+  --from DIR      begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or with an
+                  exported folder, a LoRA file, or a FLUX.1 transformer (under a config with a LoRA it becomes the base)
   --accept-changes   continue a run though the preset differs from the one that it was saved with
 
 Several processes (docs/scaling.md) run the same command, each with
@@ -82,6 +84,7 @@ def run(arguments: list[str]) -> None:
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.errors import InputError
     from squeeze_jax.interop.checkpoint import write_config
+    from squeeze_jax.interop.trained import start_of
     from squeeze_jax.planning.work import step_work
     from squeeze_jax.training.loop import train
 
@@ -96,6 +99,9 @@ def run(arguments: list[str]) -> None:
             f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the bucket (Cloud Storage "
             "FUSE) and give its path. Records may lie in a bucket as they are (--data.features)"
         )
+    if start_from is not None and start_of(Path(start_from)) == "transformer" and config.lora is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=start_from))
+        start_from = None
     folder = Path(workdir) if workdir else Path("runs") / Path(arguments[0]).stem
     folder.mkdir(parents=True, exist_ok=True)
 

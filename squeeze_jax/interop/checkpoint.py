@@ -1,7 +1,7 @@
 """Checkpoints of a run (Orbax), and weights folders (safetensors) to sample from.
 
 A work folder holds `config.json` and `checkpoints/STEP/`; a weights folder holds `config.json` and
-`weights.safetensors` with the trained leaves under their dotted paths. Sampling reads either.
+`weights.safetensors` with the trained leaves under their dotted paths. Sampling reads either, and exported folders.
 """
 
 import json
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from squeeze_jax.config import Config, differences, from_json, to_json
 from squeeze_jax.errors import InputError, OutputError
+from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
 from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors
 from squeeze_jax.processes import is_main, meet, place
 from squeeze_jax.sharding import parameter_spec
@@ -49,7 +50,7 @@ class Saved(NamedTuple):
 
     config: Config
     base: str
-    """Fingerprint of everything frozen (`training.state.fingerprint`)."""
+    """Fingerprint of everything frozen (`interop.fingerprint`)."""
     productive_seconds: float
     """Time that went into the steps up to here, in all of the run's lives."""
 
@@ -185,10 +186,13 @@ def read_config(folder: Path) -> Config:
         raise InputError(f"{path}: cannot be read as a config ({error})") from None
 
 
-def read_weights(folder: Path, mesh: Mesh | None = None) -> tuple[Config, dict[str, Any], int | None]:
+def read_weights(
+    folder: Path, mesh: Mesh | None = None, *, merged: bool = False
+) -> tuple[Config, dict[str, Any], int | None]:
     """Config, trained leaves by dotted path (their running average where there is one), and the step if known.
 
-    The leaves are NumPy arrays, or on a mesh arrays that lie as the sharding table says.
+    The leaves are NumPy arrays, or on a mesh arrays that lie as the sharding table says. `merged`: see
+    `exported.merged_config`.
     """
     config = read_config(folder)
 
@@ -197,6 +201,10 @@ def read_weights(folder: Path, mesh: Mesh | None = None) -> tuple[Config, dict[s
             return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(mesh, parameter_spec(name, shape, mesh))
 
+    if is_exported(folder):
+        config = merged_config(folder, config) if merged else config
+        leaves = read_exported(folder, config, None if mesh is None else where)
+        return config, leaves, about_of(folder).get("step")
     if (folder / WEIGHTS).is_file():
         tensors = TensorFolder(folder / WEIGHTS)
         leaves = {name: tensors.read(name) for name in tensors.names()}
@@ -225,6 +233,22 @@ def read_weights(folder: Path, mesh: Mesh | None = None) -> tuple[Config, dict[s
     if mesh is None:
         leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
     return config, leaves, step
+
+
+def saved_base(folder: Path) -> str | None:
+    """The fingerprint of the base that a folder's weights were trained on, if it says."""
+    if is_exported(folder):
+        return about_of(folder).get("base")
+    if not (folder / CHECKPOINTS).is_dir():
+        return None
+    ocp = _orbax()
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
+    handlers.add("run", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+    with ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), handler_registry=handlers) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        return manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["base"]
 
 
 def write_weights(folder: Path, config: Config, leaves: dict[str, Any], dtype: Any = jnp.bfloat16) -> None:

@@ -382,16 +382,26 @@ def _number(text: str | None) -> float | None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_lora(file: str | Path, dit: DiT, dialect: DialectName = "diffusers", dtype: DType = jnp.float32) -> int:
+def save_lora(
+    file: str | Path,
+    dit: DiT,
+    dialect: DialectName = "diffusers",
+    dtype: DType = jnp.float32,
+    *,
+    header: bool = False,
+) -> int:
     """Writes a transformer's adapters as a LoRA file; returns how many layers it holds.
 
     Rows that our layers fuse and the dialect does not are cut (each gets its own copy of A); rows that it fuses are
-    joined (A stacked, B block-diagonal, alpha grown with the rank). A dialect without alpha gets the scale in B. `peft`
-    also writes `adapter_config.json` beside the file. Raises InputError where there is no adapter, or one on rows that the
-    dialect has no name for.
+    joined (A stacked, B block-diagonal, alpha grown with the rank). A dialect without alpha gets the scale in B, or with
+    `header` (`diffusers` alone) ranks and alphas in the file's metadata, as diffusers itself writes them, and B as it is.
+    `peft` also writes `adapter_config.json` beside the file. Raises InputError where there is no adapter, or one on rows
+    that the dialect has no name for.
     """
     if dialect not in DIALECTS:
         raise InputError(f"no LoRA dialect {dialect!r}; choose one of {', '.join(DIALECTS)}")
+    if header and dialect != "diffusers":
+        raise InputError(f"ranks and alphas in the metadata are diffusers' way, not that of {dialect}")
     spelling = DIALECTS[dialect]
     adapted = {path: linear for path, linear in linears(dit) if linear.adapter is not None}
     if not adapted:
@@ -399,6 +409,7 @@ def save_lora(file: str | Path, dit: DiT, dialect: DialectName = "diffusers", dt
     unnamed = {path: np.ones(linear.kernel.shape[-1], bool) for path, linear in adapted.items()}
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for name, target in spelling.targets(dit.config).items():
         if target.path not in adapted:
             continue
@@ -415,23 +426,44 @@ def save_lora(file: str | Path, dit: DiT, dialect: DialectName = "diffusers", dt
         key = spelling.prefixes[0] + name.replace(".", spelling.joined)
         if spelling.alpha:
             tensors[f"{key}.alpha"] = np.asarray(scale * len(a), np.float32)
-        else:
+        elif not header:
             b = b * np.float32(scale)
-        ranks[name] = len(a)
+        ranks[name], alphas[name] = len(a), alpha_of(scale, len(a)) if header else float(len(a))
         tensors[f"{key}.{spelling.down}"] = np.ascontiguousarray(a.astype(np.dtype(dtype)))
         tensors[f"{key}.{spelling.up}"] = np.ascontiguousarray(b.astype(np.dtype(dtype)))
     for path, linear in adapted.items():
         if any(unnamed[path][part.start : part.start + part.size].any() for part in linear.adapter.parts):
             raise InputError(f"{file}: the dialect {dialect} has no name for all adapted rows of {path}; choose another")
-    write_tensors(Path(file), tensors)
+    peft = peft_config(ranks, alphas)
+    metadata = {f"transformer.{name}": value for name, value in peft.items()}
+    text = json.dumps(metadata, sort_keys=True)
+    write_tensors(Path(file), tensors, {"lora_adapter_metadata": text} if header else None)
     if dialect == "peft":
-        most = max(ranks.values())
-        # Whole names: PEFT would take a bare one for the end of many.
-        others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != most}
-        peft = {"peft_type": "LORA", "r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others}
-        peft["target_modules"] = "|".join(map(re.escape, ranks))
         write_json(Path(file).with_name("adapter_config.json"), peft)
     return len(ranks)
+
+
+def peft_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """PEFT's config of layers with these ranks and alphas."""
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    # Whole names: PEFT would take a bare one for the end of many.
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(name)}$": value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{re.escape(name)}$": value for name, value in alphas.items() if value != alpha},
+        "target_modules": "|".join(map(re.escape, ranks)),
+    }
+
+
+def alpha_of(scale: float, rank: int) -> float:
+    """The shortest alpha for which alpha / rank is the float32 `scale`."""
+    for digits in range(1, 10):
+        alpha = float(f"{scale * rank:.{digits}g}")
+        if np.float32(alpha / rank) == np.float32(scale):
+            return alpha
+    return scale * rank
 
 
 def _pair(part: LowRank, layer: int | None) -> Pair:

@@ -224,7 +224,7 @@ def _misshapen(entry: Entry, parameter: nnx.Param, tensors: Tensors) -> str | No
     wanted = tuple(parameter.shape if entry.layer is None else parameter.shape[1:])
     match entry.layout:
         case "same":
-            found = (first, *rest)
+            found = (first, *rest) if shapes[0] else ()
         case "linear" | "swap_halves":
             found = (*rest, first)
         case "pointwise":
@@ -254,6 +254,9 @@ def _piece(
 
 def _fill(into: np.ndarray, tensors: Tensors, entry: Entry, bounds: list[tuple[int, int]]) -> None:
     """Reads an entry's tensors, as far as they lie within `bounds`, into an array of that size."""
+    if not bounds:  # a single number
+        into[...] = tensors.read(entry.sources[0])
+        return
     if entry.layout in ("pointwise", "conv", "swap_halves"):  # small, and not a range of rows
         whole = to_ours([tensors.read(name) for name in entry.sources], entry.layout)
         into[...] = whole[tuple(slice(*bound) for bound in bounds)]
@@ -296,7 +299,7 @@ def export_entries(module: nnx.Module, table: Iterable[Entry]) -> dict[str, np.n
         array = parameters[entry.path] if entry.layer is None else parameters[entry.path][entry.layer]
         for name, tensor in zip(entry.sources, to_theirs(array, entry), strict=True):
             if entry.part is None:
-                tensors[name] = np.ascontiguousarray(tensor)
+                tensors[name] = np.asarray(tensor, order="C")  # `ascontiguousarray` gives a number an axis
                 continue
             i, n = entry.part
             whole = tensors.setdefault(name, np.empty((n * len(tensor), *tensor.shape[1:]), tensor.dtype))

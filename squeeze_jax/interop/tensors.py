@@ -222,9 +222,13 @@ def read_json(path: Path) -> dict:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file beside its place and renames it."""
+    """Writes a safetensors file beside its place and renames it; equal tensors make equal bytes.
+
+    `metadata` (default: PyTorch's mark) should be one entry: the library writes several in an order of chance.
+    """
+
     def write(part: Path) -> None:
-        save_file(dict(tensors), part, metadata={"format": "pt", **(metadata or {})})
+        save_file(dict(tensors), part, metadata=metadata or {"format": "pt"})
         part.chmod(0o666 & ~_umask())  # the library makes files that only their owner can read
 
     write_beside(path, write)

@@ -18,9 +18,8 @@ from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.data.images import parse_size, resize_for_reference
 from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.build import build_system, is_trained
-from squeeze_jax.interop.checkpoint import check_leaves, read_weights
 from squeeze_jax.interop.load import DEMO
+from squeeze_jax.interop.trained import load_trained
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
 from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
@@ -73,18 +72,9 @@ class Pipeline:
 
     @classmethod
     def load(cls, checkpoint: str | Path | None = None) -> "Pipeline":
-        """From a work or weights folder; None is the shipped miniature."""
-        config, leaves, step = read_weights(DEMO / "system" if checkpoint is None else Path(checkpoint))
-        where = Path(checkpoint or DEMO)
-        # A transformer trained whole comes from the folder alone; under adapters lies a base that has to be built.
-        system = nnx.eval_shape(lambda: build_system(config)) if config.lora is None else build_system(config)
-        trained = nnx.to_flat_state(nnx.state(system, is_trained(config)))
-        variables = {".".join(map(str, path)): variable for path, variable in trained}
-        check_leaves(variables, leaves, where)
-        for name, variable in variables.items():
-            variable.set_value(jax.device_put(np.asarray(leaves[name]).astype(variable.dtype)))  # compiles nothing
-        nnx.update(system, nnx.from_flat_state(trained))
-        return cls.of(system, config, step=step)
+        """From a work, weights or exported folder; None is the shipped miniature."""
+        trained = load_trained(DEMO / "system" if checkpoint is None else Path(checkpoint))
+        return cls.of(trained.system, trained.config, step=trained.step)
 
     @classmethod
     def of(cls, system: System, config: Config, encoders: FrozenEncoders | None = None, step: int | None = None):

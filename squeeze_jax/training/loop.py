@@ -24,9 +24,10 @@ from squeeze_jax.interop.checkpoint import (
     check_leaves,
     check_same_run,
     first_line,
-    read_weights,
     write_config,
 )
+from squeeze_jax.interop.fingerprint import fingerprint
+from squeeze_jax.interop.trained import start_of, starting_leaves
 from squeeze_jax.processes import is_main, local_rows, place, place_rows
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.interruption import Interruption
@@ -37,7 +38,6 @@ from squeeze_jax.training.state import (
     Split,
     TrainState,
     create,
-    fingerprint,
     flat_leaves,
     initial_state,
     make_state,
@@ -86,7 +86,7 @@ def train(
     With `data.online` it reads `examples` of these two names instead, and no records.
 
     Killed at any moment and started again with the same arguments, it ends with the same weights bit for bit.
-    `start_from` is a work or weights folder whose trained weights begin the run (stage 2 from stage 1). `accept_changes`
+    `start_from` is what the run begins with (`interop.trained.starting_leaves`; stage 2: stage 1's). `accept_changes`
     continues a run whose config differs. Several processes call it alike (`processes.join`).
     Raises InputError for what cannot be trained or continued, OutputError where a checkpoint cannot be written, and
     Preempted after SIGTERM, when the state is saved.
@@ -111,10 +111,11 @@ def train(
         productive = 0.0
         # 2. Weights from elsewhere, with fresh moments.
         if start_from is not None:
-            _, leaves, _ = read_weights(start_from, mesh)
-            check_leaves(trained, leaves, start_from)
-            trained = {name: leaves[name].astype(np.float32) for name in trained}
-            say(f"starting from the weights of {start_from}")
+            leaves = starting_leaves(start_from, config, base, mesh)
+            fresh = {name: leaf for name, leaf in trained.items() if name not in leaves}
+            check_leaves(trained, leaves if start_of(start_from) == "run" else fresh | leaves, start_from)
+            trained = {name: (fresh | leaves)[name].astype(np.float32) for name in trained}
+            say(f"starting from the weights of {start_from}: {len(leaves)} arrays, {len(fresh)} begin anew")
         # 3. From scratch: random weights of the config's seed (and the pre-trained base, which `create` has read).
         state = make_state(trained, optimizer, config, mesh)
     del trained

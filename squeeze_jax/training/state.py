@@ -1,6 +1,5 @@
 """What changes during training, as one pytree; and a system apart into trained and frozen leaves."""
 
-import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -89,26 +88,6 @@ def with_leaves(state: nnx.State, leaves: Leaves) -> nnx.State:
     """The state with these arrays in place of its own; more than it has may be given."""
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state([(path, v.replace(leaves[".".join(map(str, path))])) for path, v in flat])
-
-
-def fingerprint(frozen: nnx.State) -> str:
-    """16 hex digits of everything frozen: equal for equal bits, however they lie on devices.
-
-    Integers wrap around exactly, so a weighted sum of an array's bits is the same in every order of adding.
-    """
-    sums = {name: int(_digest(leaf)) for name, leaf in flat_leaves(frozen).items()}
-    described = [(name, str(leaf.dtype), leaf.shape, sums[name]) for name, leaf in flat_leaves(frozen).items()]
-    return hashlib.sha256(repr(sorted(described)).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _digest(leaf: jax.Array) -> jax.Array:
-    width = 8 * leaf.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
-    weights = jnp.uint32(1)
-    for axis, size in enumerate(bits.shape):  # a number of its own for every place, odd so that no bit drops out
-        weights = weights * jnp.uint32(size) + 2 * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (weights | jnp.uint32(1)), dtype=jnp.uint32)
 
 
 def make_state(trained: Leaves, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:

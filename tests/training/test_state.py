@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from squeeze_jax.interop.fingerprint import fingerprint
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.sharding import make_mesh, parameter_spec
 from squeeze_jax.training.optimizer import make_optimizer
-from squeeze_jax.training.state import create, fingerprint, flat_leaves, make_state, with_leaves
+from squeeze_jax.training.state import create, flat_leaves, make_state, with_leaves
 
 CONFIG = tiny_config(lora=LoRAConfig(rank=4))
 

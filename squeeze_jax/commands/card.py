@@ -1,0 +1,190 @@
+"""The model card of an exported folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from squeeze_jax.config import Config, to_json
+from squeeze_jax.interop.exported import LORA, TRANSFORMER
+from squeeze_jax.interop.tensors import read_json
+from squeeze_jax.models.dit import DiTConfig
+
+FLUX = "black-forest-labs/FLUX.1-dev"
+INTERNVL = "OpenGVLab/InternVL3-8B-hf"
+
+
+def write_card(folder: Path, config: Config, about: dict[str, Any], report: dict[str, Any] | None) -> None:
+    """Writes `README.md`: what it is, how to use it, licences, certificate, scores, config."""
+    sections = [
+        _front(config),
+        _what(folder, config, about),
+        _usage(folder, config),
+        _licences(folder, config),
+        _certificate(report, about),
+        _scores(folder),
+        f"## Training config\n\n```json\n{to_json(config)}\n```\n",
+    ]
+    (folder / "README.md").write_text("\n".join(section for section in sections if section))
+
+
+def is_flux(config: Config) -> bool:
+    """Whether the transformer has the sizes of FLUX.1-dev."""
+    return config.model.dit == DiTConfig()
+
+
+def _front(config: Config) -> str:
+    lines = ["library_name: diffusers", "pipeline_tag: image-to-image"]
+    if is_flux(config):
+        lines += [
+            "license: other",
+            "license_name: flux-1-dev-non-commercial-license",
+            f"license_link: https://huggingface.co/{FLUX}/blob/main/LICENSE.md",
+            f"base_model: {FLUX}",
+        ]
+    lines += ["tags:", "- subject-driven", *(["- lora"] if config.lora is not None else [])]
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _what(folder: Path, config: Config, about: dict[str, Any]) -> str:
+    step = "" if about["step"] is None else f", step {about['step']}"
+    lines = [
+        f"# {config.name}: subject-driven generation\n",
+        "A prompt and pictures of a subject in, new pictures of that subject out. A multimodal LLM (InternVL3) reads both;",
+        "a Dual Layer Aggregator makes all of its hidden states the context of a FLUX.1 transformer, which also sees the",
+        "references' latents; sampling hands over from the one to the other in three stages (arXiv 2605.26111).",
+        f"Trained with squeeze_jax{step}; numbers are {about['dtype']}.\n",
+        "| file | is |",
+        "|---|---|",
+    ]
+    lora, model = config.lora, config.model
+    if lora is not None:
+        alpha = lora.rank if lora.alpha is None else lora.alpha
+        kind = f"rank {lora.rank}, alpha {alpha:g}, also in its metadata"
+        lines.append(f"| `{LORA}` | LoRA of the transformer ({kind}), for diffusers |")
+    for dialect, tool in (("comfyui", "ComfyUI"), ("kohya", "kohya's sd-scripts")):
+        if (folder / dialect).is_dir():
+            lines.append(f"| `{dialect}/lora.safetensors` | the same LoRA, spelled for {tool} |")
+    if (folder / TRANSFORMER).is_dir():
+        lines.append(f"| `{TRANSFORMER}/` | the {'merged' if lora else 'whole'} transformer, a FluxTransformer2DModel |")
+    lines.append("| `aggregator/` | the aggregator |")
+    for name, what in (("vae", "the autoencoder"), ("mllm", "the multimodal LLM")):
+        if (folder / name).is_dir():
+            lines.append(f"| `{name}/` | {what} |")
+    lines.append("| `squeeze_pipeline.py`, `squeeze_aggregator.py` | all the code there is; read it before you run it |")
+    lines.append("| `config.json`, `export.json` | the training run's config; what the folder belongs to |")
+    text = "\n".join(lines) + "\n"
+    if lora is not None and model.dit_weights is not None:
+        text += f"\nThe LoRA belongs to the base that the run called `{model.dit_weights}`"
+        text += "" if about["base"] is None else f" (fingerprint {about['base']})"
+        text += "; on another one it does something else.\n"
+    return text
+
+
+def _usage(folder: Path, config: Config) -> str:
+    flux = is_flux(config)
+    needs = {
+        TRANSFORMER: FLUX if flux else config.model.dit_weights,
+        "vae": FLUX if flux else config.model.autoencoder,
+        "mllm": INTERNVL if flux else config.model.mllm,
+    }
+    given = [f'{name}="{place}"' for name, place in needs.items() if not (folder / name).is_dir()]
+    arguments = ", ".join(['"."', *given, *([] if flux else ["torch_dtype=torch.float32"])])
+    pip = "torch diffusers transformers safetensors accelerate" + (" peft" if config.lora is not None else "")
+    text = f"""## Usage
+
+`pip install {pip}`, then, in this folder:
+
+```python
+import torch
+from PIL import Image
+from squeeze_pipeline import SqueezePipeline
+
+pipe = SqueezePipeline.load({arguments})
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")  # or pipe.enable_model_cpu_offload()
+picture = pipe(
+    "{_prompt(config)}",
+    [Image.open("subject.png")],
+    generator=torch.Generator().manual_seed(0),
+)[0]
+picture.save("out.png")
+```
+
+Several references may be given, or none (text only). `height`, `width`, `num_inference_steps`, `tau1`, `tau2` and
+`guidance_scale` default to the run's own. `latents=` takes the noise itself, as packed tokens [images, tokens, channels].
+"""
+    if config.lora is not None:
+        text += f"""
+The LoRA alone, in any diffusers pipeline of its base: `pipe.load_lora_weights(".", weight_name="{LORA}")`. Without the
+aggregator's context it has little to go by.
+"""
+    return text
+
+
+def _prompt(config: Config) -> str:
+    return "a big critter jumping on the beach at sunset" if config.data.critters is not None else "the cat on a surfboard"
+
+
+def _licences(folder: Path, config: Config) -> str:
+    base = (
+        f"FLUX.1-dev's: [FLUX.1-dev Non-Commercial License](https://huggingface.co/{FLUX}/blob/main/LICENSE.md), not for "
+        "commercial use. Accept it on its page first"
+        if is_flux(config)
+        else "that of its publisher"
+    )
+    if config.lora is not None:
+        own = "derived from the base: what its licence says of derivatives holds, with FLUX.1-dev no commercial use"
+    elif config.model.dit_weights is not None:
+        own = base
+    else:
+        own = "Apache-2.0; trained from random weights"
+    rows = [
+        ("Code (`squeeze_*.py`)", "Apache-2.0"),
+        *([("Base transformer", base)] if config.model.dit_weights is not None else []),
+        ("LoRA" if config.lora is not None else "Transformer", own),
+        ("Aggregator", "the trainer's own; Apache-2.0 unless said otherwise here"),
+    ]
+    for what, published, place in (
+        ("Autoencoder", base, config.model.autoencoder),
+        ("Multimodal LLM", "that of its publisher (InternVL3-8B: see its model card)", config.model.mllm),
+    ):
+        rows.append((what, "Apache-2.0; the miniature's, in this folder" if place == "demo" else published))
+    drawn = "drawn by squeeze_jax's own code, Apache-2.0"
+    rows.append(("Training data", drawn if config.data.critters is not None else "not in this folder; FILL IN"))
+    lines = [f"| {what} | {licence} |" for what, licence in rows]
+    return "## Licences, part by part\n\n| part | licence |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _certificate(report: dict[str, Any] | None, about: dict[str, Any]) -> str:
+    if report is None:
+        return "## Certificate\n\nThe check was skipped: nobody has compared these files with the system they come from.\n"
+    lines = [f"| {name} | {error:.1e} |" for name, error in report["parts"].items()]
+    whole, settings, versions = report["whole"], report["settings"], report["versions"]
+    lines.append(f"| whole picture: latents | {whole['latents']:.1e} |")
+    lines.append(f"| whole picture: values off by more than one grey level | {whole['pixels']:.3%} |")
+    size = f"{settings['height']}x{settings['width']}"
+    note = "" if about["dtype"] == "float32" else f" These files are rounded to {about['dtype']}, which makes most of it."
+    return (
+        "## Certificate\n\nThese files in PyTorch against the system in JAX, both computing in float32, on the same noise "
+        f"and conditions ({settings['steps']} steps, {size}, {settings['references']} references, guidance "
+        f"{settings['cfg_scale']:g}).{note} Digests and settings: `parity.json`.\n\n| | relative error |\n|---|---|\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + "\n"
+    )
+
+
+def _scores(folder: Path) -> str:
+    if not (folder / "scores.json").is_file():
+        return ""
+    report = read_json(folder / "scores.json")
+    rows = [
+        (way, {task: share["value"] for task, share in score["tasks"].items()})
+        for way, score in dict(report.get("scores", {})).items()
+    ]
+    if not rows:
+        return "## Scores\n\n" + "```json\n" + json.dumps(report, indent=1, sort_keys=True) + "\n```\n"
+    tasks = list(rows[0][1])
+    lines = [f"| {way} | " + " | ".join(f"{100 * shares[task]:.1f}" for task in tasks) + " |" for way, shares in rows]
+    head = f"| right, % of {report['pairs']} held-out pairs | " + " | ".join(tasks) + " |\n|" + "---|" * (len(tasks) + 1)
+    return f"## Scores\n\n{head}\n" + "\n".join(lines) + "\n"

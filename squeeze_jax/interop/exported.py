@@ -1,0 +1,134 @@
+"""Exported folders, what PyTorch's users get: written from a trained system, and read back as its trained leaves.
+
+    config.json                           the training run's config
+    export.json                           which base it belongs to (fingerprint), the step, the type of its numbers
+    aggregator/                           config.json, model.safetensors
+    pytorch_lora_weights.safetensors      the LoRA in diffusers' spelling (a transformer trained whole has none)
+    transformer/                          diffusers' folder with everything merged, where asked for or trained whole
+    vae/  mllm/                           the miniature's, where the config uses these
+    squeeze_aggregator.py  squeeze_pipeline.py
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from squeeze_jax.array_types import DType
+from squeeze_jax.config import Config, to_json
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop import aggregator as aggregator_format
+from squeeze_jax.interop.adapters import adapter_leaves
+from squeeze_jax.interop.load import DEMO, dit_source
+from squeeze_jax.interop.lora import DialectName, save_lora
+from squeeze_jax.interop.mapping import MappingError, export_entries, load_entries, parameters_by_path
+from squeeze_jax.interop.merged import save_merged
+from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
+from squeeze_jax.layers.lora import add_lora
+from squeeze_jax.models.aggregator import Aggregator
+from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.system import System
+
+ABOUT, LORA, AGGREGATOR, TRANSFORMER = "export.json", "pytorch_lora_weights.safetensors", "aggregator", "transformer"
+TORCH_FILES = Path(__file__).with_name("torch_files")
+ENCODERS = {"vae": "autoencoder", "mllm": "mllm"}
+"""A folder of an export → the field of `model` and the folder of the miniature that it is copied from."""
+
+Place = Callable[[str, tuple[int, ...]], Sharding]
+
+
+def write_exported(
+    folder: Path, system: System, config: Config, about: dict[str, Any], dtype: DType, *, merge: bool,
+    dialect: DialectName | None = None,
+) -> None:  # fmt: skip
+    """Writes everything but the card and the certificate. `dialect`: one more LoRA file, in a folder of its name."""
+    aggregator = export_entries(system.aggregator, aggregator_format.entries(config.aggregator))
+    aggregator = {name: tensor.astype(np.dtype(dtype)) for name, tensor in aggregator.items()}
+    write_tensors(folder / AGGREGATOR / "model.safetensors", aggregator)
+    write_json(folder / AGGREGATOR / "config.json", aggregator_format.config_to_json(config.aggregator))
+    if config.lora is not None:
+        save_lora(folder / LORA, system.dit, "diffusers", dtype, header=True)
+    if dialect is not None:
+        save_lora(folder / dialect / "lora.safetensors", system.dit, dialect, dtype)
+    if merge or config.lora is None:
+        save_merged(folder / TRANSFORMER, system.dit, dtype)
+    for name, part in ENCODERS.items():
+        if getattr(config.model, part) == "demo":
+            shutil.copytree(DEMO / part, folder / name)
+    for file in sorted(TORCH_FILES.glob("*.py")):
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / ABOUT, about)
+    (folder / "config.json").write_text(to_json(config) + "\n")
+
+
+def is_exported(folder: Path) -> bool:
+    return (folder / ABOUT).is_file()
+
+
+def merged_config(folder: Path, config: Config) -> Config:
+    """The config to sample with: base and LoRA, or the merged transformer where the base is not there."""
+    base = config.model.dit_weights
+    if config.lora is None or (base and Path(base).exists()) or not (folder / TRANSFORMER).is_dir():
+        return config
+    return replace(config, lora=None, model=replace(config.model, dit_weights=None, frozen_dtype="float32"))
+
+
+def read_exported(folder: Path, config: Config, place: Place | None = None) -> dict[str, Any]:
+    """The trained leaves of a config, by dotted path, float32; NumPy arrays or, with `place`, laid out on a mesh."""
+    aggregator = nnx.eval_shape(lambda: Aggregator(config.aggregator, rngs=nnx.Rngs(0)))
+    table = aggregator_format.entries(config.aggregator)
+    leaves = _read("aggregator", aggregator, table, TensorFolder(folder / AGGREGATOR), folder / AGGREGATOR, place)
+    if config.lora is None:
+        return leaves | transformer_leaves(folder / TRANSFORMER, config, place)
+    if not (folder / LORA).is_file():
+        raise InputError(f"{folder}: it has no LoRA, its transformer was trained whole; set lora to None")
+    return leaves | lora_leaves(folder / LORA, config, place)
+
+
+def transformer_leaves(folder: Path, config: Config, place: Place | None = None) -> dict[str, Any]:
+    """The whole transformer of a folder as trained leaves."""
+    source = dit_source(folder)
+    if source.config != config.model.dit:
+        raise InputError(f"{folder} holds {source.config}, but model.dit is {config.model.dit}: make them equal")
+    dit = nnx.eval_shape(lambda: DiT(source.config, rngs=nnx.Rngs(0)))
+    return _read("dit", dit, source.entries(source.config), source.tensors, folder, place)
+
+
+def lora_leaves(file: Path, config: Config, place: Place | None = None) -> dict[str, Any]:
+    """The adapters of a LoRA file as trained leaves."""
+    lora = config.lora
+    assert lora is not None
+
+    def make() -> DiT:
+        dit = DiT(config.model.dit, rngs=nnx.Rngs(0))
+        add_lora(dit, lora, rngs=nnx.Rngs(0))
+        return dit
+
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    leaves = adapter_leaves(nnx.eval_shape(make), file, alpha / lora.rank)
+    if place is None:
+        return dict(leaves)
+    return {
+        name: jax.make_array_from_callback(leaf.shape, place(name, leaf.shape), lambda index, leaf=leaf: leaf[index])
+        for name, leaf in leaves.items()
+    }
+
+
+def _read(prefix: str, module: nnx.Module, table: Any, tensors: Any, where: Path, place: Place | None) -> dict[str, Any]:
+    try:
+        load_entries(module, table, tensors, np.dtype(np.float32), place)
+    except MappingError as error:
+        raise InputError(f"{where}: {error}") from None
+    leaves = {f"{prefix}.{path}": leaf[...] for path, leaf in parameters_by_path(module).items()}
+    return leaves if place is not None else {name: np.asarray(leaf) for name, leaf in leaves.items()}
+
+
+def about_of(folder: Path) -> dict[str, Any]:
+    """What `export.json` says."""
+    return read_json(folder / ABOUT)

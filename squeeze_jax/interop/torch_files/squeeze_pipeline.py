@@ -1,0 +1,251 @@
+"""Staged subject-driven sampling in PyTorch: a prompt and pictures of a subject in, new pictures of it out.
+
+Time t runs from 1 (noise) to 0 on FLUX.1's shifted schedule. At t ≥ tau1 the transformer sees the multimodal LLM's tokens
+alone, at tau2 ≤ t < tau1 these and the references' latents, at t < tau2 the references alone (arXiv 2605.26111). What a
+stage does not use is left out of the sequence. Classifier-free guidance contrasts with the target alone.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
+from PIL import Image, ImageOps
+from squeeze_aggregator import Aggregator
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import InternVLForConditionalGeneration
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.utils import cached_file
+
+LORA = "pytorch_lora_weights.safetensors"
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+MAX_TEXT_TOKENS = 128
+MULTIPLE = 16  # pixels: sides of references and pictures
+
+
+class SqueezePipeline(DiffusionPipeline):
+    """transformer: with its LoRA, if it has one. mllm: InternVL3 in transformers' layout. settings: see `settings_of`."""
+
+    model_cpu_offload_seq = "mllm->aggregator->transformer->vae"
+
+    def __init__(
+        self, transformer: FluxTransformer2DModel, vae: AutoencoderKL, aggregator: Aggregator,
+        mllm: InternVLForConditionalGeneration, tokenizer: Tokenizer, settings: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, vae=vae, aggregator=aggregator, mllm=mllm, tokenizer=tokenizer
+        )
+        if settings is None:  # diffusers takes an argument without a default for a module
+            raise ValueError("settings are missing; use SqueezePipeline.load")
+        self.settings = settings
+        side = mllm.config.vision_config.image_size[0]
+        self.tiles = GotOcr2ImageProcessorPil(
+            size={"height": side, "width": side}, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225),
+            crop_to_patches=True, max_patches=settings["max_tiles"],
+        )  # fmt: skip
+
+    @classmethod
+    def load(
+        cls, folder: str, transformer: Any = None, vae: Any = None, mllm: str | None = None,
+        torch_dtype: torch.dtype = torch.bfloat16,
+    ) -> "SqueezePipeline":  # fmt: skip
+        """From an exported folder, which may hold `transformer`, `vae` and `mllm`; else say where they are.
+
+        transformer, vae: a module, a folder, or a name on the hub (`subfolder` of that name if it is a whole pipeline).
+        """
+        home, kinds = Path(folder), {"torch_dtype": torch_dtype, "use_safetensors": True}
+
+        def part(kind: Any, name: str, given: Any) -> Any:
+            if given is not None and not isinstance(given, (str, Path)):
+                return given
+            if given is None and not (home / name).is_dir():
+                raise ValueError(f"{home} has no {name}: say where it is, {name}=…")
+            place, whole = (home, True) if given is None else (given, not (Path(given) / "config.json").is_file())
+            return kind.from_pretrained(place, subfolder=name if whole else None, **kinds)
+
+        if mllm is None and not (home / "mllm").is_dir():
+            raise ValueError(f"{home} has no mllm: say where InternVL3 is, mllm='OpenGVLab/InternVL3-8B-hf'")
+        reader = str(mllm or home / "mllm")
+        model = part(FluxTransformer2DModel, "transformer", transformer)
+        if (home / LORA).is_file() and not (transformer is None and (home / "transformer").is_dir()):
+            model.load_lora_adapter(str(home), weight_name=LORA)
+        return cls(
+            model.eval(),
+            part(AutoencoderKL, "vae", vae).eval(),
+            Aggregator.load(home / "aggregator", torch_dtype),
+            InternVLForConditionalGeneration.from_pretrained(reader, dtype=torch_dtype, use_safetensors=True).eval(),
+            Tokenizer.from_file(cached_file(reader, "tokenizer.json")),
+            settings_of(json.loads((home / "config.json").read_text())),
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str, references: list[Image.Image] | tuple = (), height: int | None = None, width: int | None = None,
+        num_inference_steps: int | None = None, tau1: float | None = None, tau2: float | None = None,
+        guidance_scale: float | None = None, num_images: int = 1, generator: torch.Generator | None = None,
+        latents: Tensor | None = None, output_type: str = "pil",
+    ) -> Any:  # fmt: skip
+        """Pictures; what is None is as the training run's config has it. No references: text only.
+
+        latents: noise as packed tokens [images, rows · columns, channels] in float32, row by row, where a token is 2 x 2
+        latents with channels ordered (channel, dy, dx); else it is drawn from `generator`. output_type: `pil`, `np`
+        (float32 [images, height, width, 3] in [-1, 1]) or `latent` (denoised tokens).
+        """
+        own = self.settings
+        height, width = height or own["height"], width or own["width"]
+        if height % MULTIPLE or width % MULTIPLE:
+            raise ValueError(f"{height}x{width}: both must be multiples of {MULTIPLE} pixels")
+        tau1, tau2 = (own[k] if v is None else v for k, v in (("tau1", tau1), ("tau2", tau2)))
+        scale = own["cfg_scale"] if guidance_scale is None else guidance_scale
+        if not 0 <= tau2 <= tau1 <= 1:
+            raise ValueError(f"tau1 is {tau1} and tau2 is {tau2}; they must satisfy 0 <= tau2 <= tau1 <= 1")
+        pictures = [to_rgb(image) for image in references]
+        context = self.aggregator(*self.read(prompt, pictures))
+        shown = [self.encode(image) for image in pictures] if own["references"] else []
+
+        token = 2 * 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels along a token's side
+        grid = (height // token, width // token)
+        if latents is None:
+            shape = (num_images, grid[0] * grid[1], self.transformer.config.in_channels)
+            latents = torch.randn(shape, generator=generator, device=getattr(generator, "device", "cpu"))
+        x = latents.to(self._execution_device, torch.float32)
+        positions = grid_positions(grid, reference_origins(grid, shown), shown).to(x)
+        tokens = torch.cat([self.pack(latent) for latent in shown], dim=1) if shown else None
+        times = schedule(num_inference_steps or own["steps"], grid[0] * grid[1], own["shifted"])
+        for i in self.progress_bar(range(len(times) - 1)):
+            t, t_next = times[i], times[i + 1]
+            mllm, seen = (True, None) if not shown or t >= np.float32(tau1) else (bool(t >= np.float32(tau2)), tokens)
+            v = self.velocity(x, float(t), positions, context if mllm else context[:0], seen)
+            if scale != 1.0:
+                bare = self.velocity(x, float(t), positions, context[:0], None)
+                v = bare + scale * (v - bare)
+            x = x + float(t_next - t) * v
+        if output_type != "latent":
+            x = self.decode(x, grid)
+        if output_type == "pil":
+            x = [Image.fromarray(np.rint((picture + 1) * 127.5).astype(np.uint8)) for picture in x]
+        self.maybe_free_model_hooks()
+        return x
+
+    def velocity(
+        self, x: Tensor, t: float, positions: Tensor, context: Tensor, references: Tensor | None
+    ) -> Tensor:
+        """v = ε - x_0 of target tokens x [B, N, c] at time t. context [L, width], references [1, R, c] or None."""
+        count, model, x_device = x.shape[1], self.transformer, x.device
+        tokens = x if references is None else torch.cat([x, references.to(x).expand(len(x), -1, -1)], dim=1)
+        told = torch.full((len(x),), self.settings["guidance"], device=x_device) if model.config.guidance_embeds else None
+        return model(
+            hidden_states=tokens.to(model.dtype),
+            encoder_hidden_states=context.to(model.dtype).expand(len(x), -1, -1),
+            pooled_projections=x.new_zeros(len(x), model.config.pooled_projection_dim, dtype=model.dtype),
+            timestep=torch.full((len(x),), t, device=x_device),
+            guidance=told,
+            img_ids=positions[: tokens.shape[1]],
+            txt_ids=positions.new_zeros(len(context), 3),
+        ).sample[:, :count].float()
+
+    def read(self, prompt: str, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """All hidden states [layers + 1, L, width] of the chat's one user turn, and which tokens are a picture's."""
+        config, device = self.mllm.config, self._execution_device
+        found = [self.tiles(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures]
+        ids = torch.tensor([self.token_ids(prompt, [len(tiles) * config.image_seq_length for tiles in found])])
+        pixels = torch.cat(found).to(device, self.mllm.dtype) if found else None
+        states = self.mllm(
+            input_ids=ids.to(device), pixel_values=pixels, output_hidden_states=True, use_cache=False, logits_to_keep=1
+        ).hidden_states
+        return torch.cat(states), ids[0].to(device) == config.image_token_id
+
+    def token_ids(self, prompt: str, images: list[int]) -> list[int]:
+        """References first, then the prompt, no answer's header. A special token's name in the prompt is plain text."""
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; say what the picture should show")
+        special, model = self.tokenizer.token_to_id, self.tokenizer.model
+
+        def text(said: str) -> list[int]:
+            if self.tokenizer.normalizer is not None:
+                said = self.tokenizer.normalizer.normalize_str(said)
+            split = self.tokenizer.pre_tokenizer
+            pieces = [said] if split is None else [piece for piece, _ in split.pre_tokenize_str(said)]
+            return [token.id for piece in pieces for token in model.tokenize(piece)]
+
+        ids, system = [], self.settings["system_text"]
+        if system is not None:
+            ids += [special("<|im_start|>"), *text("system\n" + system), special("<|im_end|>"), *text("\n")]
+        ids.append(special("<|im_start|>"))
+        said = "user\n"
+        for count in images:
+            ids += [*text(said), special("<img>"), *[special(IMAGE_TOKEN)] * count, special("</img>")]
+            said = "\n"
+        ids += [*text(said + prompt), special("<|im_end|>"), *text("\n")]
+        if len(ids) - sum(images) > MAX_TEXT_TOKENS:
+            raise ValueError(f"the prompt is too long: with its template more than {MAX_TEXT_TOKENS} tokens; shorten it")
+        return ids
+
+    def encode(self, picture: Image.Image) -> Tensor:
+        """Latents [1, C, h, w] of a reference: its own aspect ratio, sides rounded, at most the trained length."""
+        longest = self.settings["reference_long_side"]
+        scale = min(1.0, longest / max(picture.size))
+        most = longest // MULTIPLE * MULTIPLE
+        size = [max(MULTIPLE, min(most, round(side * scale / MULTIPLE) * MULTIPLE)) for side in picture.size]
+        pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC), np.float32) / 127.5 - 1.0
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self._execution_device, self.vae.dtype)
+        mean = self.vae.encode(x).latent_dist.mode().float()
+        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+        """Pictures [B, height, width, 3] in [-1, 1] of tokens [B, N, c]."""
+        x = tokens.unflatten(1, grid).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        x = x / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(x.to(self.vae.dtype)).sample.clamp(-1, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+
+    @staticmethod
+    def pack(latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to tokens [B, (h/2)(w/2), 4C], channels ordered (channel, dy, dx)."""
+        x = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, rows, dy, columns, dx]
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a training run's config: what sampling has to know."""
+    data = {name: config["data"][name] for name in ("height", "width", "reference_long_side", "system_text", "max_tiles")}
+    references = any(stage["references"] for stage in config["training"]["stages"])  # else it never saw any
+    return {**config["sampling"], **data, "guidance": config["diffusion"]["guidance"], "references": references}
+
+
+def schedule(steps: int, target_tokens: int, shifted: bool) -> np.ndarray:
+    """steps + 1 times from 1 to 0: t = e^μ / (e^μ + 1/s - 1), μ linear in the target's tokens, .5 at 256, 1.15 at 4,096."""
+    s = 1.0 - np.arange(steps + 1) / steps
+    shift = math.exp(0.5 + (1.15 - 0.5) / (4096 - 256) * (target_tokens - 256)) if shifted else 1.0
+    return (shift * s / (shift * s + (1.0 - s))).astype(np.float32)
+
+
+def reference_origins(grid: tuple[int, int], references: list[Tensor]) -> list[tuple[int, int]]:
+    """Where each picture's grid begins: diagonally past the target and all references before it (UNO, 2504.02160)."""
+    origins = [(0, 0), grid]
+    for latent in references:
+        origins.append((origins[-1][0] + latent.shape[2] // 2, origins[-1][1] + latent.shape[3] // 2))
+    return origins[:-1]
+
+
+def grid_positions(grid: tuple[int, int], origins: list[tuple[int, int]], references: list[Tensor]) -> Tensor:
+    """(0, row, column) of every token of the target and then of the references."""
+    grids = [grid, *((latent.shape[2] // 2, latent.shape[3] // 2) for latent in references)]
+    places = [
+        torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) + torch.tensor(origin)
+        for (rows, columns), origin in zip(grids, origins)
+    ]
+    return torch.nn.functional.pad(torch.cat(places), (1, 0))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB, what is transparent laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

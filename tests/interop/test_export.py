@@ -1,0 +1,372 @@
+"""What `export` writes: the same pictures in PyTorch, the same leaves back, whole or not at all."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from qwen_like import qwen_like
+from safetensors.numpy import load_file
+from small_dit import CONFIG as DIT
+from small_dit import random_dit
+from small_internvl import INTERNVL, randomly, write_internvl
+
+from squeeze_jax.commands import export, sample
+from squeeze_jax.commands.parity import relative_error, torch_pipeline
+from squeeze_jax.config import Config, DataConfig, ModelConfig, SamplingConfig, StageConfig, TrainingConfig
+from squeeze_jax.data.chat import IMAGE
+from squeeze_jax.data.images import resize_for_reference, to_uint8
+from squeeze_jax.interop import tensors
+from squeeze_jax.interop.autoencoder import save_autoencoder
+from squeeze_jax.interop.build import build_system, is_trained
+from squeeze_jax.interop.checkpoint import CHECKPOINTS, read_weights, write_config, write_weights
+from squeeze_jax.interop.exported import LORA
+from squeeze_jax.interop.load import save_dit
+from squeeze_jax.interop.lora import load_lora, save_lora
+from squeeze_jax.interop.trained import load_trained, starting_leaves
+from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears
+from squeeze_jax.models.aggregator import AggregatorConfig
+from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.sampling.pipeline import Pipeline, Settings
+from squeeze_jax.sampling.sampler import noise_for
+from squeeze_jax.sharding import make_mesh
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+
+def small_config(home: Path) -> Config:
+    """Every part with random weights: 64x64 pictures are 4x4 tokens, references at most 32 pixels long."""
+    return Config(
+        name="small",
+        model=ModelConfig(
+            dit=DIT, dit_weights=str(home / "base"), autoencoder=str(home / "vae"), mllm=str(home / "mllm"),
+            dtype="float32", frozen_dtype="float32",
+        ),
+        aggregator=AggregatorConfig(layers=(0, 1, 3), width=48, out_width=40, heads=4, mlp_width=40, refiner_blocks=1),
+        lora=LoRAConfig(rank=3, alpha=2.0),
+        data=DataConfig(height=64, width=64, reference_long_side=32),
+        training=TrainingConfig(stages=(StageConfig(steps=1, references=True),)),
+        sampling=SamplingConfig(steps=8, tau1=0.9, tau2=0.5),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """base, vae, mllm as published folders, and a weights folder `run`."""
+    home = tmp_path_factory.mktemp("home")
+    os.environ["SQUEEZE_JAX_CACHE"] = str(home / "cache")
+    save_dit(home / "base", random_dit(), jnp.float32)
+    small = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
+    save_autoencoder(randomly(lambda: Autoencoder(small, rngs=nnx.Rngs(0))), home / "vae")
+    tokenizer = qwen_like()
+    write_internvl(home / "mllm", dataclasses.replace(INTERNVL, image_token_id=tokenizer.token_to_id(IMAGE)))
+    tokenizer.save(str(home / "mllm" / "tokenizer.json"))
+    write_weights(home / "run", *random_weights(small_config(home)), jnp.float32)
+    return home
+
+
+def random_weights(config: Config):
+    """A config and random trained leaves: gates, norms and both LoRA matrices clearly not zero."""
+    shapes = nnx.eval_shape(lambda: build_system(config, with_base=False))
+    rng, leaves = np.random.default_rng(0), {}
+    for path, leaf in nnx.to_flat_state(nnx.state(shapes, is_trained(config))):
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        matrix = path[-1] in ("kernel", "down", "up")
+        around = 1.0 if path[-1] == "scale" and path[0] == "dit" else 0.0
+        spread = leaf.shape[-2] ** -0.5 if matrix else 0.2
+        leaves[".".join(map(str, path))] = np.float32(around) + noise * np.float32(spread)
+    return config, leaves
+
+
+def exporting(checkpoint, out, *flags):
+    assert export.main([str(checkpoint), "--out", str(out), *flags]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(home):
+    return exporting(home / "run", home / "exported")
+
+
+def pictures(count):
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 256, size, np.uint8)) for size in ((40, 64, 3), (32, 32, 3))[:count]]
+
+
+# --- the same pictures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sides(home, exported):
+    """Ours and PyTorch's, both from the exported folder."""
+    trained = load_trained(exported)
+    with torch_pipeline(exported, trained) as theirs:
+        yield Pipeline.of(trained.system, trained.config), theirs
+
+
+@pytest.mark.parametrize(
+    ("references", "changes"),
+    [
+        (2, {}),
+        (2, {"tau1": 0.0, "tau2": 0.0}),
+        (0, {}),
+        pytest.param(1, {"tau1": 0.8, "tau2": 0.8}, marks=pytest.mark.slow),
+        pytest.param(2, {"height": 48, "width": 80}, marks=pytest.mark.slow),
+    ],
+    ids=["two references", "MLLM throughout", "text only", "one reference", "not square"],
+)
+def test_pytorch_draws_the_same(sides, references, changes):
+    ours, theirs = sides
+    prompt, images, settings = "a small critter on the beach, <img> and all", pictures(references), Settings(**changes)
+    resolved = ours.resolved(settings)
+    grid = ours.config.grid(resolved.height, resolved.width)
+    noise = noise_for([0, 1], grid[0] * grid[1], 64)
+    states = ours.encoders.read([prompt], [images])
+    latents = [ours.encoders.latents([sized(ours, image)])[0] for image in images]
+    expected = ours.sample(states, [latents], [0, 1], settings)
+    with torch.no_grad():
+        found = theirs(prompt, images, latents=torch.tensor(np.array(noise)), output_type="latent", **changes)
+        decoded = theirs.decode(found, grid)
+    assert relative_error(found.numpy(), expected) <= 1e-4
+    assert relative_error(expected, noise) > 0.1
+    drawn = [to_uint8(x).astype(int) for x in (decoded, ours.decode(expected, settings))]
+    assert np.mean(np.abs(drawn[0] - drawn[1]) > 1) <= 1e-3
+    assert drawn[0].std() > 5
+
+
+def sized(pipeline, image):
+    return resize_for_reference(image, pipeline.config.data.reference_long_side)
+
+
+@pytest.mark.slow
+def test_sample_draws_from_the_exported_folder_what_it_draws_from_the_run(home, exported, tmp_path):
+    pictures(1)[0].save(tmp_path / "subject.png")
+    drawn = []
+    for folder in ("run", "exported"):
+        arguments = ["--prompt", "a critter", "--out", tmp_path / f"{folder}.png", "--reference", tmp_path / "subject.png"]
+        assert sample.main([str(a) for a in (*arguments, "--checkpoint", home / folder, "--steps", 2)]) == 0
+        drawn.append(np.asarray(Image.open(tmp_path / f"{folder}.png")))
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_the_certificate_says_what_was_compared(exported):
+    report = json.loads((exported / "parity.json").read_text())
+    assert len(report["parts"]) == 5
+    assert all(0 < error <= 1e-4 for error in report["parts"].values())
+    assert report["whole"]["latents"] <= 1e-4 and report["whole"]["pixels"] <= 1e-3
+    assert report["versions"]["torch"] == torch.__version__
+    files = {file.relative_to(exported).as_posix() for file in exported.rglob("*") if file.is_file()}
+    assert files == {*report["files"], "parity.json"}
+    card = (exported / "README.md").read_text()
+    assert f"{report['whole']['latents']:.1e}" in card and "rank 3, alpha 2" in card
+
+
+def test_there_is_nothing_to_run_but_two_short_files(exported):
+    kinds = {file.suffix for file in exported.rglob("*") if file.is_file()}
+    assert kinds == {".json", ".safetensors", ".py", ".md"}
+    code = sorted(exported.rglob("*.py"))
+    assert [file.name for file in code] == ["squeeze_aggregator.py", "squeeze_pipeline.py"]
+    assert sum(len(file.read_text().splitlines()) for file in code) <= 500
+
+
+# --- the LoRA ---------------------------------------------------------------------------------------------------------
+
+
+def delta(tensors, name, scale):
+    return scale * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+
+
+@pytest.mark.parametrize("dialect", ["comfyui", "kohya"])
+def test_every_dialect_and_the_merged_transformer_have_the_same_delta(home, tmp_path, dialect):
+    out = exporting(home / "run", tmp_path / "out", "--merge", "--lora-format", dialect, "--no-check")
+    lora, base = load_file(out / LORA), load_file(home / "base" / "diffusion_pytorch_model.safetensors")
+    merged = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    touched = {name.rsplit(".", 2)[0].removeprefix("transformer.") for name in lora}
+    for name in merged:
+        module = name.removesuffix(".weight")
+        expected = delta(lora, f"transformer.{module}", 2 / 3) if module in touched else 0
+        np.testing.assert_allclose(merged[name] - base[name], expected, atol=1e-5, err_msg=name)
+    other = random_dit()
+    assert load_lora(other, out / dialect / "lora.safetensors").dialect == dialect
+    save_lora(tmp_path / "again.safetensors", other, "diffusers")
+    again = load_file(tmp_path / "again.safetensors")
+    for module in touched:
+        name = f"transformer.{module}"
+        np.testing.assert_allclose(delta(again, name, 1), delta(lora, name, 2 / 3), atol=1e-5, err_msg=name)
+
+
+def test_diffusers_loads_the_lora_at_full_size(tmp_path, monkeypatch):
+    """Shapes of FLUX.1-dev, base on the meta device: every key is taken, none is missing, alpha is the file's."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from diffusers.loaders import peft as loader
+    from peft import get_peft_model_state_dict
+
+    def make():
+        dit = DiT(DiTConfig(), rngs=nnx.Rngs(0))
+        add_lora(dit, LoRAConfig(rank=1, alpha=0.5), rngs=nnx.Rngs(0))
+        return dit
+
+    dit = nnx.eval_shape(make)
+    for _, linear in linears(dit):
+        for part in linear.adapter.parts if linear.adapter is not None else ():
+            for leaf in (part.down, part.up):
+                leaf.set_value(jnp.ones(leaf.shape, jnp.bfloat16))
+            part.scale.set_value(jnp.full(part.scale.shape, 0.5, jnp.float32))
+    save_lora(tmp_path / LORA, dit, "diffusers", jnp.bfloat16, header=True)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    pipeline = FluxPipeline(None, None, None, None, None, None, transformer)
+    said = []
+    monkeypatch.setattr(loader, "_maybe_warn_for_unhandled_keys", lambda keys, name: said.append(keys))
+    pipeline.load_lora_weights(str(tmp_path), weight_name=LORA, adapter_name="squeeze", low_cpu_mem_usage=True)
+    assert not said[0].unexpected_keys and not [key for key in said[0].missing_keys if "lora_" in key]
+    found = get_peft_model_state_dict(transformer, adapter_name="squeeze")
+    wanted = load_file(tmp_path / LORA)
+    assert {f"transformer.{name}" for name in found} == wanted.keys()
+    assert len(wanted) == 2 * (19 * 8 + 38 * 4)
+    assert all(tuple(tensor.shape) == wanted[f"transformer.{name}"].shape for name, tensor in found.items())
+    config = transformer.peft_config["squeeze"]
+    assert (config.r, config.lora_alpha) == (1, 0.5)
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def same_folders(one, other):
+    a, b = contents(one), contents(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], name
+
+
+@pytest.mark.parametrize("flags", [[], ["--merge", "--lora-format", "kohya", "--dtype", "bfloat16"]])
+def test_export_import_export_is_byte_identical(home, tmp_path, flags):
+    one = exporting(home / "run", tmp_path / "one", "--no-check", *flags)
+    same_folders(one, exporting(one, tmp_path / "two", "--no-check", *flags))
+
+
+@pytest.mark.slow
+def test_the_certificate_comes_out_the_same_again(exported, tmp_path):
+    same_folders(exported, exporting(exported, tmp_path / "two"))
+
+
+def test_the_leaves_come_back_bit_for_bit(home, exported):
+    _, wanted, _ = read_weights(home / "run")
+    _, found, _ = read_weights(exported)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+
+
+def test_training_begins_with_an_exported_folder_a_lora_or_a_transformer(home, exported):
+    config, mesh = small_config(home), make_mesh(2, 2, 2)
+    _, wanted, _ = read_weights(home / "run")
+    base = load_trained(home / "run").base
+    for start in (exported, home / "run", exported / LORA):
+        leaves = starting_leaves(start, config, base, mesh)
+        expected = {name: leaf for name, leaf in wanted.items() if start.suffix == "" or name.startswith("dit.")}
+        assert leaves.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(leaves[name], expected[name], err_msg=name)
+    assert len(jax_devices(leaves)) == 8
+    whole = dataclasses.replace(config, lora=None)
+    leaves = starting_leaves(home / "base", whole, base, mesh)
+    assert leaves.keys() == {name for name in random_weights(whole)[1] if name.startswith("dit.")}
+
+
+def jax_devices(leaves):
+    return {device for leaf in leaves.values() for device in leaf.sharding.device_set}
+
+
+@pytest.mark.slow
+def test_a_merged_export_samples_without_its_base(home, tmp_path):
+    run = tmp_path / "run"
+    config, leaves = random_weights(small_config(home))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=str(tmp_path / "base")))
+    shutil.copytree(home / "base", tmp_path / "base")
+    write_weights(run, config, leaves, jnp.float32)
+    out = exporting(run, tmp_path / "out", "--merge", "--no-check")
+    with_base = load_trained(out)
+    shutil.rmtree(tmp_path / "base")
+    without = load_trained(out)
+    assert with_base.config.lora is not None and without.config.lora is None
+    x = noise_for([0], 16, 64)
+    context = jnp.zeros((1, 0, 40))
+    first, second = (
+        nnx.jit(lambda dit: dit(x, context, jnp.ones(1) * 0.5, jnp.ones(1), target_grid=(4, 4)))(side.system.dit)
+        for side in (with_base, without)
+    )
+    assert relative_error(second, first) < 1e-5
+
+
+# --- whole or not at all ----------------------------------------------------------------------------------------------
+
+
+def refused(capsys, code, arguments, *words):
+    assert export.main([str(a) for a in arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    for word in words:
+        assert word in error, error
+
+
+def test_what_cannot_be_exported_is_named(capsys, home, tmp_path):
+    out = tmp_path / "out"
+    config = small_config(home)
+    (tmp_path / "unfinished" / CHECKPOINTS).mkdir(parents=True)
+    write_config(tmp_path / "unfinished", config)
+    refused(capsys, 2, [tmp_path / "unfinished", "--out", out], "no finished checkpoint yet")
+    refused(capsys, 2, [home / "run", "--out", home / "base"], "base exists")
+    refused(capsys, 2, ["demo", "--out", out, "--lora-format", "kohya"], "has no LoRA")
+    refused(capsys, 2, [tmp_path / "absent", "--out", out], "absent", "config.json")
+    random = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=None))
+    write_weights(tmp_path / "random", *random_weights(random), jnp.float32)
+    refused(capsys, 2, [tmp_path / "random", "--out", out], "--merge")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["random", "unfinished"]
+
+
+def test_another_base_is_refused(capsys, home, exported, tmp_path):
+    folder = tmp_path / "exported"
+    shutil.copytree(exported, folder)
+    save_dit(tmp_path / "base", random_dit(seed=1), jnp.float32)
+    text = (folder / "config.json").read_text().replace(str(home / "base"), str(tmp_path / "base"))
+    (folder / "config.json").write_text(text)
+    refused(capsys, 2, [folder, "--out", tmp_path / "out"], "trained on another base", "model.dit_weights")
+    assert sample.main(["--prompt", "a", "--out", str(tmp_path / "x.png"), "--checkpoint", str(folder)]) == 2
+    assert "another base" in capsys.readouterr().err
+    assert not (tmp_path / "out.part").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"), [(OSError(errno.ENOSPC, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_an_interrupted_export_leaves_nothing(capsys, monkeypatch, home, tmp_path, problem, code):
+    written = []
+
+    def save(arrays, path, metadata=None):
+        written.append(path)
+        if len(written) == 2:
+            raise problem
+
+    monkeypatch.setattr(tensors, "save_file", lambda *a, **k: (write(*a, **k), save(*a, **k)))
+    assert export.main([str(home / "run"), "--out", str(tmp_path / "out"), "--no-check"]) == code
+    assert len(written) == 2 and not list(tmp_path.iterdir())
+    if code == 1:
+        assert "No space left on device" in capsys.readouterr().err
+
+
+write = tensors.save_file
