@@ -112,7 +112,7 @@ def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | No
             whole = min(sizes) * group
         case _:
             sent = whole
-    hidden = found[3] is not None or "async_collective_name" in line
+    hidden = found[3] is not None
     return Collective(kind, axes, round(sent), times, whole, hidden)
 
 
