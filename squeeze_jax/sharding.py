@@ -73,6 +73,23 @@ def platform() -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+OVERLAP = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+"""Options of the TPU compiler under which matrices are gathered while products of other ones run (as MaxText sets them);
+without them every gather is waited for."""
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
+    """What `jax.jit` tells the compiler of programs on this mesh."""
+    tpus = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "tpu"
+    return dict(OVERLAP) if tpus else None
+
+
 def constrain(x: jax.Array, kind: Activation) -> jax.Array:
     """Lays an activation on the current mesh as the table says; without one, `x` itself.
 

@@ -42,6 +42,7 @@ _BOUND = re.compile(r"compare\(.*%([\w.\-]+)\), direction=LT")
 _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _BETWEEN_SLICES = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(.*xla_megascale_runtime")
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -75,12 +76,16 @@ def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = 
                         visit(inner, count * trips)
 
     visit(entry, 1)
-    return [
-        collective
-        for name, count in times.items()
-        for line in lines_of[name]
-        if (collective := _parse(line, count, mesh_shape)) is not None
-    ]
+    found: dict[str, Collective] = {}
+    for name, count in times.items():
+        # One that runs beside products is written down in each of the fusions that carry it, under one channel.
+        beside = name.startswith("async_collective_fusion") or any("AsyncCollective" in line for line in lines_of[name])
+        for number, line in enumerate(lines_of[name]):
+            if (collective := _parse(line, count, mesh_shape)) is not None:
+                channel = _CHANNEL.search(line)
+                key = channel[1] if beside and channel else f"{name} {number}"
+                found[key] = collective._replace(hidden=True) if beside else collective
+    return list(found.values())
 
 
 def _trips(condition: list[str]) -> int | None:

@@ -19,7 +19,7 @@ from squeeze_jax.diffusion.flow import euler_step
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
 from squeeze_jax.models.system import System
-from squeeze_jax.sharding import on_mesh
+from squeeze_jax.sharding import compiler_options, on_mesh
 
 MAX_STEPS = 100
 """Steps that one compiled program can take: its list of times has this many places."""
@@ -132,7 +132,7 @@ def make_sampler(
     `mesh` is what the arrays lie on.
     """
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(mesh))
     def sample(
         leaves: Any,
         noise: Array,

@@ -14,7 +14,7 @@ from squeeze_jax.batch import Context, RawBatch, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.diffusion.flow import loss_per_sample, noisy, sample_times, schedule_shift
 from squeeze_jax.models.system import System
-from squeeze_jax.sharding import batch_sharding, on_mesh
+from squeeze_jax.sharding import batch_sharding, compiler_options, on_mesh
 from squeeze_jax.training.optimizer import learning_rate
 from squeeze_jax.training.state import Leaves, Split, TrainState
 
@@ -170,7 +170,13 @@ def make_train_step(
             return step(state, frozen, batch)
 
     examples, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(placed, donate_argnums=0, in_shardings=(where, None, examples), out_shardings=(where, everywhere))
+    return jax.jit(
+        placed,
+        donate_argnums=0,
+        in_shardings=(where, None, examples),
+        out_shardings=(where, everywhere),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def by_time(each: Float[Array, " B"], t: Float[Array, " B"]) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:

@@ -99,3 +99,28 @@ def test_what_goes_between_slices_is_found_though_it_is_no_collective_there(slic
     (found,) = collectives(f"HloModule m\n\nENTRY %main.1 (x: f32[1]) -> f32[1] {{\n{line}\n}}\n", MESH)
     assert (found.kind, found.axes, found.hidden) == ("all-reduce", ("data",), True)
     assert found.sent == 5 * 8 * 128 * 2 * share
+
+
+def test_a_gather_carried_by_several_products_is_one_and_is_hidden():
+    """The TPU compiler writes it into each fusion that carries a part of it, under one channel."""
+    gather = GATHER.replace("channel_id=2", "channel_id=7") + "[2,4]<=[8], dimensions={0}"
+    start = "  ROOT %c = (bf16[16,128]{1,0}) custom-call(%all-gather.1), custom_call_target=\"AsyncCollectiveStart\""
+    text = f"""HloModule m
+
+%fused_computation.1 (p: bf16[16,128]) -> (bf16[16,128]) {{
+{gather}
+{start}
+}}
+
+%async_collective_fusion.2 (p: bf16[16,128]) -> (bf16[16,128]) {{
+{gather}
+}}
+
+ENTRY %main.1 (x: bf16[16,128]) -> bf16[64,128] {{
+  %a = (bf16[16,128]) fusion(%x), kind=kCustom, calls=%fused_computation.1
+  %b = (bf16[16,128]) fusion(%a), kind=kCustom, calls=%async_collective_fusion.2
+{GATHER}[2,4]<=[8], dimensions={{0}}
+}}
+"""
+    found = collectives(text, MESH)
+    assert sorted((one.sent, one.times, one.hidden) for one in found) == [(12288, 1, False), (12288, 1, True)]
