@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 PRESET = "configs/flux_stage2.py"
-BEST = ("--mesh", "data=4,fsdp=16", "--data.batch-per-chip", "4", "--parallel.remat", "save_products")
+BEST = ("--mesh", "data=4,fsdp=16", "--data.batch-per-chip", "6", "--parallel.remat", "save_products")
 PLANS: dict[str, tuple[str, ...]] = {
     "v4_2x2x4": ("--topology", "v4:2x2x4"),
     "v5e_4x4": ("--topology", "v5e:4x4"),
