@@ -1,5 +1,6 @@
 """`export`: a trained system as a folder that PyTorch's users load, with a certificate that it draws the same."""
 
+import hashlib
 import shutil
 import signal
 import sys
@@ -83,7 +84,7 @@ def run(given: Export) -> None:
             shutil.copyfile(scores, folder / "scores.json")
         report: dict[str, Any] | None = None
         if given.check and not missing:
-            from squeeze_jax.commands.parity import certificate, digests
+            from squeeze_jax.commands.parity import certificate
 
             report = certificate(folder, trained, progress=print)
         write_card(folder, config, about, report)
@@ -144,6 +145,17 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 def _stop(number: int, frame: Any) -> None:
     sys.exit(128 + number)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder."""
+
+    def sha256(file: Path) -> str:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
 def size_of(folder: Path) -> int:

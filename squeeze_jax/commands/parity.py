@@ -1,6 +1,5 @@
 """The certificate of an export: our system and the exported PyTorch files on the same noise and conditions."""
 
-import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from squeeze_jax.batch import HiddenStates
 from squeeze_jax.data.images import load_image, resize_for_reference, to_uint8
 from squeeze_jax.errors import OutputError
 from squeeze_jax.interop.autoencoder import save_autoencoder
-from squeeze_jax.interop.exported import ENCODERS, TRANSFORMER
+from squeeze_jax.interop.exported import ENCODERS, TRANSFORMER, about_of
 from squeeze_jax.interop.load import (
     DEMO,
     autoencoder_source,
@@ -51,7 +50,7 @@ def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] 
 
     config = trained.config
     pipeline = Pipeline.of(trained.system, config)
-    exact = about_dtype(folder) == "float32"
+    exact = about_of(folder)["dtype"] == "float32"
     with torch_pipeline(folder, trained) as theirs:
         pictures = [load_image(DEMO / "references" / f"critter-{i}.png") for i in range(2)]
         states = pipeline.encoders.read([PROMPT], [pictures])
@@ -191,26 +190,9 @@ def exported_modules(folder: Path) -> Iterator[Any]:
             sys.modules.pop(name, None)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def relative_error(ours: Any, theirs: Any) -> float:
     """‖a − b‖ / ‖b‖ in float64, to two digits."""
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
         raise OutputError(f"the exported files give shape {a.shape} where ours give {b.shape}; report this")
     return float(f"{np.linalg.norm(a - b) / np.linalg.norm(b):.1e}")
-
-
-def about_dtype(folder: Path) -> str:
-    from squeeze_jax.interop.exported import about_of
-
-    return about_of(folder)["dtype"]

@@ -101,6 +101,7 @@ def run(arguments: list[str]) -> None:
         )
     if start_from is not None and start_of(Path(start_from)) == "transformer" and config.lora is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=start_from))
+        say(f"the base under the LoRA: {start_from}")
         start_from = None
     folder = Path(workdir) if workdir else Path("runs") / Path(arguments[0]).stem
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,8 @@ def load_trained(
     for name, variable in variables.items():
         variable.set_value(jax.device_put(np.asarray(leaves[name]).astype(variable.dtype)))  # compiles nothing
     nnx.update(system, nnx.from_flat_state(trained))
-    base = fingerprint(nnx.split(system, is_trained(config), ...)[2])
+    _, _, frozen = nnx.split(system, is_trained(config), ...)
+    base = fingerprint(frozen)
     wanted = saved_base(folder)
     # Random weights of the seed differ in their last bits with how they were compiled; int8 is another base's rounding.
     comparable = bool(config.model.dit_weights) and config.model.frozen_dtype == saved.model.frozen_dtype

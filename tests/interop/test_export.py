@@ -23,6 +23,7 @@ from squeeze_jax.commands.parity import relative_error, torch_pipeline
 from squeeze_jax.config import Config, DataConfig, ModelConfig, SamplingConfig, StageConfig, TrainingConfig
 from squeeze_jax.data.chat import IMAGE
 from squeeze_jax.data.images import resize_for_reference, to_uint8
+from squeeze_jax.errors import InputError
 from squeeze_jax.interop import tensors
 from squeeze_jax.interop.autoencoder import save_autoencoder
 from squeeze_jax.interop.build import build_system, is_trained
@@ -286,6 +287,36 @@ def test_training_begins_with_an_exported_folder_a_lora_or_a_transformer(home, e
     whole = dataclasses.replace(config, lora=None)
     leaves = starting_leaves(home / "base", whole, base, mesh)
     assert leaves.keys() == {name for name in random_weights(whole)[1] if name.startswith("dit.")}
+
+
+def test_unos_lora_begins_a_run_of_a_larger_rank(home, tmp_path):
+    """Its layers and shared down-projections are ours; rank 2 under rank 3, and alpha = rank where ours is 2 / 3."""
+    dit = random_dit()
+    add_lora(dit, LoRAConfig(rank=2), rngs=nnx.Rngs(3))
+    for _, linear in linears(dit):
+        for part in linear.adapter.parts if linear.adapter is not None else ():
+            part.up.set_value(jnp.cos(jnp.arange(part.up.size, dtype=jnp.float32)).reshape(part.up.shape))
+    save_lora(tmp_path / "uno.safetensors", dit, "xlabs")
+    leaves = starting_leaves(tmp_path / "uno.safetensors", small_config(home), "", make_mesh())
+    for path, linear in linears(dit):
+        for number, part in enumerate(linear.adapter.parts if linear.adapter is not None else ()):
+            down, up = (np.asarray(leaves.pop(f"dit.{path}.adapter.parts.{number}.{half}")) for half in ("down", "up"))
+            assert down.shape[-1] == 3
+            np.testing.assert_allclose(down @ up * np.float32(2 / 3), part.matrix(), atol=1e-5, err_msg=path)
+    assert not leaves
+    shared = small_config(home)
+    save_lora(tmp_path / "apart.safetensors", separately_adapted(), "diffusers")
+    with pytest.raises(InputError, match=r"set lora\.qkv to separate"):
+        starting_leaves(tmp_path / "apart.safetensors", shared, "", make_mesh())
+    smaller = dataclasses.replace(shared, lora=LoRAConfig(rank=1))
+    with pytest.raises(InputError, match=r"has rank 2, the config's lora\.rank is 1"):
+        starting_leaves(tmp_path / "uno.safetensors", smaller, "", make_mesh())
+
+
+def separately_adapted():
+    dit = random_dit()
+    add_lora(dit, LoRAConfig(rank=2, qkv="separate"), rngs=nnx.Rngs(3))
+    return dit
 
 
 def jax_devices(leaves):
