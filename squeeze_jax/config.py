@@ -164,6 +164,9 @@ class SamplingConfig:
     """At t ≥ τ1 the MLLM's tokens alone (paper)."""
     tau2: float = 0.85
     """At t < τ2 the references' tokens alone (paper)."""
+    tau_tokens: int | None = None
+    """Target tokens that τ1 and τ2 are stated for: at other sizes they move with the noise level at which the layout is
+    settled (`diffusion.stages.carry_tau`). None: they stay as they are, as in the paper."""
     cfg_scale: float = 2.5
     """Classifier-free guidance (paper); 1 is off."""
     shifted: bool = True
@@ -323,6 +326,10 @@ def _impossible(config: Config):
             yield f"{path} is {value}; it must be larger than 0"
     if config.parallel.remat not in REMAT:
         yield f"parallel.remat is {config.parallel.remat!r}; choose one of {', '.join(REMAT)}"
+    if sampling.tau_tokens is not None and sampling.tau_tokens < 1:
+        yield f"sampling.tau_tokens is {sampling.tau_tokens}; it must be a number of target tokens, or None"
+    if dit.reference_attention not in ("joint", "cached"):
+        yield f"model.dit.reference_attention is {dit.reference_attention!r}; choose joint or cached"
     kinds = get_args(Precision)
     if config.model.dtype not in kinds or config.model.frozen_dtype not in (*kinds, "int8"):
         yield f"model.dtype and model.frozen_dtype must each be one of {', '.join(kinds)}; the latter may be int8, too"

@@ -1,5 +1,6 @@
 """When which condition is on: condition dropout in training, and the (τ1, τ2) stages of sampling."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +52,18 @@ def time_steps(steps: int, target_tokens: int, shifted: bool = True) -> np.ndarr
     """
     s = 1.0 - np.arange(steps + 1, dtype=np.float64) / steps
     return (shift_time(s, schedule_shift(target_tokens)) if shifted else s).astype(np.float32)
+
+
+def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
+    """A threshold stated for `base_tokens` target tokens, at the time of equal signal-to-noise for `tokens` of them.
+
+    logit(t) moves by half the logarithm of the ratio, since t/(1 − t) grows with the square root of the number of tokens
+    that show the same picture (our decision); 0 and 1 stay.
+    """
+    if tau in (0.0, 1.0):
+        return tau
+    odds = tau / (1.0 - tau) * math.sqrt(tokens / base_tokens)
+    return odds / (1.0 + odds)
 
 
 def plan_stages(times: np.ndarray, tau1: float, tau2: float, references: bool = True) -> tuple[Stage, ...]:

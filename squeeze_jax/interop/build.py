@@ -1,6 +1,7 @@
 """From a config to modules: the trained system, with its frozen base and its adapters, and which leaves are trained."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,6 +72,8 @@ def load_base(config: Config, mesh: Mesh | None = None) -> DiT:
     kept = jnp.float32 if config.lora is None else frozen
     options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
     dit = load_dit(config.model.dit_weights, kept, compute_dtype=dtype, mesh=mesh, **options)
+    # How references are looked at is no property of published weights.
+    dit.config = replace(dit.config, reference_attention=config.model.dit.reference_attention)
     if dit.config != config.model.dit:
         raise InputError(
             f"{config.model.dit_weights} holds {dit.config}, but model.dit is {config.model.dit}: make them equal"

@@ -34,7 +34,7 @@ class Embedder(nnx.Module):
         return self.out_layer(swish(self.in_layer(x)))
 
 
-class Modulation(nnx.Module):
+class AdaLN(nnx.Module):
     """`count` vectors a sample from the conditioning vector: lin(silu(vec)), in float32; zero at the start."""
 
     def __init__(self, width: int, count: int, *, param_dtype: DType, rngs: nnx.Rngs) -> None:
@@ -46,12 +46,12 @@ class Modulation(nnx.Module):
 
 
 def modulate(
-    x: Float[Array, "B T C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"]
+    x: Float[Array, "B T C"], shift: Float[Array, "#B 1 C"], scale: Float[Array, "#B 1 C"]
 ) -> Float[Array, "B T C"]:
     """(1 + scale)·layer_norm(x) + shift in float32, returned in the dtype of `x`."""
     return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), NORM_EPS) + shift).astype(x.dtype)
 
 
-def gated(x: Float[Array, "B T C"], gate: Float[Array, "B 1 C"], update: Float[Array, "B T C"]) -> jax.Array:
+def gated(x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]) -> jax.Array:
     """x + gate·update, the residual step, in the dtype of `x`."""
     return x + gate.astype(x.dtype) * update

@@ -24,9 +24,9 @@ LANES = 128
 
 
 def suits(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether the kernel is made for it: self-attention of many tokens, as many key as query heads, wide ones."""
-    same = query.shape == key.shape and query.shape[1] >= LANES and query.shape[-1] % LANES == 0
-    return same and (mask is None or mask.ndim == 2)
+    """Whether the kernel is made for it: many tokens, as many key as query heads, wide ones; a mask of keys at most."""
+    same = query.shape[2:] == key.shape[2:] and query.shape[-1] % LANES == 0
+    return same and min(query.shape[1], key.shape[1]) >= LANES and (mask is None or mask.ndim == 2)
 
 
 def block_of(tokens: int) -> int:
@@ -50,47 +50,50 @@ def _keys_at_once(length: int, block: int) -> int:
 
 def splash_attention(
     query: Float[Array, "B T H D"],
-    key: Float[Array, "B T H D"],
-    value: Float[Array, "B T H D"],
-    mask: Bool[Array, "B T"] | None,
+    key: Float[Array, "B S H D"],
+    value: Float[Array, "B S H D"],
+    mask: Bool[Array, "B S"] | None,
     *,
     name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q·kᵀ / sqrt(D))·v of a joint sequence, in which masked tokens see, and are seen by, each other alone.
+    """softmax(q·kᵀ / sqrt(D))·v, in which masked keys are seen by none but, in a joint sequence (T = S), each other.
 
     `name` is the `checkpoint_name` of what a backward pass needs of the result, `name` + "_inputs" that of queries, keys
     and values as the kernel takes them. `interpret` runs the kernel on a CPU.
     """
     batch, tokens, _, width = query.shape
-    block, length = block_of(tokens), padded(tokens)
-    valid = jnp.ones((batch, tokens), bool) if mask is None else mask
-    segments = jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, length - tokens)))
+    rows, columns = block_of(tokens), block_of(key.shape[1])
+    lengths = (padded(tokens), padded(key.shape[1]))
+    valid = jnp.ones(key.shape[:2], bool) if mask is None else mask
+    asking = valid if key.shape[1] == tokens else jnp.ones((batch, tokens), bool)
 
-    def ready(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - tokens), (0, 0)))
+    def full(x: jax.Array, length: int, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
-    query, key, value = ready(query * jnp.asarray(width**-0.5, query.dtype)), ready(key), ready(value)
+    segments = tuple(full(x.astype(jnp.int32), length, 1) for x, length in zip((asking, valid), lengths))
+    query = full((query * jnp.asarray(width**-0.5, query.dtype)).swapaxes(1, 2), lengths[0], 2)
+    key, value = (full(x.swapaxes(1, 2), lengths[1], 2) for x in (key, value))
     if name is not None:
         query, key, value = (checkpoint_name(x, f"{name}_inputs") for x in (query, key, value))
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=_keys_at_once(length, block), block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+        block_q=rows, block_kv=columns, block_kv_compute=columns, block_q_dkv=rows,
+        block_kv_dkv=_keys_at_once(lengths[1], columns), block_kv_dkv_compute=columns, use_fused_bwd_kernel=True,
     )  # fmt: skip
 
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-        whole = masks.MultiHeadMask([masks.FullMask((length, length))] * query.shape[1])
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, *segments: jax.Array) -> jax.Array:
+        whole = masks.MultiHeadMask([masks.FullMask(lengths)] * query.shape[1])
         kernel = splash.make_splash_mha_single_device(
             whole, block_sizes=sizes, residual_checkpoint_name=name, interpret=interpret
         )
-        attend: Any = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))
-        return attend(query, key, value, segments)
+        attend: Any = jax.vmap(lambda q, k, v, asking, valid: kernel(q, k, v, splash.SegmentIds(asking, valid)))
+        return attend(query, key, value, *segments)
 
     whole: Any = run
     mesh = current_mesh()
     if mesh is not None and mesh.size > 1:
         spec = evenly(PartitionSpec(ROWS, "tensor", None, None), query.shape, mesh)
-        rows = PartitionSpec(spec[0], None)
+        by_row = PartitionSpec(spec[0], None)
         # The kernel says nothing of how its outputs vary over the mesh.
-        whole = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
-    return whole(query, key, value, segments)[:, :, :tokens].swapaxes(1, 2)
+        whole = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, by_row, by_row), out_specs=spec, check_vma=False)
+    return whole(query, key, value, *segments)[:, :, :tokens].swapaxes(1, 2)

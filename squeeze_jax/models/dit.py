@@ -7,7 +7,7 @@ Source: the published FLUX.1 architecture; references follow UNO (arXiv 2504.021
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import grid_positions, reference_origins
 from squeeze_jax.layers.attention import attention, heads_first
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.modulation import NORM_EPS, Embedder, Modulation, gated, modulate, sinusoidal
+from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, gated, modulate, sinusoidal
 from squeeze_jax.layers.norm import RMSNorm
 from squeeze_jax.layers.rope import Rotation, rotate, rotation
 from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stacked
@@ -44,6 +44,9 @@ class DiTConfig:
     """Channels of a head that turn with (unused index, row, column)."""
     guidance: bool = True
     """Whether the model takes the distilled guidance value (dev: yes, schnell: no)."""
+    reference_attention: Literal["joint", "cached"] = "joint"
+    """`joint`: every token sees every token (UNO). `cached`: reference tokens see each other alone and are modulated at
+    t = 0, so that their keys and values are the same in every step of sampling. Chosen before training (our decision)."""
 
     @property
     def width(self) -> int:
@@ -54,6 +57,40 @@ class DiTConfig:
             raise ValueError(f"dit.rope_axes {self.rope_axes} must sum to dit.head_width {self.head_width}")
         if any(axis % 2 for axis in self.rope_axes):
             raise ValueError(f"dit.rope_axes {self.rope_axes} must be even: channels turn in pairs")
+
+
+Modulated = tuple[Float[Array, "*T 1 C"], ...]
+"""Shifts, scales and gates of a block at some times."""
+KeysValues = tuple[Float[Array, "*depth _ _ H D"], Float[Array, "*depth _ _ H D"]]
+"""Rotated keys, and values, of tokens in a block [B, R, H, D]; with a leading axis: in every block of a stack."""
+
+
+class Modulation(NamedTuple):
+    """What noise levels do to every block: `DiT.modulation`. All are float32."""
+
+    double: tuple[Modulated, Modulated]
+    """Of the image and the context stream, six arrays [depth, T, 1, C] each."""
+    single: Modulated
+    """Three arrays [depth, T, 1, C]."""
+    final: Modulated
+    """Two arrays [T, 1, C]."""
+
+    def at(self, i: int | Int[Array, ""]) -> "Modulation":
+        """Of time i alone, T = 1."""
+
+        def pick(axis: int) -> Any:
+            return lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
+
+        blocks = jax.tree.map(pick(1), (self.double, self.single))
+        return Modulation(*blocks, jax.tree.map(pick(0), self.final))
+
+
+class CachedReferences(NamedTuple):
+    """Reference tokens as the other tokens see them under `reference_attention="cached"`: once a prompt."""
+
+    double: KeysValues
+    single: KeysValues
+    mask: Bool[Array, "B R"]
 
 
 class DiT(nnx.Module):
@@ -108,7 +145,10 @@ class DiT(nnx.Module):
             positions = jnp.broadcast_to(jnp.concatenate(rows)[None], (*tokens.shape[:2], 2))
             batch = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
         vec = self.vector(t, guidance, pooled)
-        return self.velocity(target, target_grid, vec, context, context_mask, batch, references_full=True)
+        shown: Any = batch
+        if batch is not None and self.config.reference_attention == "cached":
+            shown = self.cached(batch, self.vector(jnp.zeros_like(t), guidance, pooled))
+        return self.velocity(target, target_grid, vec, context, context_mask, shown, references_full=True)
 
     def vector(
         self,
@@ -130,53 +170,88 @@ class DiT(nnx.Module):
             pooled = jnp.zeros((t.shape[0], self.config.pooled_width), jnp.float32)
         return vec + self.vector_in(pooled)
 
+    def modulation(self, vec: Float[Array, "T C"]) -> Modulation:
+        """What conditioning vectors do to every block, for programs that know their times beforehand: samplers."""
+        _, double = scan_blocks(self.double_blocks, lambda block, carry, _: (carry, block.modulation(vec)), None)
+        _, single = scan_blocks(self.single_blocks, lambda block, carry, _: (carry, block.modulation(vec)), None)
+        return Modulation(double, single, self.final_layer.adaLN_modulation(vec))
+
+    def cached(self, references: References, at: Float[Array, "B C"] | Modulation) -> CachedReferences:
+        """Keys and values of reference tokens, which see each other alone; `at` is of t = 0."""
+        mask, by = references.mask, self._rotation(references.positions, 0)
+        img = constrain(self.img_in(references.tokens), "tokens")
+        nothing = img[:, :0]
+        (_, img), double = self._double(nothing, img, at, by, mask, keep=True)
+        _, single = self._single(img, at, by, mask, keep=True)
+        return CachedReferences(double, single, mask)
+
     def velocity(
         self,
         target: Float[Array, "B N c"],
         target_grid: tuple[int, int] | Int[Array, "B 2"],
-        vec: Float[Array, "B C"],
+        at: Float[Array, "B C"] | Modulation,
         context: Float[Array, "B L W"],
         context_mask: Bool[Array, "B L"] | None = None,
-        references: References | None = None,
+        references: References | CachedReferences | None = None,
         *,
         references_full: bool = False,
     ) -> Float[Array, "B N c"]:
         """The velocity with references as one padded, masked row of tokens; the form that training and sampling use.
 
         `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of one number of tokens
-        may hold portraits and landscapes. `references_full` says that no reference token is padding, so that no mask is
-        needed.
+        may hold portraits and landscapes. `at` is the conditioning vector of each sample's time, or what `modulation` made
+        of one for all. `references_full` says that no reference token is padding, so that no mask is needed.
         """
         batch, length = target.shape[0], target.shape[1]
         positions = target_positions(target_grid, length)
-        tokens, image_mask = target, None
-        if references is not None:
+        tokens, image_mask, cache = target, None, None
+        if isinstance(references, CachedReferences):
+            cache = references
+        elif references is not None:
             tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
             positions = jnp.broadcast_to(positions, (batch, length, 2))
             positions = jnp.concatenate([positions, references.positions], axis=1)
-            if not references_full:
-                image_mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
-        mask = _join_masks(context_mask, image_mask, (batch, context.shape[1], tokens.shape[1]))
+        if references is not None and not references_full:
+            image_mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
+        seen = tokens.shape[1] + (0 if cache is None else cache.mask.shape[1])
+        mask = _join_masks(context_mask, image_mask, (batch, context.shape[1], seen))
         by = self._rotation(positions, context.shape[1])
 
-        vec = vec.astype(jnp.float32)
         txt, img = constrain(self.txt_in(context), "tokens"), constrain(self.img_in(tokens), "tokens")
-        (txt, img), _ = scan_blocks(
-            self.double_blocks,
-            lambda block, streams, _: (block(*streams, vec, by, mask), None),
-            (txt, img),
-            remat=self.remat,
-            unroll=self.unroll,
-        )
-        x, _ = scan_blocks(
-            self.single_blocks,
-            lambda block, x, _: (block(x, vec, by, mask), None),
-            jnp.concatenate([txt, img], axis=1),
-            remat=self.remat,
-            unroll=self.unroll,
-        )
+        (txt, img), _ = self._double(txt, img, at, by, mask, cache and cache.double)
+        x, _ = self._single(jnp.concatenate([txt, img], axis=1), at, by, mask, cache and cache.single)
         start = context.shape[1]
-        return self.final_layer(x[:, start : start + length], vec)
+        final = at.final if isinstance(at, Modulation) else self.final_layer.adaLN_modulation(at)
+        return self.final_layer(x[:, start : start + length], final)
+
+    def _double(
+        self, txt: Any, img: Any, at: Any, by: Rotation, mask: Any, seen: KeysValues | None = None, *, keep: bool = False
+    ) -> Any:
+        """Both streams through all double blocks; `keep`: and every block's keys and values."""
+        known = at.double if isinstance(at, Modulation) else None
+
+        def apply(block: DoubleBlock, streams: Any, inputs: Any) -> Any:
+            modulated, shown = inputs
+            modulated = block.modulation(at) if modulated is None else modulated
+            streams, own = block(*streams, modulated, by, mask, shown)
+            return streams, own if keep else None
+
+        return scan_blocks(
+            self.double_blocks, apply, (txt, img), (known, seen), remat=self.remat, unroll=self.unroll
+        )
+
+    def _single(
+        self, x: Any, at: Any, by: Rotation, mask: Any, seen: KeysValues | None = None, *, keep: bool = False
+    ) -> Any:
+        """The joint stream through all single blocks; `keep`: and every block's keys and values."""
+        known = at.single if isinstance(at, Modulation) else None
+
+        def apply(block: SingleBlock, x: Any, inputs: Any) -> Any:
+            modulated, shown = inputs
+            x, own = block(x, block.modulation(at) if modulated is None else modulated, by, mask, shown)
+            return x, own if keep else None
+
+        return scan_blocks(self.single_blocks, apply, x, (known, seen), remat=self.remat, unroll=self.unroll)
 
     def _rotation(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
         """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""
@@ -244,33 +319,38 @@ class DoubleBlock(nnx.Module):
     def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         width = config.width
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.img_mod = Modulation(width, 6, param_dtype=param_dtype, rngs=rngs)
+        self.img_mod = AdaLN(width, 6, param_dtype=param_dtype, rngs=rngs)
         self.img_attn = SelfAttention(config, **kinds)
         self.img_mlp = MLP(width, config.mlp_ratio * width, **kinds)
-        self.txt_mod = Modulation(width, 6, param_dtype=param_dtype, rngs=rngs)
+        self.txt_mod = AdaLN(width, 6, param_dtype=param_dtype, rngs=rngs)
         self.txt_attn = SelfAttention(config, **kinds)
         self.txt_mlp = MLP(width, config.mlp_ratio * width, **kinds)
+
+    def modulation(self, vec: Float[Array, "T C"]) -> tuple[Modulated, Modulated]:
+        return self.img_mod(vec), self.txt_mod(vec)
 
     def __call__(
         self,
         txt: Float[Array, "B L C"],
         img: Float[Array, "B T C"],
-        vec: Float[Array, "B C"],
+        modulated: tuple[Modulated, Modulated],
         by: Rotation,
-        mask: Bool[Array, "B S"] | None,
-    ) -> tuple[Float[Array, "B L C"], Float[Array, "B T C"]]:
-        img_shift, img_scale, img_gate, img_shift_mlp, img_scale_mlp, img_gate_mlp = self.img_mod(vec)
-        txt_shift, txt_scale, txt_gate, txt_shift_mlp, txt_scale_mlp, txt_gate_mlp = self.txt_mod(vec)
+        mask: Bool[Array, "B keys"] | None,
+        seen: KeysValues | None = None,
+    ) -> tuple[tuple[Float[Array, "B L C"], Float[Array, "B T C"]], KeysValues]:
+        """Both streams, and their keys and values. `seen` are keys and values of tokens that are only looked at."""
+        img_shift, img_scale, img_gate, img_shift_mlp, img_scale_mlp, img_gate_mlp = modulated[0]
+        txt_shift, txt_scale, txt_gate, txt_shift_mlp, txt_scale_mlp, txt_gate_mlp = modulated[1]
         txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
         img_qkv = self.img_attn.project(modulate(img, img_shift, img_scale))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv))
-        mixed = joint_attention(q, k, v, by, mask)
+        mixed, own = joint_attention(q, k, v, by, mask, seen)
         length = txt.shape[1]
         txt = gated(txt, txt_gate, self.txt_attn.proj(mixed[:, :length]))
         img = gated(img, img_gate, self.img_attn.proj(mixed[:, length:]))
         txt = gated(txt, txt_gate_mlp, self.txt_mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
         img = gated(img, img_gate_mlp, self.img_mlp(modulate(img, img_shift_mlp, img_scale_mlp)))
-        return constrain(txt, "tokens"), constrain(img, "tokens")
+        return (constrain(txt, "tokens"), constrain(img, "tokens")), own
 
 
 class SingleBlock(nnx.Module):
@@ -279,33 +359,39 @@ class SingleBlock(nnx.Module):
     def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         width, hidden = config.width, config.mlp_ratio * config.width
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.modulation = Modulation(width, 3, param_dtype=param_dtype, rngs=rngs)
+        self.modulation = AdaLN(width, 3, param_dtype=param_dtype, rngs=rngs)
         self.linear1 = Linear(width, 3 * width + hidden, **kinds)
         self.linear2 = Linear(width + hidden, width, cut="in", **kinds)
         self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
         self.heads, self.width = config.heads, width
 
     def __call__(
-        self, x: Float[Array, "B S C"], vec: Float[Array, "B C"], by: Rotation, mask: Bool[Array, "B S"] | None
-    ) -> Float[Array, "B S C"]:
-        shift, scale, gate = self.modulation(vec)
+        self,
+        x: Float[Array, "B T C"],
+        modulated: Modulated,
+        by: Rotation,
+        mask: Bool[Array, "B keys"] | None,
+        seen: KeysValues | None = None,
+    ) -> tuple[Float[Array, "B T C"], KeysValues]:
+        """As `DoubleBlock`, of one stream."""
+        shift, scale, gate = modulated
         qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
-        mixed = joint_attention(*self.norm(*split_heads(qkv, self.heads)), by, mask)
+        mixed, own = joint_attention(*self.norm(*split_heads(qkv, self.heads)), by, mask, seen)
         hidden = constrain(jax.nn.gelu(hidden, approximate=True), "hidden")
-        return constrain(gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens")
+        return constrain(gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens"), own
 
 
 class FinalLayer(nnx.Module):
     """Modulated norm and the projection back to latent tokens."""
 
     def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        self.adaLN_modulation = Modulation(config.width, 2, param_dtype=param_dtype, rngs=rngs)
+        self.adaLN_modulation = AdaLN(config.width, 2, param_dtype=param_dtype, rngs=rngs)
         self.linear = Linear(
             config.width, config.in_channels, gain=0.0, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
 
-    def __call__(self, x: Float[Array, "B N C"], vec: Float[Array, "B C"]) -> Float[Array, "B N c"]:
-        shift, scale = self.adaLN_modulation(vec)
+    def __call__(self, x: Float[Array, "B N C"], modulated: Modulated) -> Float[Array, "B N c"]:
+        shift, scale = modulated
         return self.linear(modulate(x, shift, scale))
 
 
@@ -317,9 +403,13 @@ def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.
 
 
 def joint_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, by: Rotation, mask: Bool[Array, "B S"] | None
-) -> Float[Array, "B S C"]:
-    """Attention of rotated q and k over the joint sequence, heads merged."""
+    q: jax.Array, k: jax.Array, v: jax.Array, by: Rotation, mask: Bool[Array, "B keys"] | None, seen: KeysValues | None
+) -> tuple[Float[Array, "B T C"], KeysValues]:
+    """Attention of rotated q and k over the joint sequence and what is only seen, heads merged; and its keys and values."""
     q, k, v = (constrain(x, "heads") for x in (rotate(q, by), rotate(k, by), v))
+    own = k, v
+    if seen is not None:  # one row of them may serve several images
+        seen = [jnp.repeat(x, len(q) // len(x), axis=0) for x in seen]
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, seen))
     mixed = attention(q, k, v, mask=mask, name=ATTENTION)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    return mixed.reshape(*mixed.shape[:2], -1), own

@@ -7,7 +7,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, RawBatch, References, TrainingBatch
 from squeeze_jax.models.aggregator import Aggregator
-from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.dit import CachedReferences, DiT, Modulation
 from squeeze_jax.models.encoders import Encoders
 
 
@@ -31,21 +31,38 @@ class System(nnx.Module):
         """Aggregates a prompt's hidden states: once a prompt, whatever the number of steps."""
         return self.aggregator(states)
 
+    def modulation(self, times: Float[Array, " T"], guidance: float = 1.0) -> Modulation:
+        """What these times do to every block of the transformer, before a loop over them."""
+        return self.dit.modulation(self._vector(times, guidance))
+
+    def shown(self, references: References, guidance: float = 1.0) -> References | CachedReferences:
+        """References as `velocity` wants them: once a prompt, whatever the number of steps."""
+        if self.dit.config.reference_attention == "joint":
+            return references
+        return self.dit.cached(references, self._vector(jnp.zeros(references.tokens.shape[0]), guidance))
+
     def velocity(
         self,
         target: Float[Array, "B N c"],
         target_grid: tuple[int, int] | Int[Array, "B 2"],
         t: Float[Array, " B"],
         context: Context,
-        references: References | None,
+        references: References | CachedReferences | None,
         guidance: float = 1.0,
+        modulation: Modulation | None = None,
     ) -> Float[Array, "B N c"]:
         """Velocity of noisy target tokens; masked context and reference tokens have no influence.
 
         `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch.
         `references=None` leaves reference tokens out. `guidance` is the distilled value (PAPER, decision 5: 1.0), unused
-        by a transformer that takes none; the pooled vector is zero (decision 2).
+        by a transformer that takes none; the pooled vector is zero (decision 2). `modulation` is that of `t`, where all
+        samples have one and it is known already.
         """
+        if isinstance(references, References):
+            references = self.shown(references, guidance)
+        at = self._vector(t, guidance) if modulation is None else modulation
+        return self.dit.velocity(target, target_grid, at, context.tokens, context.mask, references)
+
+    def _vector(self, t: Float[Array, " T"], guidance: float) -> Float[Array, "T C"]:
         value = jnp.full(t.shape, guidance, jnp.float32) if self.dit.config.guidance else None
-        vec = self.dit.vector(t, value)
-        return self.dit.velocity(target, target_grid, vec, context.tokens, context.mask, references)
+        return self.dit.vector(t, value)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array
 from squeeze_jax.config import Config, StageConfig
@@ -65,11 +65,14 @@ class Kernel:
     width: int
     """Channels of all heads."""
     calls: int
+    keys: int | None = None
+    """Tokens that are looked at; None: the same."""
 
     def flops(self, backward: bool, again: bool) -> float:
         """FLOPs that an example's calls execute: 2 products forward, 5 backward; `again` runs the forward twice."""
         products = 2 * (1 + (backward and again)) + 5 * backward
-        return self.calls * products * 2.0 * padded(self.tokens) ** 2 * self.width
+        keys = self.tokens if self.keys is None else self.keys
+        return self.calls * products * 2.0 * padded(self.tokens) * padded(keys) * self.width
 
 
 def sequence(config: Config, references: int) -> tuple[int, int]:
@@ -130,7 +133,10 @@ def _refiners(config: Config, stage: StageConfig, rows: int, references: int) ->
 def block_program(
     config: Config, mesh: Mesh, kind: str, rows: int, context: int, image: int, backward: bool = True
 ) -> Compiled:
-    """One block of the transformer by itself, `rows` examples a chip: forward, and backward under the config's policy."""
+    """One block of the transformer by itself, `rows` examples a chip: forward, and backward under the config's policy.
+
+    Without `backward`, as in sampling, shifts, scales and gates are given: one set for all examples.
+    """
     one = replace(config.model, dit=replace(config.model.dit, double_blocks=1, single_blocks=1))
     config = replace(config, model=one)
     name = f"{kind}_blocks"
@@ -145,20 +151,27 @@ def block_program(
     def shape(*sizes: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct((many, *sizes), dtype, sharding=by_rows)
 
+    bare = nnx.merge(graph, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (trained, frozen)))
+    vec = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), nnx.eval_shape(bare.modulation, vec)
+    )
     lengths = (context, image) if kind == "double" else (context + image,)
     streams = tuple(shape(length, width) for length in lengths)
     rest = (
-        shape(width, dtype=jnp.float32),
+        shape(width, dtype=jnp.float32) if backward else given,
         shape(context + image, dtype=jnp.bool_),
         shape(context + image, 3, dtype=jnp.int32),
     )
 
-    def forward(trained: Any, streams: Any, frozen: Any, vec: Array, mask: Array, positions: Array) -> Any:
+    def forward(trained: Any, streams: Any, frozen: Any, at: Any, mask: Array, positions: Array) -> Any:
         by = rotation(positions, config.model.dit.rope_axes)
 
         def run(trained: Any, streams: Any) -> Any:
             sliced = jax.tree.map(lambda leaf: leaf[0], (trained, frozen))
-            return nnx.merge(graph, *sliced)(*streams, vec, by, mask)
+            block = nnx.merge(graph, *sliced)
+            return block(*streams, block.modulation(at) if backward else at, by, mask)[0]
 
         return rematerialised(run, config.parallel.remat if backward else "none", alone=True)(trained, streams)
 

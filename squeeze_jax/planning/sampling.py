@@ -1,5 +1,6 @@
 """The staged sampler, compiled for a TPU topology that nobody has to own, and how long a batch of images will take."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -8,17 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from squeeze_jax.batch import Context, References
+from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.config import Config
 from squeeze_jax.interop.build import build_system
+from squeeze_jax.models.dit import Modulation
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.estimate import KERNEL_SHARE, Estimate, Kernel, block_program, sequence
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.network import network_seconds
 from squeeze_jax.planning.program import Compiled, abstract_batch, compiled, placed
 from squeeze_jax.planning.report import Report, described, reached
-from squeeze_jax.sampling.sampler import Schedule, make_sampler, make_schedule
-from squeeze_jax.sharding import batch_sharding
+from squeeze_jax.sampling.sampler import MAX_STEPS, STAGES, Prepared, Schedule, advance, make_schedule, prepare
+from squeeze_jax.sharding import batch_sharding, compiler_options, on_mesh
 
 Evaluation = tuple[bool, bool]
 """Whether a velocity sees the MLLM's tokens, and whether it sees the references'."""
@@ -34,8 +36,7 @@ def schedule_of(config: Config, references: int) -> Schedule:
 def evaluations(config: Config, references: int) -> list[tuple[Evaluation, int]]:
     """How often an image's velocity is evaluated with which conditions, stage by stage; without any: CFG's other branch."""
     borders = schedule_of(config, references).borders.tolist()
-    kinds = ((True, False), (True, True), (False, True))
-    steps = [(kind, end - start) for kind, start, end in zip(kinds, [0, *borders], borders) if end > start]
+    steps = [(kind, end - start) for kind, start, end in zip(STAGES, [0, *borders], borders) if end > start]
     guided = config.sampling.cfg_scale != 1.0
     return [*steps, *([((False, False), config.sampling.steps)] if guided else [])]
 
@@ -51,12 +52,18 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract_batch(config, images, references)
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (schedule, jnp.zeros(())))
+    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (schedule, jnp.zeros(3)))
     shown = batch.references if any(kind[1] for kind, _ in evaluations(config, references)) else None
-    sampler = make_sampler(
-        graph, target_grid=config.target_grid, guided=config.sampling.cfg_scale != 1.0,
-        guidance=config.diffusion.guidance, mesh=mesh,
-    )  # fmt: skip
+    guided = (config.sampling.cfg_scale != 1.0,) * 3
+
+    @partial(jax.jit, compiler_options=compiler_options(mesh))
+    def sampler(leaves: Any, noise: Any, states: Any, shown: Any, schedule: Schedule, scales: Any) -> jax.Array:
+        system = nnx.merge(graph, *leaves)
+        with on_mesh(mesh):
+            prepared = prepare(system, states, shown, schedule, config.diffusion.guidance)
+            span = jnp.array([0, MAX_STEPS])
+            return advance(system, noise, config.target_grid, prepared, schedule, scales, span, guided=guided)
+
     trips = [steps for kind, steps in evaluations(config, references) if kind != (False, False)]
     if shown is not None:  # a stage without steps is a loop of the program all the same
         borders = [0, *schedule.borders.tolist()]
@@ -65,26 +72,29 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
 
 
 def image_flops(config: Config, references: int = 1) -> int:
-    """FLOPs of one image: the context once, then every evaluation of the velocity."""
-    system = nnx.eval_shape(lambda: build_system(config, with_base=False))
-    graph, state = nnx.split(system)
-    batch = abstract_batch(config, 1, references)
-    context = jax.eval_shape(lambda state, states: nnx.merge(graph, state).context(states), state, batch.hidden_states)
+    """FLOPs of one image: context, references and modulation once, then every evaluation of the velocity."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_system(config, with_base=False)))
+    batch, schedule = abstract_batch(config, 1, references), schedule_of(config, references)
+    kinds = evaluations(config, references)
+    shown = batch.references if any(vae for (_, vae), _ in kinds) else None
+    schedule = schedule._replace(times=schedule.times[: config.sampling.steps + 1])
 
-    nothing = Context(*(jax.ShapeDtypeStruct((x.shape[0], 0, *x.shape[2:]), x.dtype) for x in context))
+    def once(state: nnx.State, states: HiddenStates, references: References | None) -> Prepared:
+        return prepare(nnx.merge(graph, state), states, references, schedule, config.diffusion.guidance)
+
+    prepared = jax.eval_shape(once, state, batch.hidden_states, shown)
+    nothing = Context(*(jax.ShapeDtypeStruct((x.shape[0], 0, *x.shape[2:]), x.dtype) for x in prepared.context))
 
     def velocity(kind: Evaluation) -> int:
+        def run(state: nnx.State, target: jax.Array, context: Context, references: Any, modulation: Modulation) -> Any:
+            system, t = nnx.merge(graph, state), jnp.ones(1)
+            return system.velocity(target, config.target_grid, t, context, references, modulation=modulation.at(0))
+
         mllm, vae = kind
-        shown = context if mllm else nothing
+        context = prepared.context if mllm else nothing
+        return matmul_flops(run, state, batch.target, context, prepared.references if vae else None, prepared.modulation)
 
-        def run(state: nnx.State, target: jax.Array, context: Context, references: References | None) -> Any:
-            t = jnp.ones(1)
-            return nnx.merge(graph, state).velocity(target, config.target_grid, t, context, references)
-
-        return matmul_flops(run, state, batch.target, shown, batch.references if vae else None)
-
-    once = matmul_flops(lambda state, states: nnx.merge(graph, state).context(states), state, batch.hidden_states)
-    return once + sum(steps * velocity(kind) for kind, steps in evaluations(config, references))
+    return matmul_flops(once, state, batch.hidden_states, shown) + sum(steps * velocity(kind) for kind, steps in kinds)
 
 
 def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, images: int, references: int = 1) -> Estimate:
@@ -94,18 +104,22 @@ def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, imag
     rows = images // cut if images % cut == 0 else images
     context, image = sequence(config, references)
     target = config.target_grid[0] * config.target_grid[1]
-    most = context + image
-    seconds = moved = 0.0
-    lengths = [(tokens_of(kind, context, target, image - target), steps) for kind, steps in evaluations(config, references)]
+    kept = image if dit.reference_attention == "joint" else target
+    seconds = moved = kernels = 0.0
+    blocks = dit.double_blocks + dit.single_blocks
+    lengths = []
+    for (mllm, vae), steps in evaluations(config, references):
+        joint = target + mllm * context + vae * (kept - target)
+        lengths.append((joint, steps))
+        seen = joint + vae * (image - kept)  # keys that are only looked at
+        kernels += steps * Kernel(joint, dit.width, blocks, seen).flops(False, False)
     for name, depth in (("double", dit.double_blocks), ("single", dit.single_blocks)):
         short = block_program(config, mesh, name, rows, 0, target, backward=False)
-        long = block_program(config, mesh, name, rows, context, image, backward=False)
+        long = block_program(config, mesh, name, rows, context, kept, backward=False)
         for tokens, steps in lengths:
-            share = (tokens - target) / (most - target)
+            share = (tokens - target) / (context + kept - target)
             seconds += depth * steps * (short.expected(chip) + share * (long.expected(chip) - short.expected(chip)))
             moved += depth * steps * (short.traffic + share * (long.traffic - short.traffic))
-    blocks = dit.double_blocks + dit.single_blocks
-    kernels = sum(steps * Kernel(tokens, dit.width, blocks).flops(False, False) for tokens, steps in lengths)
     links, network, exposed = network_seconds(whole.collectives, mesh, chip)
     return Estimate(
         whole.expected(chip) + seconds,
@@ -115,11 +129,6 @@ def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, imag
         exposed,
         whole.traffic + moved,
     )
-
-
-def tokens_of(kind: Evaluation, context: int, target: int, references: int) -> int:
-    """Tokens of the joint sequence of an evaluation."""
-    return target + kind[0] * context + kind[1] * references
 
 
 def sample_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1, images: int = 0) -> tuple[Report, Compiled]:

@@ -1,9 +1,9 @@
 """Prompt and reference pictures in, pictures out: load once, sample many."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,18 @@ from squeeze_jax.config import Config
 from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.data.images import parse_size, resize_for_reference
 from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
+from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.interop.trained import load_trained
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
-from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
+from squeeze_jax.sampling.sampler import MAX_STEPS, Sampler, Schedule, make_sampler, make_schedule, noise_for
 from squeeze_jax.sharding import batch_sharding
 
 REFERENCE_BUCKET = 16
 """Reference tokens are padded to a multiple of this, so that similar sizes share a program."""
+STAGE_NAMES = ("MLLM", "MLLM + VAE", "VAE")
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Settings:
     steps: int | None = None
     tau1: float | None = None
     tau2: float | None = None
-    cfg_scale: float | None = None
+    """Thresholds for this very size: `tau_tokens` of the config does not move them."""
+    cfg_scale: float | tuple[float, float, float] | None = None
+    """One scale, or one a stage; a stage at 1 leaves the unconditional branch out."""
     seed: int = 0
     num_images: int = 1
-    """Image i is what `seed + i` alone gives."""
+    """Of each prompt; image i is what `seed + i` alone gives."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,36 @@ class Resolved:
     steps: int
     tau1: float
     tau2: float
-    cfg_scale: float
+    cfg_scale: float | tuple[float, float, float]
     seed: int
     num_images: int
+
+    @property
+    def scales(self) -> tuple[float, float, float]:
+        """Guidance of each stage."""
+        return self.cfg_scale if isinstance(self.cfg_scale, tuple) else (self.cfg_scale,) * 3
+
+
+class Progress(NamedTuple):
+    """Where a run stands."""
+
+    step: int
+    """Steps done, from 1 to `steps`."""
+    steps: int
+    stage: str
+    """What the last step saw: one of `STAGE_NAMES`."""
+    tokens: jax.Array
+    """Latent tokens [images, N, c], noisy before the last step."""
+
+
+class Run(NamedTuple):
+    """A batch of images about to be drawn."""
+
+    sampler: Sampler
+    noise: jax.Array
+    prepared: Any
+    schedule: Schedule
+    scales: jax.Array
 
 
 @dataclass
@@ -97,33 +128,74 @@ class Pipeline:
         parse_size(f"{height}x{width}")  # refuses what is no multiple of 16
         if settings.num_images < 1:
             raise InputError(f"num_images is {settings.num_images}; it must be at least 1")
+        rows, columns = self.config.grid(height, width)
+
+        def tau(given: float | None, default: float) -> float:
+            if given is not None:
+                return given
+            return carry_tau(default, own.tau_tokens, rows * columns) if own.tau_tokens else default
+
         return Resolved(
             height=height,
             width=width,
             steps=own.steps if settings.steps is None else settings.steps,
-            tau1=own.tau1 if settings.tau1 is None else settings.tau1,
-            tau2=own.tau2 if settings.tau2 is None else settings.tau2,
+            tau1=tau(settings.tau1, own.tau1),
+            tau2=tau(settings.tau2, own.tau2),
             cfg_scale=own.cfg_scale if settings.cfg_scale is None else settings.cfg_scale,
             seed=settings.seed,
             num_images=settings.num_images,
         )
 
     def __call__(
-        self, prompt: str, references: Sequence[Image.Image] = (), settings: Settings = Settings()
+        self,
+        prompt: str | Sequence[str],
+        references: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] = (),
+        settings: Settings = Settings(),
     ) -> np.ndarray:
-        """Pictures [num_images, height, width, 3] in [−1, 1] of the references' subjects doing what the prompt says.
+        """Pictures [prompts · num_images, height, width, 3] in [−1, 1] of the references' subjects doing what each prompt
+        says, prompt by prompt.
 
-        Without references the MLLM's condition stays on throughout. Raises InputError for an empty or too long prompt,
-        sizes that are no multiples of 16, and impossible steps or τ.
+        `references` are those of the prompt, or one list for each of several prompts. Without references the MLLM's
+        condition stays on throughout. Raises InputError for an empty or too long prompt, sizes that are no multiples of
+        16, and impossible steps or τ.
         """
+        prompts, shown = ([prompt], [references]) if isinstance(prompt, str) else (prompt, references or [()] * len(prompt))
+        if len(prompts) != len(shown):
+            raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
         resolved = self.resolved(settings)
-        seeds = [resolved.seed + i for i in range(resolved.num_images)]
-        states = self.encoders.read([prompt], [list(references)])
+        drawn: dict[int, np.ndarray] = {}
+        for some in (True, False):  # the stages of prompts with and without references differ
+            rows = [i for i, images in enumerate(shown) if bool(images) == some]
+            if rows:
+                states, latents = self.encode([prompts[i] for i in rows], [shown[i] for i in rows])
+                seeds = [resolved.seed + i for i in range(resolved.num_images)] * len(rows)
+                pictures = self.decode(self.sample(states, latents, seeds, settings), settings)
+                drawn |= dict(zip(rows, pictures.reshape(len(rows), resolved.num_images, *pictures.shape[1:])))
+        return np.concatenate([drawn[i] for i in range(len(prompts))])
+
+    def stream(
+        self, prompt: str, references: Sequence[Image.Image] = (), settings: Settings = Settings(), every: int = 1
+    ) -> Iterator[Progress]:
+        """Draws one prompt's images, and says where it stands after every `every` steps and at the end."""
+        resolved = self.resolved(settings)
+        states, latents = self.encode([prompt], [references])
+        run = self.run(states, latents, [resolved.seed + i for i in range(resolved.num_images)], settings)
+        x, borders = run.noise, run.schedule.borders
+        for start in range(0, resolved.steps, every):
+            end = min(start + every, resolved.steps)
+            span = np.array([start, end], np.int32)
+            x = run.sampler.advance(self.leaves, x, run.prepared, run.schedule, run.scales, span)
+            yield Progress(end, resolved.steps, STAGE_NAMES[int(np.searchsorted(borders, end - 1, side="right"))], x)
+
+    def encode(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
+    ) -> tuple[HiddenStates, list[list[np.ndarray]]]:
+        """What the frozen encoders make of prompts and their references: once, whatever is drawn from it."""
+        longest = self.config.data.reference_long_side
         latents = [
-            self.encoders.latents([resize_for_reference(image, self.config.data.reference_long_side)])[0]
-            for image in references
+            [self.encoders.latents([resize_for_reference(image, longest)])[0] for image in row] for row in references
         ]
-        return self.decode(self.sample(states, [latents], seeds, settings), settings)
+        return self.encoders.read(list(prompts), [list(row) for row in references]), latents
 
     def sample(
         self,
@@ -132,7 +204,20 @@ class Pipeline:
         seeds: Sequence[int],
         settings: Settings = Settings(),
     ) -> jax.Array:
-        """Latent tokens [len(seeds), N, c] from hidden states and reference latents of one prompt, or one each a seed."""
+        """Latent tokens [len(seeds), N, c] from hidden states and reference latents of as many prompts as divide the seeds:
+        each prompt's images stand in a row."""
+        run = self.run(states, latents, seeds, settings)
+        whole = np.array([0, MAX_STEPS], np.int32)
+        return run.sampler.advance(self.leaves, run.noise, run.prepared, run.schedule, run.scales, whole)
+
+    def run(
+        self,
+        states: HiddenStates,
+        latents: Sequence[Sequence[np.ndarray]],
+        seeds: Sequence[int],
+        settings: Settings = Settings(),
+    ) -> Run:
+        """Everything that is made once before the steps of `sample`."""
         resolved = self.resolved(settings)
         grid = self.config.grid(resolved.height, resolved.width)
         references = reference_tokens(latents, grid)
@@ -143,15 +228,17 @@ class Pipeline:
             resolved.steps, grid[0] * grid[1], resolved.tau1, resolved.tau2,
             references=references is not None, shifted=self.config.sampling.shifted,
         )  # fmt: skip
-        guided, mesh = resolved.cfg_scale != 1.0, mesh_of(self.leaves)
-        program = self._programs.get((grid, guided))
-        if program is None:
+        mesh = mesh_of(self.leaves)
+        key = grid, tuple(scale != 1.0 for scale in resolved.scales)
+        sampler = self._programs.get(key)
+        if sampler is None:
             guidance = self.config.diffusion.guidance
-            program = make_sampler(self.graph, target_grid=grid, guided=guided, guidance=guidance, mesh=mesh)
-            self._programs[grid, guided] = program
+            sampler = make_sampler(self.graph, target_grid=grid, guided=key[1], guidance=guidance, mesh=mesh)
+            self._programs[key] = sampler
         noise = noise_for(list(seeds), grid[0] * grid[1], self.config.model.dit.in_channels)
-        inputs = beside(mesh, (noise, states, references))
-        return program(self.leaves, *inputs, schedule, jnp.float32(resolved.cfg_scale))
+        noise, states, references = beside(mesh, (noise, states, references))
+        prepared = sampler.prepare(self.leaves, states, references, schedule)
+        return Run(sampler, noise, prepared, schedule, jnp.asarray(resolved.scales, jnp.float32))
 
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""

@@ -1,7 +1,7 @@
-"""The staged sampler: plain functions in order, one compiled program for a size.
+"""The staged sampler: what stays the same in every step is made once (`prepare`), then steps are taken (`advance`).
 
 Conditions that a stage does not use are left out of its sequence (shorter, not masked). The number of steps, the stage
-borders and the guidance scale are arguments of the compiled program, so that changing them compiles nothing.
+borders and the guidance scales are arguments of the compiled programs, so that changing them compiles nothing.
 """
 
 from functools import partial
@@ -18,11 +18,14 @@ from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.diffusion.flow import euler_step
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
+from squeeze_jax.models.dit import CachedReferences, Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import compiler_options, on_mesh
 
 MAX_STEPS = 100
 """Steps that one compiled program can take: its list of times has this many places."""
+STAGES = ((True, False), (True, True), (False, True))
+"""Whether a stage sees the MLLM's tokens, and whether it sees the references'."""
 
 
 class Schedule(NamedTuple):
@@ -45,7 +48,7 @@ def make_schedule(
     times = time_steps(steps, target_tokens, shifted)
     borders, done = [], 0
     stages = {(stage.mllm, stage.vae): stage.steps[1] for stage in plan_stages(times, tau1, tau2, references)}
-    for kind in ((True, False), (True, True), (False, True)):
+    for kind in STAGES:
         done = stages.get(kind, done)
         borders.append(done)
     return Schedule(np.pad(times, (0, MAX_STEPS - steps)), np.array(borders, np.int32))
@@ -61,91 +64,122 @@ def _noise(seeds: Array, tokens: int, channels: int) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (tokens, channels)))(seeds)
 
 
-def denoise(
-    system: System,
-    noise: Float[Array, "B N c"],
-    target_grid: tuple[int, int],
-    states: HiddenStates,
-    references: References | None,
-    schedule: Schedule,
-    cfg_scale: Float[Array, ""],
-    *,
-    guided: bool,
-    guidance: float,
-    masked: bool = False,
-) -> Float[Array, "B N c"]:
-    """Latent tokens from noise: aggregate once, then up to three stages of Euler steps.
+class Prepared(NamedTuple):
+    """What every step of a run reads, one row a prompt."""
 
-    v = v_u + cfg_scale·(v_c − v_u), where the unconditional branch sees the target alone; `guided=False` leaves that
-    branch out (scale 1). A leading axis of 1 in `states` and `references` serves all images. `masked=True` keeps all
-    tokens in every stage and masks them instead: the slow twin that tests compare with.
+    context: Context
+    references: References | CachedReferences | None
+    modulation: Modulation
+    """Of every time of the schedule."""
+
+
+def prepare(
+    system: System, states: HiddenStates, references: References | None, schedule: Schedule, guidance: float
+) -> Prepared:
+    """The context, the references as the transformer sees them, and all modulation: once, whatever the number of steps."""
+    shown = None if references is None else system.shown(references, guidance)
+    return Prepared(system.context(states), shown, system.modulation(jnp.asarray(schedule.times), guidance))
+
+
+def advance(
+    system: System,
+    x: Float[Array, "B N c"],
+    target_grid: tuple[int, int],
+    prepared: Prepared,
+    schedule: Schedule,
+    scales: Float[Array, " 3"],
+    span: Int[Array, " 2"],
+    *,
+    guided: tuple[bool, bool, bool],
+) -> Float[Array, "B N c"]:
+    """Latent tokens after the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage.
+
+    v = v_u + scale·(v_c − v_u), where the unconditional branch sees the target alone; a stage that is not `guided` leaves
+    that branch out (scale 1). The branches differ in length, so they are two calls, not one of twice the rows. Row i of
+    `prepared` serves the next B / P images.
     """
-    batch = noise.shape[0]
+    batch = x.shape[0]
 
     def spread(x: Array) -> jax.Array:
-        return jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.shape[0] != batch else jnp.asarray(x)
+        return jnp.repeat(x, batch // x.shape[0], axis=0) if x.shape[0] != batch else jnp.asarray(x)
 
-    context = jax.tree.map(spread, system.context(states))
-    references = jax.tree.map(spread, references)
+    times, shown = jnp.asarray(schedule.times), prepared.references
+    context = jax.tree.map(spread, prepared.context)
+    cached = isinstance(shown, CachedReferences)  # their keys and values are spread block by block
+    shown = shown._replace(mask=spread(shown.mask)) if cached else jax.tree.map(spread, shown)
     nothing = Context(context.tokens[:, :0], context.mask[:, :0])
 
-    def velocity(x: jax.Array, t: jax.Array, mllm: bool, vae: bool) -> jax.Array:
-        t = jnp.full((batch,), t)
-        if masked:
-            kept = Context(context.tokens, context.mask & mllm)
-            shown = references and References(references.tokens, references.mask & vae, references.positions)
-            return system.velocity(x, target_grid, t, kept, shown, guidance)
-        return system.velocity(
-            x, target_grid, t, context if mllm else nothing, references if vae else None, guidance
-        )
+    def velocity(i: jax.Array, x: jax.Array, mllm: bool, vae: bool) -> jax.Array:
+        seen, references = context if mllm else nothing, shown if vae else None
+        t, at = jnp.full((batch,), times[i]), prepared.modulation.at(i)
+        return system.velocity(x, target_grid, t, seen, references, modulation=at)
 
-    def stage(mllm: bool, vae: bool):
+    def stage(mllm: bool, vae: bool, guided: bool, scale: jax.Array):
         def step(i: jax.Array, x: jax.Array) -> jax.Array:
-            t, t_next = schedule.times[i], schedule.times[i + 1]
-            v = velocity(x, t, mllm, vae)
+            v = velocity(i, x, mllm, vae)
             if guided:
-                v_u = velocity(x, t, False, False)
-                v = v_u + cfg_scale * (v - v_u)
-            return euler_step(x, v, t, t_next)
+                v_u = velocity(i, x, False, False)
+                v = v_u + scale * (v - v_u)
+            return euler_step(x, v, times[i], times[i + 1])
 
         return step
 
-    first, second, third = schedule.borders[0], schedule.borders[1], schedule.borders[2]
-    x = jax.lax.fori_loop(0, first, stage(True, False), noise)
-    if references is not None:
-        x = jax.lax.fori_loop(first, second, stage(True, True), x)
-        x = jax.lax.fori_loop(second, third, stage(False, True), x)
+    begin = 0
+    for number, kind in enumerate(STAGES if shown is not None else STAGES[:1]):
+        end = schedule.borders[number]
+        steps = (jnp.clip(begin, span[0], span[1]), jnp.clip(end, span[0], span[1]))
+        x = jax.lax.fori_loop(*steps, stage(*kind, guided[number], scales[number]), x)
+        begin = end
     return x
+
+
+class Sampler(NamedTuple):
+    """The compiled programs of one size."""
+
+    prepare: Any
+    """(leaves, states, references, schedule) to `Prepared`."""
+    advance: Any
+    """(leaves, x, prepared, schedule, scales [3], span [2]) to x."""
+
+    def __call__(
+        self,
+        leaves: Any,
+        noise: Array,
+        states: HiddenStates,
+        references: References | None,
+        schedule: Schedule,
+        scales: Array,
+    ) -> jax.Array:
+        """From noise to latent tokens."""
+        prepared = self.prepare(leaves, states, references, schedule)
+        return self.advance(leaves, noise, prepared, schedule, scales, np.array([0, MAX_STEPS], np.int32))
 
 
 def make_sampler(
     graph: Any,
     *,
     target_grid: tuple[int, int],
-    guided: bool,
+    guided: tuple[bool, bool, bool],
     guidance: float,
-    masked: bool = False,
     mesh: Mesh | None = None,
-):
-    """`denoise` compiled: (leaves of the system, noise, states, references, schedule, cfg scale) to latent tokens.
+) -> Sampler:
+    """`prepare` and `advance`, compiled, with the leaves of the system as first argument; `mesh` is what these lie on."""
 
-    `mesh` is what the arrays lie on.
-    """
+    def compiled(function: Any) -> Any:
+        return jax.jit(function, compiler_options=compiler_options(mesh))
 
-    @partial(jax.jit, compiler_options=compiler_options(mesh))
-    def sample(
-        leaves: Any,
-        noise: Array,
-        states: HiddenStates,
-        references: References | None,
-        schedule: Schedule,
-        cfg_scale: Array,
-    ) -> jax.Array:
-        system = nnx.merge(graph, *leaves)
+    @compiled
+    def prepared(leaves: Any, states: HiddenStates, references: References | None, schedule: Schedule) -> Prepared:
         with on_mesh(mesh):
-            return denoise(
-                system, noise, target_grid, states, references, schedule, cfg_scale,
-                guided=guided, guidance=guidance, masked=masked,
-            )  # fmt: skip
+            return prepare(nnx.merge(graph, *leaves), states, references, schedule, guidance)
 
-    return sample
+    @compiled
+    def advanced(
+        leaves: Any, x: Array, prepared: Prepared, schedule: Schedule, scales: Array, span: Array
+    ) -> jax.Array:
+        with on_mesh(mesh):
+            return advance(
+                nnx.merge(graph, *leaves), x, target_grid, prepared, schedule, scales, span, guided=guided
+            )
+
+    return Sampler(prepared, advanced)

@@ -7,7 +7,7 @@ from flax import nnx
 from parity import randomise, relative_error
 from small_dit import CONFIG, like_twin, random_dit, torch_twin
 
-from squeeze_jax.layers.modulation import Modulation, gated, modulate, sinusoidal
+from squeeze_jax.layers.modulation import AdaLN, gated, modulate, sinusoidal
 
 TIMES = np.array([0.001, 0.5, 0.999], np.float32)
 
@@ -69,7 +69,7 @@ def test_modulated_norm_and_gate_equal_diffusers():
     normalization = pytest.importorskip("diffusers.models.normalization")
     theirs = normalization.AdaLayerNormZero(CONFIG.width)
     randomise(theirs)
-    modulation = Modulation(CONFIG.width, 6, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    modulation = AdaLN(CONFIG.width, 6, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     modulation.lin.kernel.set_value(jnp.asarray(theirs.linear.weight.detach().numpy().T))
     modulation.lin.bias.set_value(jnp.asarray(theirs.linear.bias.detach().numpy()))
     rng = np.random.default_rng(0)

@@ -21,9 +21,11 @@ from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system
 from squeeze_jax.models import dit
+from squeeze_jax.models.dit import Modulation
 from squeeze_jax.models.system import System
+from squeeze_jax.sampling.naive import sample_naively
 from squeeze_jax.sampling.pipeline import REFERENCE_BUCKET, Pipeline, Settings, reference_tokens
-from squeeze_jax.sampling.sampler import MAX_STEPS, make_sampler, make_schedule, noise_for
+from squeeze_jax.sampling.sampler import MAX_STEPS, STAGES, make_sampler, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
 from squeeze_jax.training.state import flat_leaves, with_leaves
 
@@ -55,7 +57,13 @@ class Field(System):
     def context(self, states):
         return Context(jnp.ones((states.text.shape[0], 1, 1)), jnp.ones((states.text.shape[0], 1), bool))
 
-    def velocity(self, target, target_grid, t, context, references, guidance=1.0):
+    def modulation(self, times, guidance=1.0):
+        return Modulation((), (), ())
+
+    def shown(self, references, guidance=1.0):
+        return references
+
+    def velocity(self, target, target_grid, t, context, references, guidance=1.0, modulation=None):
         return self.formula(target, t[:, None, None], context.tokens.shape[1] > 0, references is not None)
 
 
@@ -63,11 +71,11 @@ BATCH = row(tiny_batch(mixed=False), 0)
 NOISE = noise_for([0, 1], TOKENS, 3)
 
 
-def sample(formula, schedule, scale=1.0, references=True, guided=False):
+def sample(formula, schedule, scale=1.0, references=True, guided=(False, False, False)):
     graph, state = nnx.split(Field(formula))
     program = make_sampler(graph, target_grid=GRID, guided=guided, guidance=1.0)
     shown = BATCH.references if references else None
-    return program((state,), NOISE, BATCH.hidden_states, shown, schedule, np.float32(scale))
+    return program((state,), NOISE, BATCH.hidden_states, shown, schedule, np.broadcast_to(np.float32(scale), 3))
 
 
 @pytest.mark.parametrize("steps", [1, 7, MAX_STEPS])
@@ -97,7 +105,7 @@ def test_a_straight_flow_lands_on_the_picture_whatever_the_steps():
     ("tau1", "tau2", "references"),
     [(0.9, 0.4, True), (0.7, 0.7, True), (1.0, 0.0, True), (0.0, 0.0, True), (1.0, 1.0, True), (0.9, 0.4, False)],
 )
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("guided", [(False, False, False), (True, True, True), (True, False, True)])
 def test_each_step_sees_the_conditions_of_its_stage(tau1, tau2, references, guided):
     """A velocity of 1 for the MLLM, 10 for the references and 100 for neither adds up to the stages' lengths."""
     speed = lambda mllm, vae: 1.0 * mllm + 10.0 * vae + 100.0 * (not mllm and not vae)  # noqa: E731
@@ -106,7 +114,7 @@ def test_each_step_sees_the_conditions_of_its_stage(tau1, tau2, references, guid
     expected, times = np.asarray(NOISE, np.float64), time_steps(8, TOKENS)
     for t, t_next in pairwise(times):
         kept = (True, False) if not references or t >= np.float32(tau1) else (bool(t >= np.float32(tau2)), True)
-        v = 100.0 + 2.5 * (speed(*kept) - 100.0) if guided else speed(*kept)
+        v = 100.0 + 2.5 * (speed(*kept) - 100.0) if guided[STAGES.index(kept)] else speed(*kept)
         expected = expected + (np.float64(t_next) - np.float64(t)) * v
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
@@ -115,7 +123,15 @@ def test_each_step_sees_the_conditions_of_its_stage(tau1, tau2, references, guid
 
 
 CONFIG = tiny_config()
-SCALE = np.float32(2.5)
+CACHED = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, reference_attention="cached")),
+)
+GUIDED = (True, True, True)
+
+
+def scales(scale):
+    return np.broadcast_to(np.float32(scale), 3)
 
 
 @pytest.fixture(scope="module")
@@ -123,25 +139,28 @@ def system():
     return random_system(CONFIG)
 
 
-@pytest.fixture(scope="module")
-def programs(system):
-    """Conditions left out, and masked: each compiled once for the whole module."""
+@pytest.fixture(scope="module", params=["joint", "cached"])
+def programs(system, request):
+    """Ours, and the naive one: each compiled once for the whole module."""
+    if request.param == "cached":
+        system = random_system(CACHED)
     graph, state = nnx.split(system)
     batch = tiny_batch(rows=2)
     # The second sample's references are all padding in `tiny_batch` if chance has it so: give both some.
     batch.references.mask[:, :2] = True
     batch.references.tokens[:, :2] = np.random.default_rng(9).standard_normal((2, 2, 64))
     noise = noise_for([0, 1], TOKENS, 64)
+    sampler = make_sampler(graph, target_grid=GRID, guided=GUIDED, guidance=1.0)
 
-    def program(masked):
-        sampler = make_sampler(graph, target_grid=GRID, guided=True, guidance=1.0, masked=masked)
+    def ours(schedule, scale=2.5, batch=batch, noise=noise):
+        return sampler((state,), noise, batch.hidden_states, batch.references, schedule, scales(scale))
 
-        def run(schedule, scale=SCALE, batch=batch, noise=noise):
-            return sampler((state,), noise, batch.hidden_states, batch.references, schedule, np.float32(scale))
+    @jax.jit
+    def naive(state, schedule, scale):
+        states, references = jax.tree.map(jnp.asarray, (batch.hidden_states, batch.references))
+        return sample_naively(nnx.merge(graph, state), noise, GRID, states, references, schedule, scale)
 
-        return run, sampler
-
-    return batch, noise, program(False), program(True)
+    return batch, noise, (ours, sampler, state), lambda schedule, scale: naive(state, schedule, scales(scale))
 
 
 @pytest.mark.parametrize(
@@ -150,24 +169,24 @@ def programs(system):
 )  # fmt: skip
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_conditions_left_out_equal_conditions_masked(programs, tau1, tau2, scale):
-    _, noise, (left_out, _), (masked, _) = programs
+    _, noise, (left_out, *_), naive = programs
     schedule = make_schedule(6, TOKENS, tau1, tau2, references=True)
     short = left_out(schedule, scale)
-    assert relative_error(short, masked(schedule, scale)) < 1e-5
+    assert relative_error(short, naive(schedule, scale)) < 1e-5
     assert relative_error(short, noise) > 0.05
 
 
 def test_tau_steps_and_guidance_matter_and_compile_nothing(programs):
-    _, _, (left_out, sampler), _ = programs
+    _, _, (left_out, sampler, _), _ = programs
     settings = [(6, 0.9, 0.4, 2.5), (6, 0.6, 0.4, 2.5), (6, 0.9, 0.6, 2.5), (9, 0.9, 0.4, 2.5), (6, 0.9, 0.4, 4.0)]
     found = [left_out(make_schedule(n, TOKENS, a, b, references=True), scale) for n, a, b, scale in settings]
-    assert sampler._cache_size() == 1
+    assert sampler.advance._cache_size() == 1 and sampler.prepare._cache_size() == 1
     for i in range(1, len(found)):
         assert relative_error(found[i], found[0]) > 1e-3, settings[i]
 
 
 def test_samples_of_a_batch_are_independent(programs):
-    batch, noise, (left_out, _), _ = programs
+    batch, noise, (left_out, *_), _ = programs
     schedule = make_schedule(6, TOKENS, 0.9, 0.4, references=True)
     both = left_out(schedule)
     swap = jnp.array([1, 0])
@@ -235,7 +254,7 @@ def test_weights_on_a_mesh_draw_the_same(pipeline, laid, count, monkeypatch):
 
 def test_text_alone_equals_the_mllm_throughout(pipeline, programs):
     """Without references whatever τ is: the same as τ1 = τ2 = 0 with references that are never used."""
-    batch, _, (left_out, _), _ = programs
+    batch, _, (left_out, *_), _ = programs
     mllm = left_out(make_schedule(6, TOKENS, 0.0, 0.0, references=True))
     text = pipeline.sample(batch.hidden_states, [[], []], [0, 1], Settings(cfg_scale=2.5))
     assert relative_error(text, mllm) < 1e-5
