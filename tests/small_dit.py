@@ -88,7 +88,7 @@ def like_twin(twin, config: DiTConfig = CONFIG, **kwargs) -> tuple[DiT, dict[str
     return dit, weights
 
 
-def run_twin(torch, twin, x):
+def run_twin(torch, twin, x, **kwargs):
     """The same call on diffusers' side (NumPy arrays or tensors): references behind the target, positions by hand."""
     tensor = torch.as_tensor
     tokens = torch.cat([tensor(x["target"]), *(tensor(r) for r, _ in x["references"])], dim=1)
@@ -104,5 +104,6 @@ def run_twin(torch, twin, x):
         guidance=None if x["guidance"] is None else tensor(x["guidance"]),
         img_ids=tensor(ids),
         txt_ids=torch.zeros(x["context"].shape[1], 3),
+        **kwargs,
     ).sample
     return out[:, : x["target"].shape[1]]

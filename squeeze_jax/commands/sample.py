@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -31,8 +31,8 @@ class Sample:
     """At t ≥ tau1 the MLLM's tokens alone (FLUX: 0.95); t = 1 is pure noise."""
     tau2: float | None = None
     """At t < tau2 the references' tokens alone (FLUX: 0.85)."""
-    cfg_scale: float | None = None
-    """Classifier-free guidance (FLUX: 2.5); 1 is off."""
+    cfg_scale: tuple[float, ...] | None = None
+    """Classifier-free guidance (FLUX: 2.5); 1 is off. Three numbers: one a stage."""
     seed: int = 0
     num_images: int = 1
     """Image i is what seed + i alone gives."""
@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(given: Sample) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from squeeze_jax.data.images import load_image, parse_size, save_png, to_uint8
     from squeeze_jax.diffusion.stages import plan_stages, time_steps
     from squeeze_jax.errors import InputError
@@ -58,16 +60,18 @@ def run(given: Sample) -> None:
         raise InputError(f"--out {given.out} must end in .png")
     if given.tau1 is not None and given.tau2 is not None and given.tau2 > given.tau1:
         raise InputError(f"--tau2 {given.tau2} is larger than --tau1 {given.tau1}; it must not be")
+    if given.cfg_scale is not None and len(given.cfg_scale) not in (1, 3):
+        raise InputError(f"--cfg-scale has {len(given.cfg_scale)} numbers; give one, or three: one a stage")
     height, width = parse_size(given.size) if given.size else (None, None)
     references = [load_image(path) for path in given.reference]
 
     setup()
-    from squeeze_jax.sampling.pipeline import Pipeline, Settings
+    from squeeze_jax.sampling.pipeline import STAGE_NAMES, Pipeline, Settings
+    from squeeze_jax.sampling.sampler import STAGES
 
     pipeline = Pipeline.load(given.checkpoint)
-    settings = Settings(
-        height, width, given.steps, given.tau1, given.tau2, given.cfg_scale, given.seed, given.num_images
-    )
+    scale: Any = given.cfg_scale[0] if given.cfg_scale and len(given.cfg_scale) == 1 else given.cfg_scale
+    settings = Settings(height, width, given.steps, given.tau1, given.tau2, scale, given.seed, given.num_images)
     resolved = pipeline.resolved(settings)
     used = references if pipeline.uses_references else []
     for number, (path, image) in enumerate(zip(given.reference, references), 1):
@@ -78,9 +82,15 @@ def run(given: Sample) -> None:
     rows, columns = pipeline.config.grid(resolved.height, resolved.width)
     times = time_steps(resolved.steps, rows * columns, pipeline.config.sampling.shifted)
     stages = plan_stages(times, resolved.tau1, resolved.tau2, bool(used))
-    names = {(True, False): "MLLM", (True, True): "MLLM + VAE", (False, True): "VAE"}
+    names = dict(zip(STAGES, STAGE_NAMES))
     print("stages: " + ", ".join(f"{names[s.mllm, s.vae]} {s.steps[1] - s.steps[0]} steps" for s in stages))
-    pictures = to_uint8(pipeline(given.prompt, references, settings))
+    tokens: Any = None
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("reading", total=resolved.steps)
+        for state in pipeline.stream(given.prompt, references, settings):
+            tokens = state.tokens.block_until_ready()
+            bar.update(task, completed=state.step, description=state.stage)
+    pictures = to_uint8(pipeline.decode(tokens, settings))
     for i, picture in enumerate(pictures):
         path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
         text = {

@@ -13,6 +13,7 @@ from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.models.dit import DiTConfig, QKNorm
 
 SCHNELL = DiTConfig(**{**vars(CONFIG), "guidance": False})
+CACHED = DiTConfig(**{**vars(CONFIG), "reference_attention": "cached"})
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,64 @@ def test_gradients_equal_diffusers():
         assert relative_error(ours[name], leaf.grad) < 1e-4, name
     for mine, (theirs, grid) in zip(ours["references"], references, strict=True):
         assert relative_error(mine, theirs.grad) < 1e-4, grid
+
+
+def test_cached_references_equal_diffusers_where_references_see_references_alone():
+    """At t = 0 that is all the difference; our attention from them to others, masked out in diffusers'."""
+    torch, twin = torch_twin()
+    x = inputs()
+    x["t"] = np.zeros(2, np.float32)
+    own = x["context"].shape[1] + x["target"].shape[1]
+    allowed = torch.ones(own + 14, own + 14, dtype=torch.bool)
+    allowed[own:, :own] = False
+    with torch.no_grad():
+        theirs = run_twin(torch, twin, x, joint_attention_kwargs={"attention_mask": allowed[None, None]})
+        joint = run_twin(torch, twin, x)
+    ours = run(like_twin(twin, CACHED)[0], x)
+    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, joint) > 1e-3
+
+
+def test_cached_references_are_those_of_time_zero_whatever_the_time():
+    dit, x = random_dit(CACHED), inputs()
+    positions = np.concatenate([reference_positions(x["target_grid"], [g for _, g in x["references"]])])
+    tokens = np.concatenate([tokens for tokens, _ in x["references"]], axis=1)
+    references = References(tokens, np.ones(tokens.shape[:2], bool), np.broadcast_to(positions, (2, *positions.shape)))
+    graph, state = nnx.split(dit)
+
+    @jax.jit
+    def at(state, cached_at):
+        dit = nnx.merge(graph, state)
+        rest = x["guidance"], x["pooled"]
+        cache = dit.cached(jax.tree.map(jnp.asarray, references), dit.vector(cached_at, *rest))
+        return dit.velocity(x["target"], x["target_grid"], dit.vector(x["t"], *rest), x["context"], None, cache)
+
+    whole = run(dit, x)
+    assert relative_error(whole, at(state, np.zeros(2, np.float32))) < 1e-6
+    assert relative_error(whole, at(state, x["t"])) > 1e-3
+
+
+@pytest.mark.parametrize("config", [CONFIG, SCHNELL])
+def test_modulation_made_beforehand_is_that_of_each_time(config):
+    dit, x = random_dit(config), inputs(config=config)
+    times = np.array([0.9, 0.5, 0.0], np.float32)
+    graph, state = nnx.split(dit)
+
+    def vector(dit, times):
+        return dit.vector(times, None if not config.guidance else np.full(len(times), 3.5, np.float32))
+
+    @jax.jit
+    def both(state, i):
+        dit = nnx.merge(graph, state)
+        rest = x["context"], None, None
+        known = dit.velocity(x["target"], x["target_grid"], dit.modulation(vector(dit, times)).at(i), *rest)
+        vec = vector(dit, jnp.full(2, jnp.asarray(times)[i]))
+        return known, dit.velocity(x["target"], x["target_grid"], vec, *rest)
+
+    found = [both(state, i) for i in range(3)]
+    for known, anew in found:
+        assert relative_error(known, anew) < 1e-6
+    assert relative_error(found[0][0], found[1][0]) > 1e-3
 
 
 def test_query_and_key_norms_have_an_epsilon_of_1e_6():

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from parity import relative_error
+from PIL import Image
 from tiny import row, tiny_batch, tiny_config
 
 from squeeze_jax.batch import Context
@@ -17,14 +18,14 @@ from squeeze_jax.config import StageConfig, TrainingConfig
 from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.diffusion.flow import schedule_shift
 from squeeze_jax.diffusion.latents import pack, reference_positions
-from squeeze_jax.diffusion.stages import plan_stages, time_steps
+from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system
 from squeeze_jax.models import dit
 from squeeze_jax.models.dit import Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.naive import sample_naively
-from squeeze_jax.sampling.pipeline import REFERENCE_BUCKET, Pipeline, Settings, reference_tokens
+from squeeze_jax.sampling.pipeline import REFERENCE_BUCKET, STAGE_NAMES, Pipeline, Settings, reference_tokens
 from squeeze_jax.sampling.sampler import MAX_STEPS, STAGES, make_sampler, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
 from squeeze_jax.training.state import flat_leaves, with_leaves
@@ -224,6 +225,59 @@ def test_image_i_equals_what_its_seed_alone_gives(pipeline):
         alone = pipeline.sample(states, latents, [5 + i], settings)
         assert relative_error(three[i : i + 1], alone) < 1e-5
     assert relative_error(three[0], three[1]) > 0.1
+
+
+def test_streaming_is_sampling(pipeline, monkeypatch):
+    """Step by step, or three at a time: the same bits, stage names in order, the last state the finished picture."""
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    monkeypatch.setattr(Pipeline, "encode", lambda self, prompts, references: (states, latents))
+    settings = Settings(steps=6, tau1=0.9, tau2=0.4, cfg_scale=1.0, seed=5, num_images=2)
+    whole = pipeline.sample(states, latents, [5, 6], settings)
+    each = list(pipeline.stream("a prompt", settings=settings))
+    assert [(state.step, state.steps) for state in each] == [(i, 6) for i in range(1, 7)]
+    stages = plan_stages(time_steps(6, TOKENS), 0.9, 0.4)
+    expected = [STAGE_NAMES[STAGES.index((s.mllm, s.vae))] for s in stages for _ in range(*s.steps)]
+    assert [state.stage for state in each] == expected
+    np.testing.assert_array_equal(each[-1].tokens, whole)
+    some = list(pipeline.stream("a prompt", settings=settings, every=4))
+    assert [state.step for state in some] == [4, 6]
+    np.testing.assert_array_equal(some[0].tokens, each[3].tokens)
+
+
+def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
+    """With references of other sizes, or with none, each prompt's images are what it gives by itself."""
+    batch = tiny_batch(mixed=False)
+    rows = {"one": (0, some_latents((4, 6), (2, 2))), "two": (1, some_latents((8, 8), seed=1)), "three": (1, [])}
+
+    def encode(self, prompts, references):
+        picked = jnp.array([rows[prompt][0] for prompt in prompts])
+        return jax.tree.map(lambda x: x[picked], batch.hidden_states), [rows[prompt][1] for prompt in prompts]
+
+    monkeypatch.setattr(Pipeline, "encode", encode)
+    monkeypatch.setattr(Pipeline, "decode", lambda self, tokens, settings: np.asarray(tokens)[..., None])
+    settings = Settings(cfg_scale=1.0, num_images=2)
+    shown = {prompt: [Image.new("RGB", (8, 8))] * len(latents) for prompt, (_, latents) in rows.items()}
+    together = pipeline(list(rows), list(shown.values()), settings)
+    for i, prompt in enumerate(rows):
+        alone = pipeline(prompt, shown[prompt], settings)
+        assert relative_error(together[2 * i : 2 * i + 2], alone) < 1e-5
+        assert relative_error(alone[0], alone[1]) > 0.1
+    with pytest.raises(InputError, match="3 prompts and 1 lists"):
+        pipeline(list(rows), [[]], settings)
+
+
+def test_thresholds_move_with_the_size_where_they_are_told_to(system):
+    """The miniature's figures (64 tokens) from the paper's (1,024), and nothing moves by itself."""
+    assert carry_tau(0.95, 1024, 64) == pytest.approx(0.826, abs=5e-4)
+    assert carry_tau(0.85, 1024, 64) == pytest.approx(0.586, abs=5e-4)
+    assert carry_tau(carry_tau(0.7, 1024, 64), 64, 1024) == pytest.approx(0.7)
+    assert [carry_tau(end, 1024, 64) for end in (0.0, 1.0)] == [0.0, 1.0]
+    own = dataclasses.replace(CONFIG.sampling, tau1=0.95, tau2=0.85)
+    moving = dataclasses.replace(own, tau_tokens=1024)
+    for sampling, expected in ((own, (0.95, 0.85)), (moving, (carry_tau(0.95, 1024, 4), carry_tau(0.85, 1024, 4)))):
+        found = Pipeline.of(system, dataclasses.replace(CONFIG, sampling=sampling), NO_ENCODERS)
+        assert (found.resolved(Settings()).tau1, found.resolved(Settings()).tau2) == expected
+        assert found.resolved(Settings(tau1=0.9)).tau1 == 0.9
 
 
 def copies(leaves):
