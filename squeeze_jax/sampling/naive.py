@@ -28,14 +28,15 @@ def sample_naively(
     def step(i: jax.Array, x: jax.Array) -> jax.Array:
         t = jnp.full((x.shape[0],), times[i])
 
-        def velocity(mllm: bool | jax.Array, vae: bool | jax.Array) -> jax.Array:
+        def velocity(mllm: jax.Array, vae: jax.Array) -> jax.Array:
             context = system.context(states)
             context = Context(context.tokens, context.mask & mllm)
             shown = References(references.tokens, references.mask & vae, references.positions)
             return system.velocity(x, target_grid, t, context, shown, guidance)
 
-        scale = scales[jnp.sum(i >= borders[:2])]
-        bare, conditioned = velocity(False, False), velocity(i < borders[1], i >= borders[0])
+        scale = jnp.asarray(scales)[jnp.sum(i >= borders[:2])]
+        never = i < 0  # no constant, which the compiler would multiply out for minutes
+        bare, conditioned = velocity(never, never), velocity(i < borders[1], i >= borders[0])
         return x + (times[i + 1] - times[i]) * (bare + scale * (conditioned - bare))
 
     return jax.lax.fori_loop(0, borders[2], step, noise)
