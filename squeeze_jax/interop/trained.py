@@ -83,14 +83,14 @@ def starting_leaves(start: Path, config: Config, base: str, mesh: Mesh) -> dict[
     def place(name: str, shape: tuple[int, ...]) -> Sharding:
         return NamedSharding(mesh, parameter_spec(name, shape, mesh))
 
-    kind = start_of(start)
+    kind, fresh = start_of(start), np.random.default_rng(config.training.seed)
     if kind == "transformer":
         return transformer_leaves(start, config, place)
     if kind == "lora":
         if config.lora is None:
             raise InputError(f"--from {start} is a LoRA, but this config trains the whole transformer; set lora")
-        return lora_leaves(start, config, place)
-    leaves = read_exported(start, config, place) if is_exported(start) else read_weights(start, mesh)[1]
+        return lora_leaves(start, config, place, fresh)
+    leaves = read_exported(start, config, place, fresh) if is_exported(start) else read_weights(start, mesh)[1]
     saved, wanted = read_config(start), saved_base(start)
     same = (saved.lora, saved.model.frozen_dtype) == (config.lora, config.model.frozen_dtype)
     encoders = config.data.online or (saved.data.online and not is_exported(start))  # these are covered, too
