@@ -146,7 +146,10 @@ def in_order(states: HiddenStates) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def torch_pipeline(folder: Path, trained: Trained) -> Iterator[Any]:
-    """The exported folder as its user loads it, in float32, the base rounded as the run kept it; published files in other layouts are rewritten for it."""
+    """The exported folder as its user loads it, in float32, the base rounded as the run kept it.
+
+    Published files in other layouts are rewritten for it.
+    """
     import torch
 
     with tempfile.TemporaryDirectory() as rewritten, exported_modules(folder) as module:
@@ -165,7 +168,7 @@ def torch_pipeline(folder: Path, trained: Trained) -> Iterator[Any]:
 
 def _transformer(folder: str | Path, dtype: Any) -> Any:
     """A transformer's folder, rounded to a type, as a float32 module."""
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     model: Any = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     return model.float().eval()
