@@ -89,7 +89,8 @@ def _usage(folder: Path, config: Config) -> str:
     }
     given = [f'{name}="{place}"' for name, place in needs.items() if not (folder / name).is_dir()]
     arguments = ", ".join(['"."', *given, *([] if flux else ["torch_dtype=torch.float32"])])
-    pip = "torch diffusers transformers safetensors accelerate" + (" peft" if config.lora is not None else "")
+    pip = 'torch "diffusers>=0.42" "transformers>=5.4" safetensors accelerate'
+    pip += " peft" if config.lora is not None else ""
     text = f"""## Usage
 
 `pip install {pip}`, then, in this folder:

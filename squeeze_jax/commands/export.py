@@ -1,6 +1,7 @@
 """`export`: a trained system as a folder that PyTorch's users load, with a certificate that it draws the same."""
 
 import hashlib
+import os
 import shutil
 import signal
 import sys
@@ -127,24 +128,52 @@ def whole_folder(out: Path) -> Iterator[Path]:
     from squeeze_jax.errors import OutputError
 
     part = out.with_name(out.name + ".part")
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop) if in_main else None
     try:
-        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-        part.mkdir(parents=True)
-        yield part
-        part.rename(out)
+        with stoppable():
+            shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+            part.mkdir(parents=True)
+            yield part
+            part.rename(out)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"{out} cannot be written ({reason}); make room or give another --out") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
 
 
-def _stop(number: int, frame: Any) -> None:
-    sys.exit(128 + number)
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end what runs inside. They are sent again until they do: Python drops what is raised inside a
+    callback of its garbage collector, and JAX has one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ended, again = False, []
+
+    def stop(number: int, frame: Any) -> None:
+        if ended:
+            return
+        again.append(threading.Timer(0.5, os.kill, (os.getpid(), number)))
+        again[-1].start()
+        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+            return  # it would only print what it drops
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, stop)
+        yield
+    finally:
+        ended = True
+        for timer in again:
+            timer.cancel()
+        for timer in again:
+            timer.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -63,13 +63,16 @@ def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] 
         grid = config.grid(resolved.height, resolved.width)
         noise = np.array(noise_for([0], grid[0] * grid[1], config.model.dit.in_channels))
         with torch.no_grad():
-            rows = _parts(pipeline, theirs, states, latents, pictures, noise, grid)
-            for name, error in rows.items():
-                progress(f"  {name:32}{error:.1e}")
+            rows, velocity = _parts(pipeline, theirs, states, latents, pictures, noise, grid)
             x = torch.from_numpy(noise)
             options = {"num_inference_steps": resolved.steps, "latents": x}
             found = theirs(PROMPT, pictures, output_type="latent", **options)
             drawn = theirs.decode(found, grid)
+            if config.lora is not None and (folder / TRANSFORMER).is_dir():  # whoever loads the folder alone gets this one
+                theirs.register_modules(transformer=_transformer(folder / TRANSFORMER, torch.float32))
+                rows["merged transformer, velocity"] = velocity()
+    for name, error in rows.items():
+        progress(f"  {name:32}{error:.1e}")
     tokens = pipeline.sample(states, [latents], [0], settings)
     expected = pipeline.decode(tokens, settings)
     off = np.abs(to_uint8(drawn).astype(int) - to_uint8(expected).astype(int)) > 1
@@ -95,8 +98,8 @@ def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] 
 def _parts(
     pipeline: Pipeline, theirs: Any, states: HiddenStates, latents: list[np.ndarray], pictures: list[Any],
     noise: np.ndarray, grid: tuple[int, int],
-) -> dict[str, float]:  # fmt: skip
-    """Relative error of each part, every one on the inputs that ours gets."""
+) -> tuple[dict[str, float], Callable[[], float]]:  # fmt: skip
+    """Relative error of each part, every one on the inputs that ours gets; and the transformer's, to measure again."""
     import torch
 
     system, config = nnx.merge(pipeline.graph, *pipeline.leaves), pipeline.config
@@ -110,19 +113,23 @@ def _parts(
     rows["autoencoder, encode"] = relative_error(encoded.numpy(), np.concatenate(in_their_order))
     references = reference_tokens([latents], grid)
     assert references is not None
-    velocity = nnx.jit(
+    ours_of = nnx.jit(
         lambda system, x, t, context, references: system.velocity(
             x, grid, t, context, references, config.diffusion.guidance
         )
     )
-    expected = velocity(system, noise, jnp.array([0.7], jnp.float32), context, references)
+    expected = ours_of(system, noise, jnp.array([0.7], jnp.float32), context, references)
     kept, x = references.mask[0], torch.from_numpy(noise)
     places = np.concatenate([np.indices(grid).reshape(2, -1).T, references.positions[0, kept]])
     positions = torch.tensor(np.pad(places, ((0, 0), (1, 0))), dtype=torch.float32)
-    found = theirs.velocity(x, 0.7, positions, torch.tensor(ours), torch.tensor(references.tokens[:, kept]))
-    rows["transformer, velocity"] = relative_error(found.numpy(), expected)
+    conditions = positions, torch.tensor(ours), torch.tensor(references.tokens[:, kept])
+
+    def velocity() -> float:
+        return relative_error(theirs.velocity(x, 0.7, *conditions).numpy(), expected)
+
+    rows["transformer, velocity"] = velocity()
     rows["autoencoder, decode"] = relative_error(theirs.decode(x, grid), pipeline.decode(jnp.asarray(noise)))
-    return rows
+    return rows, velocity
 
 
 def in_order(states: HiddenStates) -> tuple[np.ndarray, np.ndarray]:
@@ -139,14 +146,18 @@ def in_order(states: HiddenStates) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def torch_pipeline(folder: Path, trained: Trained) -> Iterator[Any]:
-    """The exported folder as its user loads it, in float32; published files in other layouts are rewritten for it."""
+    """The exported folder as its user loads it, in float32, the base rounded as the run kept it.
+
+    Published files in other layouts are rewritten for it.
+    """
     import torch
 
     with tempfile.TemporaryDirectory() as rewritten, exported_modules(folder) as module:
-        parts = {}
+        parts: dict[str, Any] = {}
         model = trained.config.model
         if trained.config.lora is not None and model.dit_weights is not None:
-            parts[TRANSFORMER] = _in_their_layout(TRANSFORMER, model.dit_weights, Path(rewritten))
+            kept = torch.float32 if model.frozen_dtype == "float32" else torch.bfloat16  # what the run knew of it
+            parts[TRANSFORMER] = _transformer(_in_their_layout(TRANSFORMER, model.dit_weights, Path(rewritten)), kept)
         for name, field in ENCODERS.items():
             if not (folder / name).is_dir():
                 parts[name] = _in_their_layout(name, getattr(model, field), Path(rewritten))
@@ -155,10 +166,18 @@ def torch_pipeline(folder: Path, trained: Trained) -> Iterator[Any]:
         yield loaded
 
 
+def _transformer(folder: str | Path, dtype: Any) -> Any:
+    """A transformer's folder, rounded to a type, as a float32 module."""
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    model: Any = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    return model.float().eval()
+
+
 def _in_their_layout(name: str, source: str, rewritten: Path) -> str:
     """A published checkpoint that diffusers and transformers read: itself, or rewritten in float32."""
     read = {TRANSFORMER: dit_source, "vae": autoencoder_source, "mllm": internvl_source}[name](source)
-    if read.layout in ("diffusers", "transformers (-hf)"):
+    if read.layout in ("diffusers", "transformers (-hf)") and Path(source).is_dir():
         return source
     into = rewritten / name
     if name == TRANSFORMER:

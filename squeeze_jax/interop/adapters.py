@@ -12,11 +12,14 @@ from squeeze_jax.models.dit import DiT
 Leaves = dict[str, np.ndarray]
 
 
-def adapter_leaves(dit: DiT, file: str | Path, alpha_over_rank: float) -> Leaves:
+def adapter_leaves(
+    dit: DiT, file: str | Path, alpha_over_rank: float, fresh: np.random.Generator | None = None
+) -> Leaves:
     """`down` and `up` of every adapter that the file names, by dotted path; adapters that it does not name are left out.
 
-    dit: a transformer with a config's adapters, of which only shapes are looked at. Lower ranks are filled up with zeros;
-    a scale that differs from the config's goes into `up`. Raises InputError where a layer has no adapter, where the rank is
+    dit: a transformer with a config's adapters, of which only shapes are looked at. Ranks and layers that the file lacks
+    are zero; with `fresh` (to train on) their `down` is drawn from it, since of two zero matrices neither ever learns.
+    A scale that differs from the config's goes into `up`. Raises InputError where a layer has no adapter, where the rank is
     larger, or where the file's q, k and v have down-projections of their own and the config shares one (lora.qkv).
     """
     _, pairs, _ = read_pairs(file, dit)
@@ -29,6 +32,8 @@ def adapter_leaves(dit: DiT, file: str | Path, alpha_over_rank: float) -> Leaves
         for number, part in enumerate(linear.adapter.parts):
             *depth, fan_in, rank = part.down.shape
             down, up = np.zeros((*depth, fan_in, rank), np.float32), np.zeros((*depth, rank, part.size), np.float32)
+            if fresh is not None:
+                down = fresh.standard_normal(down.shape, np.float32) * np.float32(fan_in**-0.5)
             for (where, layer), found in pairs.items():
                 inside = [pair for pair in found if _inside(pair, part)]
                 if where != path or not inside:

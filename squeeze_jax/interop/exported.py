@@ -79,8 +79,13 @@ def merged_config(folder: Path, config: Config) -> Config:
     return replace(config, lora=None, model=replace(config.model, dit_weights=None, frozen_dtype="float32"))
 
 
-def read_exported(folder: Path, config: Config, place: Place | None = None) -> dict[str, Any]:
-    """The trained leaves of a config, by dotted path, float32; NumPy arrays or, with `place`, laid out on a mesh."""
+def read_exported(
+    folder: Path, config: Config, place: Place | None = None, fresh: np.random.Generator | None = None
+) -> dict[str, Any]:
+    """The trained leaves of a config, by dotted path, float32; NumPy arrays or, with `place`, laid out on a mesh.
+
+    fresh: see `adapters.adapter_leaves`.
+    """
     aggregator = nnx.eval_shape(lambda: Aggregator(config.aggregator, rngs=nnx.Rngs(0)))
     table = aggregator_format.entries(config.aggregator)
     leaves = _read("aggregator", aggregator, table, TensorFolder(folder / AGGREGATOR), folder / AGGREGATOR, place)
@@ -88,7 +93,7 @@ def read_exported(folder: Path, config: Config, place: Place | None = None) -> d
         return leaves | transformer_leaves(folder / TRANSFORMER, config, place)
     if not (folder / LORA).is_file():
         raise InputError(f"{folder}: it has no LoRA, its transformer was trained whole; set lora to None")
-    return leaves | lora_leaves(folder / LORA, config, place)
+    return leaves | lora_leaves(folder / LORA, config, place, fresh)
 
 
 def transformer_leaves(folder: Path, config: Config, place: Place | None = None) -> dict[str, Any]:
@@ -100,8 +105,10 @@ def transformer_leaves(folder: Path, config: Config, place: Place | None = None)
     return _read("dit", dit, source.entries(source.config), source.tensors, folder, place)
 
 
-def lora_leaves(file: Path, config: Config, place: Place | None = None) -> dict[str, Any]:
-    """The adapters of a LoRA file as trained leaves."""
+def lora_leaves(
+    file: Path, config: Config, place: Place | None = None, fresh: np.random.Generator | None = None
+) -> dict[str, Any]:
+    """The adapters of a LoRA file as trained leaves (`fresh`: see `adapters.adapter_leaves`)."""
     lora = config.lora
     assert lora is not None
 
@@ -111,7 +118,7 @@ def lora_leaves(file: Path, config: Config, place: Place | None = None) -> dict[
         return dit
 
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    leaves = adapter_leaves(nnx.eval_shape(make), file, alpha / lora.rank)
+    leaves = adapter_leaves(nnx.eval_shape(make), file, alpha / lora.rank, fresh)
     if place is None:
         return dict(leaves)
     return {

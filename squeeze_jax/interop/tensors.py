@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,12 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[
     """
 
     def write(part: Path) -> None:
-        save_file(dict(tensors), part, metadata=metadata or {"format": "pt"})
+        try:
+            save_file(dict(tensors), part, metadata=metadata or {"format": "pt"})
+        except SafetensorError as error:  # the library says in words what the disk said with a number
+            if (said := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from None
         part.chmod(0o666 & ~_umask())  # the library makes files that only their owner can read
 
     write_beside(path, write)

@@ -83,13 +83,13 @@ def starting_leaves(start: Path, config: Config, base: str, mesh: Mesh) -> dict[
     def place(name: str, shape: tuple[int, ...]) -> Sharding:
         return NamedSharding(mesh, parameter_spec(name, shape, mesh))
 
-    kind = start_of(start)
+    kind, fresh = start_of(start), np.random.default_rng(config.training.seed)
     if kind == "transformer":
         return transformer_leaves(start, config, place)
     if kind == "lora":
         if config.lora is None:
             raise InputError(f"--from {start} is a LoRA, but this config trains the whole transformer; set lora")
-        return lora_leaves(start, config, place)
+        return lora_leaves(start, config, place, fresh)
     saved, wanted = read_config(start), saved_base(start)
     ways = [one.model.dit.reference_attention for one in (saved, config)]
     if ways[0] != ways[1] and any(stage.references for stage in saved.training.stages):
@@ -97,7 +97,7 @@ def starting_leaves(start: Path, config: Config, base: str, mesh: Mesh) -> dict[
             f"--from {start} has learned {ways[0]} reference attention, this config asks for {ways[1]}: "
             f"set model.dit.reference_attention to {ways[0]}, or begin with weights that have seen no references"
         )
-    leaves = read_exported(start, config, place) if is_exported(start) else read_weights(start, mesh)[1]
+    leaves = read_exported(start, config, place, fresh) if is_exported(start) else read_weights(start, mesh)[1]
     same = (saved.lora, saved.model.frozen_dtype) == (config.lora, config.model.frozen_dtype)
     encoders = config.data.online or (saved.data.online and not is_exported(start))  # these are covered, too
     if config.model.dit_weights and same and not encoders and wanted not in (None, base):

@@ -1,10 +1,17 @@
 """What `export` writes: the same pictures in PyTorch, the same leaves back, whole or not at all."""
 
+import ast
 import dataclasses
-import errno
 import json
 import os
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,22 +22,32 @@ from PIL import Image
 from qwen_like import qwen_like
 from safetensors.numpy import load_file
 from small_dit import CONFIG as DIT
-from small_dit import random_dit
+from small_dit import inputs, random_dit, run, run_twin
 from small_internvl import INTERNVL, randomly, write_internvl
 
 from squeeze_jax.commands import export, sample
+from squeeze_jax.commands.card import write_card
 from squeeze_jax.commands.parity import relative_error, torch_pipeline
-from squeeze_jax.config import Config, DataConfig, ModelConfig, SamplingConfig, StageConfig, TrainingConfig
+from squeeze_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    SamplingConfig,
+    StageConfig,
+    TrainingConfig,
+    load_preset,
+)
 from squeeze_jax.data.chat import IMAGE
 from squeeze_jax.data.images import resize_for_reference, to_uint8
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import tensors
 from squeeze_jax.interop.autoencoder import save_autoencoder
 from squeeze_jax.interop.build import build_system, is_trained
-from squeeze_jax.interop.checkpoint import CHECKPOINTS, read_weights, write_config, write_weights
+from squeeze_jax.interop.checkpoint import CHECKPOINTS, Checkpoints, Saved, read_weights, write_config, write_weights
 from squeeze_jax.interop.exported import LORA
-from squeeze_jax.interop.load import save_dit
+from squeeze_jax.interop.load import DEMO, save_dit
 from squeeze_jax.interop.lora import load_lora, save_lora
+from squeeze_jax.interop.merged import save_merged
 from squeeze_jax.interop.trained import load_trained, starting_leaves
 from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears
 from squeeze_jax.models.aggregator import AggregatorConfig
@@ -43,15 +60,19 @@ from squeeze_jax.sharding import make_mesh
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
+torch.set_num_threads(1)  # on matrices this small, threads wait for each other most of the time
 
 
 def small_config(home: Path) -> Config:
-    """Every part with random weights: 64x64 pictures are 4x4 tokens, references at most 32 pixels long."""
+    """Every part with random weights: 64x64 pictures are 4x4 tokens, references at most 32 pixels long.
+
+    The base is kept in bfloat16, as real runs do, though its file is float32.
+    """
     return Config(
         name="small",
         model=ModelConfig(
             dit=DIT, dit_weights=str(home / "base"), autoencoder=str(home / "vae"), mllm=str(home / "mllm"),
-            dtype="float32", frozen_dtype="float32",
+            dtype="float32", frozen_dtype="bfloat16",
         ),
         aggregator=AggregatorConfig(layers=(0, 1, 3), width=48, out_width=40, heads=4, mlp_width=40, refiner_blocks=1),
         lora=LoRAConfig(rank=3, alpha=2.0),
@@ -65,7 +86,7 @@ def small_config(home: Path) -> Config:
 def home(tmp_path_factory):
     """base, vae, mllm as published folders, and a weights folder `run`."""
     home = tmp_path_factory.mktemp("home")
-    os.environ["SQUEEZE_JAX_CACHE"] = str(home / "cache")
+    os.environ["SQUEEZE_JAX_CACHE"] = os.environ["SQUEEZE_TEST_CACHE"]
     save_dit(home / "base", random_dit(), jnp.float32)
     small = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
     save_autoencoder(randomly(lambda: Autoencoder(small, rngs=nnx.Rngs(0))), home / "vae")
@@ -73,6 +94,8 @@ def home(tmp_path_factory):
     write_internvl(home / "mllm", dataclasses.replace(INTERNVL, image_token_id=tokenizer.token_to_id(IMAGE)))
     tokenizer.save(str(home / "mllm" / "tokenizer.json"))
     write_weights(home / "run", *random_weights(small_config(home)), jnp.float32)
+    scores = {"pairs": 512, "scores": {"staged": {"tasks": {"subject": {"value": 0.875}, "scene": {"value": 0.5}}}}}
+    (home / "run" / "scores.json").write_text(json.dumps(scores))
     return home
 
 
@@ -96,7 +119,7 @@ def exporting(checkpoint, out, *flags):
 
 @pytest.fixture(scope="module")
 def exported(home):
-    return exporting(home / "run", home / "exported")
+    return exporting(home / "run", home / "exported", "--merge")
 
 
 def pictures(count):
@@ -131,10 +154,11 @@ def test_pytorch_draws_the_same(sides, references, changes):
     prompt, images, settings = "a small critter on the beach, <img> and all", pictures(references), Settings(**changes)
     resolved = ours.resolved(settings)
     grid = ours.config.grid(resolved.height, resolved.width)
-    noise = noise_for([0, 1], grid[0] * grid[1], 64)
+    seeds = [0] if images else [0, 1]  # one image, where it is the certificate's program, needs no compilation
+    noise = noise_for(seeds, grid[0] * grid[1], 64)
     states = ours.encoders.read([prompt], [images])
     latents = [ours.encoders.latents([sized(ours, image)])[0] for image in images]
-    expected = ours.sample(states, [latents], [0, 1], settings)
+    expected = ours.sample(states, [latents], seeds, settings)
     with torch.no_grad():
         found = theirs(prompt, images, latents=torch.tensor(np.array(noise)), output_type="latent", **changes)
         decoded = theirs.decode(found, grid)
@@ -162,7 +186,7 @@ def test_sample_draws_from_the_exported_folder_what_it_draws_from_the_run(home, 
 
 def test_the_certificate_says_what_was_compared(exported):
     report = json.loads((exported / "parity.json").read_text())
-    assert len(report["parts"]) == 5
+    assert len(report["parts"]) == 6
     assert all(0 < error <= 1e-4 for error in report["parts"].values())
     assert report["whole"]["latents"] <= 1e-4 and report["whole"]["pixels"] <= 1e-3
     assert report["versions"]["torch"] == torch.__version__
@@ -170,6 +194,7 @@ def test_the_certificate_says_what_was_compared(exported):
     assert files == {*report["files"], "parity.json"}
     card = (exported / "README.md").read_text()
     assert f"{report['whole']['latents']:.1e}" in card and "rank 3, alpha 2" in card
+    assert "held-out pairs | subject | scene |" in card and "| staged | 87.5 | 50.0 |" in card
 
 
 def test_there_is_nothing_to_run_but_two_short_files(exported):
@@ -178,6 +203,51 @@ def test_there_is_nothing_to_run_but_two_short_files(exported):
     code = sorted(exported.rglob("*.py"))
     assert [file.name for file in code] == ["squeeze_aggregator.py", "squeeze_pipeline.py"]
     assert sum(len(file.read_text().splitlines()) for file in code) <= 500
+    imported = {
+        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
+        for file in code for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names
+    }  # fmt: skip
+    theirs = {"torch", "diffusers", "transformers", "safetensors", "numpy", "PIL", "tokenizers"}  # the last three: theirs
+    assert imported - set(sys.stdlib_module_names) == theirs | {"squeeze_aggregator"}
+
+
+USER = """
+import sys
+sys.dont_write_bytecode, unpickled = True, []
+sys.addaudithook(lambda event, args: unpickled.append(args) if event == "pickle.find_class" else None)
+{usage}
+assert picture.size == (64, 64) and not unpickled, unpickled
+assert not [name for name in sys.modules if name.split(".")[0] in ("jax", "squeeze_jax")]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "base and LoRA"])
+def test_what_the_card_says_to_paste_runs_without_us(home, exported, tmp_path, merged):
+    folder = exporting(home / "run", tmp_path / "out", "--no-check", *["--merge"][: int(merged)])
+    usage = re.search("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert usage is not None and ("transformer=" in usage[1]) != merged
+    pictures(1)[0].save(folder / "subject.png")
+    (folder / "user.py").write_text(USER.format(usage=usage[1]))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "user.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert np.asarray(Image.open(folder / "out.png")).std() > 5
+
+
+def test_every_part_has_its_licence_in_the_card_of_a_real_run(tmp_path):
+    preset = load_preset(Path(__file__).parents[2] / "configs" / "flux_stage2.py")
+    write_card(tmp_path, preset, {"base": "0123456789abcdef", "dtype": "float32", "step": 7}, None)
+    card = (tmp_path / "README.md").read_text()
+    assert "license_name: flux-1-dev-non-commercial-license" in card.split("---")[1]
+    table = card.split("## Licences")[1].split("\n## ")[0]
+    rows = dict(row.strip("| ").split(" | ") for row in table.splitlines()[4:] if row)
+    assert "Apache-2.0" in rows["Code (`squeeze_*.py`)"]
+    for part in ("Base transformer", "LoRA", "Autoencoder"):
+        assert "FLUX.1-dev" in rows[part] and "no" in rows[part] and "commercial use" in rows[part]
+    assert {"Aggregator", "Multimodal LLM", "Training data"} < rows.keys()
+    assert "The check was skipped" in card and 'vae="black-forest-labs/FLUX.1-dev"' in card
 
 
 # --- the LoRA ---------------------------------------------------------------------------------------------------------
@@ -191,7 +261,10 @@ def delta(tensors, name, scale):
 def test_every_dialect_and_the_merged_transformer_have_the_same_delta(home, tmp_path, dialect):
     out = exporting(home / "run", tmp_path / "out", "--merge", "--lora-format", dialect, "--no-check")
     lora, base = load_file(out / LORA), load_file(home / "base" / "diffusion_pytorch_model.safetensors")
+    base = {name: tensor.astype(jnp.bfloat16).astype(np.float32) for name, tensor in base.items()}  # as the run kept it
     merged = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    shapes = [{name: tensor.shape for name, tensor in side.items()} for side in (merged, base)]
+    assert shapes[0] == shapes[1]
     touched = {name.rsplit(".", 2)[0].removeprefix("transformer.") for name in lora}
     for name in merged:
         module = name.removesuffix(".weight")
@@ -206,24 +279,31 @@ def test_every_dialect_and_the_merged_transformer_have_the_same_delta(home, tmp_
         np.testing.assert_allclose(delta(again, name, 1), delta(lora, name, 2 / 3), atol=1e-5, err_msg=name)
 
 
-def test_diffusers_loads_the_lora_at_full_size(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def full_size():
+    """FLUX.1-dev's shapes without its values, with random adapters of UNO's placement."""
+
+    def make():
+        dit = DiT(DiTConfig(), rngs=nnx.Rngs(0))
+        add_lora(dit, LoRAConfig(rank=2, alpha=0.5), rngs=nnx.Rngs(0))
+        return dit
+
+    dit, rng = nnx.eval_shape(make), np.random.default_rng(0)
+    for _, linear in linears(dit):
+        for part in linear.adapter.parts if linear.adapter is not None else ():
+            for leaf in (part.down, part.up):
+                leaf.set_value(rng.standard_normal(leaf.shape, np.float32))
+            part.scale.set_value(np.full(part.scale.shape, 0.25, np.float32))
+    return dit
+
+
+def test_diffusers_loads_the_lora_at_full_size(full_size, tmp_path, monkeypatch):
     """Shapes of FLUX.1-dev, base on the meta device: every key is taken, none is missing, alpha is the file's."""
     from diffusers import FluxPipeline, FluxTransformer2DModel
     from diffusers.loaders import peft as loader
     from peft import get_peft_model_state_dict
 
-    def make():
-        dit = DiT(DiTConfig(), rngs=nnx.Rngs(0))
-        add_lora(dit, LoRAConfig(rank=1, alpha=0.5), rngs=nnx.Rngs(0))
-        return dit
-
-    dit = nnx.eval_shape(make)
-    for _, linear in linears(dit):
-        for part in linear.adapter.parts if linear.adapter is not None else ():
-            for leaf in (part.down, part.up):
-                leaf.set_value(jnp.ones(leaf.shape, jnp.bfloat16))
-            part.scale.set_value(jnp.full(part.scale.shape, 0.5, jnp.float32))
-    save_lora(tmp_path / LORA, dit, "diffusers", jnp.bfloat16, header=True)
+    save_lora(tmp_path / LORA, full_size, "diffusers", jnp.bfloat16, header=True)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
     pipeline = FluxPipeline(None, None, None, None, None, None, transformer)
@@ -237,7 +317,53 @@ def test_diffusers_loads_the_lora_at_full_size(tmp_path, monkeypatch):
     assert len(wanted) == 2 * (19 * 8 + 38 * 4)
     assert all(tuple(tensor.shape) == wanted[f"transformer.{name}"].shape for name, tensor in found.items())
     config = transformer.peft_config["squeeze"]
-    assert (config.r, config.lora_alpha) == (1, 0.5)
+    assert (config.r, config.lora_alpha) == (2, 0.5)
+
+
+@pytest.mark.parametrize("dialect", ["comfyui", "kohya"])
+def test_diffusers_finds_the_same_deltas_in_the_other_dialects_at_full_size(full_size, tmp_path, dialect):
+    """Its own translation of ComfyUI's and kohya's files, an adapted layer's delta by what it does to a random vector."""
+    from diffusers import FluxPipeline
+
+    save_lora(tmp_path / "theirs.safetensors", full_size, dialect)
+    save_lora(tmp_path / LORA, full_size, "diffusers", header=True)
+    found = FluxPipeline.lora_state_dict(str(tmp_path), weight_name="theirs.safetensors")
+    found, wanted = {name: tensor.numpy() for name, tensor in found.items()}, load_file(tmp_path / LORA)
+    for module in {name.rsplit(".", 2)[0] for name in found | wanted}:
+        x = np.random.default_rng(0).standard_normal(found[f"{module}.lora_A.weight"].shape[1], np.float32)
+        done = found[f"{module}.lora_B.weight"] @ (found[f"{module}.lora_A.weight"] @ x)
+        if f"{module}.lora_A.weight" not in wanted:  # rows of a fused layer that have no adapter
+            assert module.endswith(".proj_mlp") and not done.any()
+            continue
+        expected = 0.25 * wanted[f"{module}.lora_B.weight"] @ (wanted[f"{module}.lora_A.weight"] @ x)
+        assert relative_error(done, expected) < 1e-5, module
+
+
+def test_the_pipeline_of_flux_computes_the_same_with_our_lora(home, exported):
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    twin = FluxTransformer2DModel.from_pretrained(home / "base", torch_dtype=torch.bfloat16).float()
+    x = inputs()
+    with torch.no_grad():
+        bare = run_twin(torch, twin, x)
+        FluxPipeline(None, None, None, None, None, None, twin).load_lora_weights(str(exported), weight_name=LORA)
+        adapted = run_twin(torch, twin, x)
+    assert relative_error(adapted.numpy(), run(load_trained(home / "run").system.dit, x)) < 1e-5
+    assert relative_error(adapted.numpy(), bare.numpy()) > 0.1
+
+
+def test_diffusers_loads_a_merged_transformer_in_shards(home, exported, tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    save_merged(tmp_path / "shards", load_trained(home / "run").system.dit, jnp.float32, shard_bytes=400_000)
+    assert len(list((tmp_path / "shards").glob("*-of-*.safetensors"))) > 2
+    for folder in (tmp_path / "shards", exported / "transformer"):
+        model, said = FluxTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(said.values()), said
+        wanted = load_file(exported / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name, tensor in model.state_dict().items():
+            np.testing.assert_array_equal(tensor.numpy(), wanted.pop(name), err_msg=name)
+        assert not wanted
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------
@@ -254,20 +380,56 @@ def same_folders(one, other):
         assert a[name] == b[name], name
 
 
-@pytest.mark.parametrize("flags", [[], ["--merge", "--lora-format", "kohya", "--dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--merge", "--lora-format", "comfyui"],
+        ["--merge", "--lora-format", "kohya", "--dtype", "bfloat16"],
+    ],
+)
 def test_export_import_export_is_byte_identical(home, tmp_path, flags):
     one = exporting(home / "run", tmp_path / "one", "--no-check", *flags)
     same_folders(one, exporting(one, tmp_path / "two", "--no-check", *flags))
 
 
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        ({}, {"qkv": "separate", "target": ".*"}),
+        ({"frozen_dtype": "int8"}, {"alpha": 3.3}),
+    ],
+    ids=["every layer, q k v apart", "int8 base"],
+)
+def test_other_loras_are_byte_identical_too(home, tmp_path, model, lora):
+    config = small_config(home)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **model), lora=dataclasses.replace(config.lora, **lora)
+    )
+    write_weights(tmp_path / "run", *random_weights(config), jnp.float32)
+    one = exporting(tmp_path / "run", tmp_path / "one", "--no-check", "--merge")
+    same_folders(one, exporting(one, tmp_path / "two", "--no-check", "--merge"))
+    same_leaves(tmp_path / "run", one)
+
+
+def test_the_miniature_is_byte_identical_too(tmp_path):
+    one = exporting("demo", tmp_path / "one", "--no-check")
+    assert {path.name for path in one.iterdir() if path.is_dir()} == {"aggregator", "transformer", "vae", "mllm"}
+    same_folders(one, exporting(one, tmp_path / "two", "--no-check"))
+    same_leaves(DEMO / "system", one)
+
+
 @pytest.mark.slow
 def test_the_certificate_comes_out_the_same_again(exported, tmp_path):
-    same_folders(exported, exporting(exported, tmp_path / "two"))
+    same_folders(exported, exporting(exported, tmp_path / "two", "--merge"))
 
 
 def test_the_leaves_come_back_bit_for_bit(home, exported):
-    _, wanted, _ = read_weights(home / "run")
-    _, found, _ = read_weights(exported)
+    same_leaves(home / "run", exported)
+
+
+def same_leaves(one, other):
+    wanted, found = (read_weights(folder)[1] for folder in (one, other))
     assert found.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
@@ -302,6 +464,7 @@ def test_unos_lora_begins_a_run_of_a_larger_rank(home, tmp_path):
         for number, part in enumerate(linear.adapter.parts if linear.adapter is not None else ()):
             down, up = (np.asarray(leaves.pop(f"dit.{path}.adapter.parts.{number}.{half}")) for half in ("down", "up"))
             assert down.shape[-1] == 3
+            assert down[..., 2].all() and not up[..., 2, :].any()  # of two zero matrices neither would ever learn
             np.testing.assert_allclose(down @ up * np.float32(2 / 3), part.matrix(), atol=1e-5, err_msg=path)
     assert not leaves
     shared = small_config(home)
@@ -382,22 +545,69 @@ def test_another_base_is_refused(capsys, home, exported, tmp_path):
     assert not (tmp_path / "out.part").exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("problem", "code"), [(OSError(errno.ENOSPC, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
-)
+def test_a_runs_checkpoint_exports_its_average_and_keeps_to_its_base(capsys, home, tmp_path):
+    """Of a work folder: the newest step, the weights that sampling takes, and the base that the run wrote down."""
+    config, average = random_weights(small_config(home))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema=0.9))
+    state = {"trained": {name: leaf + 1 for name, leaf in average.items()}, "average": average}
+    for name, base in (("right", load_trained(home / "run").base), ("wrong", "0123456789abcdef")):
+        checkpoints = Checkpoints(tmp_path / name, keep=1)
+        checkpoints.save(7, state, b"{}", Saved(config, base, 1.0))
+        checkpoints.wait()
+        checkpoints.close()
+        write_config(tmp_path / name, config)
+    out = exporting(tmp_path / "right", tmp_path / "out", "--no-check")
+    same_leaves(home / "run", out)
+    assert json.loads((out / "export.json").read_text())["step"] == 7 and ", step 7" in (out / "README.md").read_text()
+    refused(capsys, 2, [tmp_path / "wrong", "--out", tmp_path / "no"], "on another base (fingerprint 0123456789abcdef)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "right", "wrong"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_leaves_nothing(tmp_path, number):
+    code = (  # a shell's background job, which these tests may be, begins with SIGINT ignored
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from squeeze_jax.commands import export; sys.exit(export.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "demo", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "out.part" / "export.json").exists():  # the certificate is next
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def full_disk():
+    """Files cannot grow beyond 4 KB: what the system then says comes up on the same ways as a full disk's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("problem", "code"), [("disk", 1), ("interrupted", 130)])
 def test_an_interrupted_export_leaves_nothing(capsys, monkeypatch, home, tmp_path, problem, code):
     written = []
 
     def save(arrays, path, metadata=None):
         written.append(path)
-        if len(written) == 2:
-            raise problem
+        if len(written) == 2 and problem == "interrupted":
+            raise KeyboardInterrupt
+        with full_disk() if len(written) == 2 else nullcontext():
+            write(arrays, path, metadata)
 
-    monkeypatch.setattr(tensors, "save_file", lambda *a, **k: (write(*a, **k), save(*a, **k)))
+    monkeypatch.setattr(tensors, "save_file", save)
     assert export.main([str(home / "run"), "--out", str(tmp_path / "out"), "--no-check"]) == code
     assert len(written) == 2 and not list(tmp_path.iterdir())
-    if code == 1:
-        assert "No space left on device" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "interrupted\n" if code == 130 else said.startswith("error: ") and "(File too large)" in said, said
+    assert len(said.splitlines()) == 1
 
 
 write = tensors.save_file
