@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: Sample) -> None:
     from squeeze_jax.data.images import load_image, parse_size, save_png, to_uint8
-    from squeeze_jax.diffusion.stages import plan_stages, time_steps
     from squeeze_jax.errors import InputError
 
     started = time.perf_counter()
@@ -62,6 +61,8 @@ def run(given: Sample) -> None:
     references = [load_image(path) for path in given.reference]
 
     setup()
+    from squeeze_jax.commands.embedded import Reference, text_of
+    from squeeze_jax.commands.strip import counts, stages_of_steps
     from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
     pipeline = Pipeline.load(given.checkpoint)
@@ -75,25 +76,12 @@ def run(given: Sample) -> None:
     if not used:
         why = "no reference" if not references else "this checkpoint was trained on the MLLM alone"
         print(f"{why}: the MLLM stays on throughout")
-    rows, columns = pipeline.config.grid(resolved.height, resolved.width)
-    times = time_steps(resolved.steps, rows * columns, pipeline.config.sampling.shifted)
-    stages = plan_stages(times, resolved.tau1, resolved.tau2, bool(used))
-    names = {(True, False): "MLLM", (True, True): "MLLM + VAE", (False, True): "VAE"}
-    print("stages: " + ", ".join(f"{names[s.mllm, s.vae]} {s.steps[1] - s.steps[0]} steps" for s in stages))
+    stages = stages_of_steps(pipeline.config, resolved, bool(used))
+    print("stages: " + ", ".join(f"{name} {number} steps" for name, number in counts(stages)))
     pictures = to_uint8(pipeline(given.prompt, references, settings))
+    kept = [Reference(str(path), image.height, image.width) for path, image in zip(given.reference, references)]
     for i, picture in enumerate(pictures):
         path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
-        text = {
-            "prompt": given.prompt,
-            "references": [
-                {"path": str(p), "height": r.height, "width": r.width} for p, r in zip(given.reference, references)
-            ],
-            "checkpoint": str(given.checkpoint or "demo"),
-            "checkpoint_step": pipeline.step,
-            **vars(resolved),
-            "seed": resolved.seed + i,
-            "num_images": 1,
-        }
-        save_png(path, picture, text)
+        save_png(path, picture, text_of(given.prompt, kept, str(given.checkpoint or "demo"), pipeline.step, resolved, i))
         print(f"picture: {path}")
     print(f"done in {time.perf_counter() - started:.1f} s")

@@ -1,0 +1,104 @@
+"""The settings of a picture as text inside its PNG: what `sample` and `app` write, and how it is read back."""
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from PIL import Image
+
+from squeeze_jax.errors import InputError
+from squeeze_jax.sampling.pipeline import Resolved
+
+
+class Reference(NamedTuple):
+    """A reference as it was given; the picture itself is not embedded."""
+
+    path: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """All that it takes, next to the references, to draw a picture again."""
+
+    prompt: str
+    references: tuple[Reference, ...]
+    checkpoint: str
+    checkpoint_step: int | None
+    settings: Resolved
+    """Of this picture alone: its own seed, one image."""
+
+
+def text_of(
+    prompt: str, references: Sequence[Reference], checkpoint: str, checkpoint_step: int | None, settings: Resolved, i: int
+) -> dict[str, Any]:
+    """The text of image `i` of a run, for `save_png`."""
+    return {
+        "prompt": prompt,
+        "references": [reference._asdict() for reference in references],
+        "checkpoint": checkpoint,
+        "checkpoint_step": checkpoint_step,
+        **vars(settings),
+        "seed": settings.seed + i,
+        "num_images": 1,
+    }
+
+
+def read(path: str | Path) -> Embedded:
+    """The settings inside a PNG. Raises InputError for a file that is no PNG or has no settings of ours inside.
+
+    Text is parsed as JSON and checked against the field's type; unknown keys are left alone.
+    """
+    path = Path(path)
+    text = _png_text(path)
+    try:
+        values = {
+            field.name: _number(text[field.name], get_type_hints(Resolved)[field.name])
+            for field in fields(Resolved)
+            if field.name in text or field.default is MISSING
+        }
+        rows = json.loads(text["references"])
+        references = tuple(
+            Reference(_checked(row["path"], str), _checked(row["height"], int), _checked(row["width"], int)) for row in rows
+        )
+        step = _number(text["checkpoint_step"], int | None)
+        return Embedded(text["prompt"], references, text["checkpoint"], step, Resolved(**values))
+    except KeyError as error:
+        raise InputError(
+            f"{path.name}: no settings of squeeze_jax inside (no {error.args[0]!r}); "
+            "take the PNG as it was saved, since editors and messengers drop the text"
+        ) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path.name}: the settings inside cannot be read ({error})") from None
+
+
+def _png_text(path: Path) -> dict[str, str]:
+    """The text chunks before the pixels, which are not decoded."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            kind, found = image.format, dict(image.info)
+    except Exception as error:  # decoders raise many kinds on broken files
+        raise InputError(f"{path.name}: cannot be read as a picture; replace the file") from error
+    if kind != "PNG":
+        raise InputError(f"{path.name}: this is {kind}; settings are only inside the PNG that was saved")
+    return {key: str(value) for key, value in found.items() if isinstance(value, str)}
+
+
+def _number(text: str, kind: Any) -> Any:
+    return _checked(json.loads(text), kind)
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    """The value, if it is of that type (a whole number is a float too)."""
+    kinds = get_args(kind) or (kind,)
+    if type(value) is int and int not in kinds and float in kinds:
+        value = float(value)
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{value!r} is not {' or '.join(k.__name__ for k in kinds)}")
+    return value
