@@ -14,6 +14,7 @@ PAINT = {
     "VAE": ORANGE,
 }
 """CSS background of a stage; the middle one wears both colours."""
+MEANING = {"MLLM": "MLLM alone (t ≥ τ1)", "MLLM + VAE": "MLLM and VAE", "VAE": "VAE alone (t < τ2)"}
 NAMES = {(True, False): "MLLM", (True, True): "MLLM + VAE", (False, True): "VAE"}
 
 STYLE = """
@@ -45,8 +46,9 @@ def strip(stages: Sequence[str], done: int) -> str:
         f'title="step {i + 1}: {name}"></span>'
         for i, name in enumerate(stages)
     )
+    meaning = MEANING if len(set(stages)) > 1 else {stages[0]: f"{stages[0]} throughout"}
     legend = "".join(
-        f'<span><i style="background: {PAINT[name]}"></i>{name}, {number} {"step" if number == 1 else "steps"}</span>'
+        f'<span><i style="background: {PAINT[name]}"></i>{meaning[name]}: {number} {"step" if number == 1 else "steps"}</span>'
         for name, number in counts(stages)
     )
     return f'<div class="strip">{cells}</div><div class="legend">{legend}</div>'
