@@ -48,7 +48,7 @@ def run(given: App) -> None:
         try:
             _, url, _ = blocks.launch(
                 server_name=given.host, server_port=given.port, share=False, inbrowser=False, ssr_mode=False, pwa=False,
-                mcp_server=False, footer_links=[], quiet=True, prevent_thread_lock=True, max_file_size=drawing.MAX_BYTES,
+                mcp_server=False, footer_links=[], quiet=True, prevent_thread_lock=True, max_file_size=8 * drawing.MAX_BYTES,
                 theme=gr.themes.Default(primary_hue="blue"), css=page.STYLE + strip.STYLE,
             )  # fmt: skip
         except OSError as error:

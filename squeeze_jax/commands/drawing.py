@@ -81,6 +81,8 @@ def accept(uploads: Sequence[Upload], folder: Path) -> tuple[list[Upload], list[
     """Those uploads that are pictures, as upright RGB files in `folder` (what the model sees), and what is wrong with the
     others, a sentence each.
     """
+    folder = folder / "accepted"
+    folder.mkdir(exist_ok=True)
     good, wrong = [], []
     for upload in uploads:
         if folder in upload.path.parents:  # accepted before
@@ -147,7 +149,7 @@ def draw(studio: Studio, prompt: str, uploads: Sequence[Upload], settings: Setti
 
 def file_stem(prompt: str) -> str:
     """The prompt's first words as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "picture"
+    return "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:6])[:60] or "picture"
 
 
 def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, float], list[str]]:

@@ -31,6 +31,7 @@ LABELS = {
 STYLE = """
 .gradio-container { max-width: 1160px !important; margin: 0 auto !important; padding: 12px 24px !important; }
 #pictures { min-height: 280px; }
+#references .grid-wrap, #pictures .grid-wrap { padding-top: 28px; }
 .notice { font-size: 14px; }
 .notice.wrong { color: #c62828; }
 .dark .notice.wrong { color: #ff8a80; }
@@ -42,9 +43,7 @@ def notice(sentences: str | list[str], wrong: bool = False) -> gr.HTML:
     """Something said to the user; hidden while there is nothing."""
     lines = [sentences] if isinstance(sentences, str) else sentences
     text = "<br>".join(html.escape(line) for line in lines)
-    return gr.HTML(
-        f'<div class="notice{" wrong" if wrong else ""}" role="status">{text}</div>', visible=bool(text), padding=False
-    )
+    return gr.HTML(f'<div class="notice{" wrong" if wrong else ""}" role="status">{text}</div>', visible=bool(text))
 
 
 def held(gallery: list[tuple[str, str | None]] | None) -> list[Upload]:
@@ -74,14 +73,18 @@ def build(studio: Studio) -> gr.Blocks:
         except InputError as error:
             return "", notice(str(error), wrong=True)
 
-    def run(prompt: str, gallery: Any, *values: float) -> Iterator[tuple[Any, Any, str]]:
+    def run(prompt: str, gallery: Any, *values: float) -> Iterator[tuple[Any, ...]]:
         settings = drawing.settings_of(dict(zip(LABELS, values)))
         try:
             for view in drawing.draw(studio, prompt, held(gallery), settings):
                 pictures = gr.skip() if view.pictures is None else shown(view.pictures)
-                yield pictures, view.strip, notice(view.said)
+                yield pictures, view.strip, notice(view.said), gr.Button(interactive=True)
+            yield gr.skip(), gr.skip(), gr.skip(), gr.Button(interactive=False)
         except InputError as error:
-            yield gr.skip(), gr.skip(), notice(str(error), wrong=True)
+            yield gr.skip(), gr.skip(), notice(str(error), wrong=True), gr.Button(interactive=False)
+
+    def stopped() -> tuple[Any, ...]:
+        return notice("Stopped; what is shown is unfinished."), gr.Button(interactive=False)
 
     def bring_back(path: str | None) -> list[Any]:
         if path is None:
@@ -100,17 +103,16 @@ def build(studio: Studio) -> gr.Blocks:
                 references = gr.Gallery(
                     [(str(EXAMPLE), EXAMPLE.name)] if demo else None, label=f"References ({drawing.LIMITS})",
                     interactive=True, columns=drawing.MAX_REFERENCES, fit_columns=False, height=170,
-                    object_fit="contain", elem_id="references", elem_classes=small, sources=["upload"],
+                    object_fit="contain", elem_id="references", elem_classes=small, sources=["upload"], file_types=["file"],
                 )  # fmt: skip
-                with gr.Group(elem_id="about-references"):
-                    about_references = notice("")
+                about_references = gr.HTML(visible=False, elem_id="about-references", padding=False)
                 prompt = gr.Textbox(
                     EXAMPLE_PROMPT if demo else "", label="Prompt", lines=2, elem_id="prompt",
                     placeholder="what the picture should show",
                 )  # fmt: skip
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", elem_id="draw")
-                    stop = gr.Button("Stop", elem_id="stop")
+                    stop = gr.Button("Stop", interactive=False, elem_id="stop")
                 sliders = []
                 for names in zip(list(LABELS)[::2], list(LABELS)[1::2]):
                     with gr.Row():
@@ -126,21 +128,19 @@ def build(studio: Studio) -> gr.Blocks:
                     elem_id="pictures", elem_classes=small, buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 strip = gr.HTML(drawing.plan(studio, Settings(), demo), elem_id="strip", padding=False)
-                with gr.Group(elem_id="status"):
-                    status = notice("")
+                status = gr.HTML(visible=False, elem_id="status", padding=False)
                 picture = gr.File(
-                    label="Drop a picture made here to restore its settings", file_types=[".png"], height=140,
+                    label="Drop a picture made here to restore its settings", file_types=[".png"], height=160,
                     elem_id="restore",
                 )  # fmt: skip
-                with gr.Group(elem_id="restored"):
-                    restored = notice("")
+                restored = gr.HTML(visible=False, elem_id="restored", padding=False)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         references.upload(take, references, [references, about_references], **quiet)
         drawing_now = gr.on(
-            [go.click, prompt.submit], run, [prompt, references, *sliders], [pictures, strip, status],
+            [go.click, prompt.submit], run, [prompt, references, *sliders], [pictures, strip, status, stop],
             concurrency_limit=1, **quiet,
         )  # fmt: skip
-        stop.click(lambda: notice("Stopped; what is shown is unfinished."), None, status, cancels=[drawing_now], **quiet)
+        stop.click(stopped, None, [status, stop], cancels=[drawing_now], **quiet)
         picture.change(bring_back, picture, [prompt, *sliders, restored], **quiet)
         gr.on(
             [slider.change for slider in sliders] + [references.change],

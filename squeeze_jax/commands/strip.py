@@ -14,7 +14,7 @@ PAINT = {
     "VAE": ORANGE,
 }
 """CSS background of a stage; the middle one wears both colours."""
-MEANING = {"MLLM": "MLLM alone (t ≥ τ1)", "MLLM + VAE": "MLLM and VAE", "VAE": "VAE alone (t < τ2)"}
+MEANING = {"MLLM": "MLLM alone (t ≥ τ1)", "MLLM + VAE": "both", "VAE": "VAE alone (t < τ2)"}
 NAMES = {(True, False): "MLLM", (True, True): "MLLM + VAE", (False, True): "VAE"}
 
 STYLE = """
@@ -48,7 +48,7 @@ def strip(stages: Sequence[str], done: int) -> str:
     )
     meaning = MEANING if len(set(stages)) > 1 else {stages[0]: f"{stages[0]} throughout"}
     legend = "".join(
-        f'<span><i style="background: {PAINT[name]}"></i>{meaning[name]}: {number} {"step" if number == 1 else "steps"}</span>'
+        f'<span><i style="background: {PAINT[name]}"></i>{number} × {meaning[name]}</span>'
         for name, number in counts(stages)
     )
     return f'<div class="strip">{cells}</div><div class="legend">{legend}</div>'
