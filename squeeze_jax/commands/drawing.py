@@ -152,7 +152,7 @@ def file_stem(prompt: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:6])[:60] or "picture"
 
 
-def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, float], list[str]]:
+def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, int | float], list[str]]:
     """The values that the page takes over from a picture, and what it could not, a sentence each."""
     values, notes = {}, []
     for name, (low, high, _) in studio.ranges.items():
@@ -175,7 +175,7 @@ def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, float], list[s
     return values, notes
 
 
-def settings_of(values: dict[str, float]) -> Settings:
+def settings_of(values: dict[str, int | float]) -> Settings:
     """Settings from what the sliders say."""
     whole = {name: value if name in ("tau1", "tau2", "cfg_scale") else int(value) for name, value in values.items()}
     return Settings(**whole)  # pyright: ignore[reportArgumentType]

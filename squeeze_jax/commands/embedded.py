@@ -58,15 +58,15 @@ def read(path: str | Path) -> Embedded:
     text = _png_text(path)
     try:
         values = {
-            field.name: _number(text[field.name], get_type_hints(Resolved)[field.name])
+            field.name: _checked(json.loads(text[field.name]), get_type_hints(Resolved)[field.name], field.name)
             for field in fields(Resolved)
             if field.name in text or field.default is MISSING
         }
         rows = json.loads(text["references"])
         references = tuple(
-            Reference(_checked(row["path"], str), _checked(row["height"], int), _checked(row["width"], int)) for row in rows
+            Reference(*(_checked(row[name], kind, name) for name, kind in get_type_hints(Reference).items())) for row in rows
         )
-        step = _number(text["checkpoint_step"], int | None)
+        step = _checked(json.loads(text["checkpoint_step"]), int | None, "checkpoint_step")
         return Embedded(text["prompt"], references, text["checkpoint"], step, Resolved(**values))
     except KeyError as error:
         raise InputError(
@@ -90,15 +90,11 @@ def _png_text(path: Path) -> dict[str, str]:
     return {key: str(value) for key, value in found.items() if isinstance(value, str)}
 
 
-def _number(text: str, kind: Any) -> Any:
-    return _checked(json.loads(text), kind)
-
-
-def _checked(value: Any, kind: Any) -> Any:
-    """The value, if it is of that type (a whole number is a float too)."""
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    """The value of a field, if it is of the field's type (a whole number is a float too)."""
     kinds = get_args(kind) or (kind,)
     if type(value) is int and int not in kinds and float in kinds:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{value!r} is not {' or '.join(k.__name__ for k in kinds)}")
+        raise ValueError(f"{name} {str(value)[:40]!r} is not {' or '.join(k.__name__ for k in kinds)}")
     return value

@@ -29,7 +29,7 @@ LABELS = {
     "seed": "Seed (of the first image)",
 }
 STYLE = """
-.gradio-container { max-width: 1160px !important; margin: 0 auto !important; padding: 12px 24px !important; }
+.gradio-container { width: 100% !important; max-width: 1160px !important; margin: 0 auto !important; padding: 12px 24px !important; }
 #pictures { min-height: 280px; }
 #references .grid-wrap, #pictures .grid-wrap { padding-top: 28px; }
 .notice { font-size: 14px; }
@@ -52,8 +52,10 @@ def held(gallery: list[tuple[str, str | None]] | None) -> list[Upload]:
 
 
 def shown(pictures: list[Any]) -> gr.Gallery:
-    """Previews, or files captioned with their names, in about as many columns as rows."""
-    items = [(str(picture), picture.name) if isinstance(picture, Path) else picture for picture in pictures]
+    """Previews, or files captioned with their seeds, in about as many columns as rows."""
+    items = [
+        (str(picture), f"seed {picture.stem.split('-')[-1]}") if isinstance(picture, Path) else picture for picture in pictures
+    ]
     return gr.Gallery(items, columns=math.ceil(math.sqrt(len(items))))
 
 
@@ -67,13 +69,13 @@ def build(studio: Studio) -> gr.Blocks:
         good, wrong = drawing.accept(held(gallery), studio.folder)
         return [(str(upload.path), upload.name) for upload in good], notice(wrong, wrong=True)
 
-    def preview_plan(gallery: Any, *values: float) -> tuple[str, str]:
+    def preview_plan(gallery: Any, *values: int | float) -> tuple[str, str]:
         try:
             return drawing.plan(studio, drawing.settings_of(dict(zip(LABELS, values))), bool(gallery)), notice("")
         except InputError as error:
             return "", notice(str(error), wrong=True)
 
-    def run(prompt: str, gallery: Any, *values: float) -> Iterator[tuple[Any, ...]]:
+    def run(prompt: str, gallery: Any, *values: int | float) -> Iterator[tuple[Any, ...]]:
         settings = drawing.settings_of(dict(zip(LABELS, values)))
         try:
             for view in drawing.draw(studio, prompt, held(gallery), settings):
