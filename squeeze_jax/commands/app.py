@@ -14,7 +14,7 @@ from squeeze_jax.commands.run import guarded, setup
 
 @dataclass(frozen=True)
 class App:
-    """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone unless told otherwise."""
+    """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone by default."""
 
     checkpoint: Path | None = None
     """Work or weights folder; none: the shipped miniature."""
@@ -35,7 +35,7 @@ def run(given: App) -> None:
         folder = str(Path(folder).resolve())
         os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
         try:
-            import gradio as gr
+            import gradio  # noqa: F401
         except ImportError:
             raise InputError('the page needs gradio; install it with pip install "squeeze_jax[app]"') from None
         setup()
@@ -47,14 +47,15 @@ def run(given: App) -> None:
         blocks = page.build(studio).queue(max_size=16, api_open=False)
         try:
             _, url, _ = blocks.launch(
-                server_name=given.host, server_port=given.port, share=False, inbrowser=False, ssr_mode=False, pwa=False,
-                mcp_server=False, footer_links=[], quiet=True, prevent_thread_lock=True, max_file_size=8 * drawing.MAX_BYTES,
-                theme=gr.themes.Default(primary_hue="blue"), css=page.STYLE + strip.STYLE,
+                server_name=given.host, server_port=given.port, prevent_thread_lock=True, quiet=True, footer_links=[],
+                share=False, inbrowser=False, ssr_mode=False, pwa=False, mcp_server=False,
+                max_file_size=8 * drawing.MAX_BYTES,  # what is smaller reaches `drawing`, which says more
+                theme=page.THEME, css=page.STYLE + strip.STYLE,
             )  # fmt: skip
         except OSError as error:
             raise InputError(f"cannot serve on {given.host}, port {given.port} ({error}); choose another --port") from error
         if not is_local(given.host):
-            print(f"anyone who reaches {given.host}, port {given.port} can draw here and upload pictures; there is no password")
+            print(f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; there is no password")
         print(f"page: {url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
 

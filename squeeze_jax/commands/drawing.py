@@ -131,7 +131,8 @@ def draw(studio: Studio, prompt: str, uploads: Sequence[Upload], settings: Setti
     resolved = pipeline.resolved(settings)
     if not prompt.strip():
         raise InputError("The prompt is empty; say what the picture should show")
-    yield View(None, plan(studio, settings, shown), "Reading prompt and references (a size's first run is compiled first) …")
+    said = "Reading prompt and references; what is new in size or number is compiled first …"
+    yield View(None, plan(studio, settings, shown), said)
     images = [read_reference(upload) for upload in uploads]
     pictures = np.zeros(0)
     for progress in pipeline.stream(prompt, images, settings, every=-(-resolved.steps // PREVIEWS)):

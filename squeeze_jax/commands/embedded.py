@@ -62,9 +62,9 @@ def read(path: str | Path) -> Embedded:
             for field in fields(Resolved)
             if field.name in text or field.default is MISSING
         }
-        rows = json.loads(text["references"])
+        kinds = get_type_hints(Reference).items()
         references = tuple(
-            Reference(*(_checked(row[name], kind, name) for name, kind in get_type_hints(Reference).items())) for row in rows
+            Reference(*(_checked(row[name], kind, name) for name, kind in kinds)) for row in json.loads(text["references"])
         )
         step = _checked(json.loads(text["checkpoint_step"]), int | None, "checkpoint_step")
         return Embedded(text["prompt"], references, text["checkpoint"], step, Resolved(**values))
@@ -87,7 +87,7 @@ def _png_text(path: Path) -> dict[str, str]:
         raise InputError(f"{path.name}: cannot be read as a picture; replace the file") from error
     if kind != "PNG":
         raise InputError(f"{path.name}: this is {kind}; settings are only inside the PNG that was saved")
-    return {key: str(value) for key, value in found.items() if isinstance(value, str)}
+    return {str(key): value for key, value in found.items() if isinstance(value, str)}
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:

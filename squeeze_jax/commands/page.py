@@ -28,8 +28,9 @@ LABELS = {
     "num_images": "Images",
     "seed": "Seed (of the first image)",
 }
+THEME = gr.themes.Default(primary_hue="blue")  # pyright: ignore[reportPrivateImportUsage]
 STYLE = """
-.gradio-container { width: 100% !important; max-width: 1160px !important; margin: 0 auto !important; padding: 12px 24px !important; }
+.gradio-container { width: 100% !important; max-width: 1160px !important; margin: 0 auto !important; }
 #pictures { min-height: 280px; }
 #references .grid-wrap, #pictures .grid-wrap { padding-top: 28px; }
 .notice { font-size: 14px; }
@@ -53,23 +54,21 @@ def held(gallery: list[tuple[str, str | None]] | None) -> list[Upload]:
 
 def shown(pictures: list[Any]) -> gr.Gallery:
     """Previews, or files captioned with their seeds, in about as many columns as rows."""
-    items = [
-        (str(picture), f"seed {picture.stem.split('-')[-1]}") if isinstance(picture, Path) else picture for picture in pictures
-    ]
+    items = [(str(p), f"seed {p.stem.rsplit('-', 1)[-1]}") if isinstance(p, Path) else p for p in pictures]
     return gr.Gallery(items, columns=math.ceil(math.sqrt(len(items))))
 
 
 def build(studio: Studio) -> gr.Blocks:
     """The page over a studio."""
     own = vars(studio.pipeline.resolved(Settings()))
-    demo = studio.checkpoint == "demo"
+    checkpoint, demo = studio.checkpoint, studio.checkpoint == "demo"
     small = ["small"] if max(own["height"], own["width"]) < 256 else []
 
-    def take(gallery: Any) -> tuple[Any, str]:
+    def take(gallery: Any) -> tuple[Any, gr.HTML]:
         good, wrong = drawing.accept(held(gallery), studio.folder)
         return [(str(upload.path), upload.name) for upload in good], notice(wrong, wrong=True)
 
-    def preview_plan(gallery: Any, *values: int | float) -> tuple[str, str]:
+    def preview_plan(gallery: Any, *values: int | float) -> tuple[str, gr.HTML]:
         try:
             return drawing.plan(studio, drawing.settings_of(dict(zip(LABELS, values))), bool(gallery)), notice("")
         except InputError as error:
@@ -99,7 +98,7 @@ def build(studio: Studio) -> gr.Blocks:
         return [picture.prompt, *(values.get(name, gr.skip()) for name in LABELS), notice(["Settings restored.", *notes])]
 
     with gr.Blocks(title="squeeze_jax", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
-        gr.Markdown(f"# squeeze_jax\nPictures of a subject, and a sentence that says what it does. Checkpoint: {studio.checkpoint}")
+        gr.Markdown(f"# squeeze_jax\nPictures of a subject, and a sentence about what it does. Checkpoint: {checkpoint}")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1):
                 references = gr.Gallery(
@@ -121,9 +120,8 @@ def build(studio: Studio) -> gr.Blocks:
                         for name in names:
                             low, high, step = studio.ranges[name]
                             kind = partial(gr.Number, precision=0) if name == "seed" else gr.Slider
-                            sliders.append(
-                                kind(value=own[name], label=LABELS[name], minimum=low, maximum=high, step=step, elem_id=name)
-                            )
+                            common = {"value": own[name], "label": LABELS[name], "step": step, "elem_id": name}
+                            sliders.append(kind(minimum=low, maximum=high, **common))
             with gr.Column(scale=1):
                 pictures = gr.Gallery(
                     label="Pictures (PNG, settings inside)", interactive=False, format="png", object_fit="contain",

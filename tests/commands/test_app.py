@@ -1,6 +1,5 @@
 """The page to try it on: its functions without a browser, then the page itself in headless Chromium."""
 
-import json
 import os
 import re
 import socket
@@ -25,6 +24,7 @@ from squeeze_jax.sampling.pipeline import Pipeline, Progress, Resolved, Settings
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
+OWN = Settings()
 RESOLVED = Resolved(height=32, width=48, steps=5, tau1=0.9, tau2=0.5, cfg_scale=2.5, seed=7, num_images=2)
 
 
@@ -34,7 +34,7 @@ class Painter(Pipeline):
     def __init__(self):
         self.config, self.step, self.asked = tiny_config(), 12, []
 
-    def stream(self, prompt, references=(), settings=Settings(), every=1):
+    def stream(self, prompt, references=(), settings=OWN, every=1):
         run = self.resolved(settings)
         stages = stages_of_steps(self.config, run, bool(references))
         self.asked.append((prompt, [image.size for image in references]))
@@ -42,7 +42,7 @@ class Painter(Pipeline):
             greys = [(run.seed + i) * step / run.steps for i in range(run.num_images)]
             yield Progress(step, run.steps, stages[step - 1], jnp.asarray(greys)[:, None, None])
 
-    def decode(self, tokens, settings=Settings()):
+    def decode(self, tokens, settings=OWN):
         run = self.resolved(settings)
         return np.broadcast_to(np.asarray(tokens)[..., None] / 127.5 - 1, (len(tokens), run.height, run.width, 3))
 
@@ -130,7 +130,8 @@ def broken_files(folder):
     (folder / "heavy.png").write_bytes(bytes(MAX_BYTES + 1))
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     Image.new("1", (8_000, 8_000)).save(folder / "large.png")
-    words = {"cut.jpg": "truncated", "notes.png": "not a picture", "heavy.png": "25 MB", "bomb.png": "50000000", "large.png": "8000x8000"}
+    words = {"cut.jpg": "truncated", "notes.png": "not a picture", "heavy.png": "25 MB"}
+    words |= {"bomb.png": "50000000", "large.png": "8000x8000"}
     return [(folder / name, word) for name, word in words.items()]
 
 
@@ -177,7 +178,7 @@ def test_a_run_shows_its_steps_and_ends_in_files_with_their_own_seeds(studio, tm
 
 @pytest.mark.parametrize(
     ("prompt", "settings", "words"),
-    [(" ", Settings(), "empty"), ("a", Settings(tau1=0.2, tau2=0.4), "τ2 0.4 is larger"), ("a", Settings(height=33), "33x32")],
+    [(" ", OWN, "empty"), ("a", Settings(tau1=0.2, tau2=0.4), "τ2 0.4 is larger"), ("a", Settings(height=33), "33x32")],
 )
 def test_what_cannot_be_drawn_is_one_sentence(studio, prompt, settings, words):
     with pytest.raises(InputError, match=words):
@@ -190,7 +191,7 @@ def test_restoring_takes_what_fits_and_names_what_does_not(studio):
     picture = Embedded("p", (Reference("/home/me/cat.jpg", 10, 20),), "demo", None, settings)
     values, notes = drawing.restore(studio, picture)
     assert values == {k: v for k, v in vars(settings).items() if k != "height"}
-    assert [any(word in note for note in notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
+    assert [word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
     assert drawing.restore(studio, Embedded("p", (), "tiny", 12, RESOLVED))[1] == []
 
 
@@ -209,7 +210,8 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
 
 
 def test_addresses_of_this_machine_alone():
-    assert [app.is_local(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.3", "pod")] == [1, 1, 1, 0, 0, 0]
+    assert all(map(app.is_local, ("127.0.0.1", "localhost", "::1")))
+    assert not any(map(app.is_local, ("0.0.0.0", "10.0.0.3", "pod")))
 
 
 # The page in a browser
@@ -258,7 +260,8 @@ def try_the_page(browser, url, folder, wait):
     page.click("#draw")
     says("status", "2 pictures in", 1000 * wait)
     assert page.locator("#strip .strip .done").count() == 6
-    assert page.locator("#pictures .thumbnail-item img").evaluate_all("all => all.map(i => i.naturalWidth > 0)") == [True] * 2
+    images = "[...document.querySelectorAll('#pictures .thumbnail-item img')]"
+    page.wait_for_function(f"{images}.length == 2 && {images}.every(image => image.naturalWidth > 0)")
     page.locator("#pictures .thumbnail-item").nth(1).click()
     with page.expect_download() as download:
         page.locator("#pictures [aria-label=Download]").first.click()
@@ -288,14 +291,11 @@ def try_the_page(browser, url, folder, wait):
 
 @pytest.mark.filterwarnings("ignore")  # gradio's and its server's
 def test_the_page_from_upload_to_restored_settings(browser, tmp_path, monkeypatch):
-    import gradio
-
     from squeeze_jax.commands import page
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "pages"))
     (tmp_path / "pages").mkdir()
     blocks = page.build(Studio(Painter(), "tiny", tmp_path / "pages"))
-    assert gradio.__version__
     _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, css=page.STYLE)
     try:
         try_the_page(browser, url, tmp_path, wait=30)
@@ -323,4 +323,4 @@ def test_the_command_draws_with_the_shipped_weights(browser, tmp_path):
     finally:
         process.terminate()
         process.wait(30)
-    assert json.dumps("Traceback") not in (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "said").read_text()
