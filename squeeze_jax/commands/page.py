@@ -68,11 +68,11 @@ def build(studio: Studio) -> gr.Blocks:
         good, wrong = drawing.accept(held(gallery), studio.folder)
         return [(str(upload.path), upload.name) for upload in good], notice(wrong, wrong=True)
 
-    def preview_plan(gallery: Any, *values: int | float) -> tuple[str, gr.HTML]:
+    def preview_plan(gallery: Any, *values: int | float) -> str | gr.HTML:
         try:
-            return drawing.plan(studio, drawing.settings_of(dict(zip(LABELS, values))), bool(gallery)), notice("")
+            return drawing.plan(studio, drawing.settings_of(dict(zip(LABELS, values))), bool(gallery))
         except InputError as error:
-            return "", notice(str(error), wrong=True)
+            return notice(str(error), wrong=True)
 
     def run(prompt: str, gallery: Any, *values: int | float) -> Iterator[tuple[Any, ...]]:
         settings = drawing.settings_of(dict(zip(LABELS, values)))
@@ -144,7 +144,7 @@ def build(studio: Studio) -> gr.Blocks:
         picture.change(bring_back, picture, [prompt, *sliders, restored], **quiet)
         gr.on(
             [slider.change for slider in sliders] + [references.change],
-            preview_plan, [references, *sliders], [strip, status], trigger_mode="always_last", **quiet,
+            preview_plan, [references, *sliders], strip, trigger_mode="always_last", queue=False, **quiet,
         )  # fmt: skip
     return page
 
