@@ -75,6 +75,7 @@ class View(NamedTuple):
     """Previews, at the end the files."""
     strip: str
     said: str
+    finished: bool = False
 
 
 def accept(uploads: Sequence[Upload], folder: Path) -> tuple[list[Upload], list[str]]:
@@ -145,7 +146,8 @@ def draw(studio: Studio, prompt: str, uploads: Sequence[Upload], settings: Setti
         files.append(folder / f"{file_stem(prompt)}-{resolved.seed + i}.png")
         save_png(files[-1], picture, text_of(prompt, references, studio.checkpoint, pipeline.step, resolved, i))
     count = "1 picture" if len(files) == 1 else f"{len(files)} pictures"
-    yield View(files, plan(studio, settings, shown, resolved.steps), f"{count} in {time.perf_counter() - started:.1f} s")
+    said = f"{count} in {time.perf_counter() - started:.1f} s"
+    yield View(files, plan(studio, settings, shown, resolved.steps), said, finished=True)
 
 
 def file_stem(prompt: str) -> str:

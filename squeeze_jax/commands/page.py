@@ -75,12 +75,12 @@ def build(studio: Studio) -> gr.Blocks:
             return notice(str(error), wrong=True)
 
     def run(prompt: str, gallery: Any, *values: int | float) -> Iterator[tuple[Any, ...]]:
+        # Each update is whole: of several that come at once, the browser shows the last alone.
         settings = drawing.settings_of(dict(zip(LABELS, values)))
         try:
             for view in drawing.draw(studio, prompt, held(gallery), settings):
                 pictures = gr.skip() if view.pictures is None else shown(view.pictures)
-                yield pictures, view.strip, notice(view.said), gr.Button(interactive=True)
-            yield gr.skip(), gr.skip(), gr.skip(), gr.Button(interactive=False)
+                yield pictures, view.strip, notice(view.said), gr.Button(interactive=not view.finished)
         except InputError as error:
             yield gr.skip(), gr.skip(), notice(str(error), wrong=True), gr.Button(interactive=False)
 
