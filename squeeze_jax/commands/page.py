@@ -32,7 +32,7 @@ THEME = gr.themes.Default(primary_hue="blue")  # pyright: ignore[reportPrivateIm
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1160px !important; margin: 0 auto !important; }
 #pictures { min-height: 280px; }
-#references .grid-wrap, #pictures .grid-wrap { padding-top: 28px; }
+#references .grid-wrap, #pictures .grid-wrap { padding-top: 28px; max-height: none; }
 .notice { font-size: 14px; }
 .notice.wrong { color: #c62828; }
 .dark .notice.wrong { color: #ff8a80; }
@@ -100,7 +100,7 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="squeeze_jax", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
         gr.Markdown(f"# squeeze_jax\nPictures of a subject, and a sentence about what it does. Checkpoint: {checkpoint}")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=1):
+            with gr.Column(scale=9):
                 references = gr.Gallery(
                     [(str(EXAMPLE), EXAMPLE.name)] if demo else None, label=f"References ({drawing.LIMITS})",
                     interactive=True, columns=drawing.MAX_REFERENCES, fit_columns=False, height=170,
@@ -122,7 +122,7 @@ def build(studio: Studio) -> gr.Blocks:
                             kind = partial(gr.Number, precision=0) if name == "seed" else gr.Slider
                             common = {"value": own[name], "label": LABELS[name], "step": step, "elem_id": name}
                             sliders.append(kind(minimum=low, maximum=high, **common))
-            with gr.Column(scale=1):
+            with gr.Column(scale=8):
                 pictures = gr.Gallery(
                     label="Pictures (PNG, settings inside)", interactive=False, format="png", object_fit="contain",
                     elem_id="pictures", elem_classes=small, buttons=["download", "fullscreen"],
