@@ -2,10 +2,12 @@
 
 import ipaddress
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
@@ -31,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: App) -> None:
     from squeeze_jax.errors import InputError
 
+    signal.signal(signal.SIGTERM, ended)  # without it the folder below would stay
     with tempfile.TemporaryDirectory(prefix="squeeze_jax-") as folder:  # uploads and pictures: gone with the page
         folder = str(Path(folder).resolve())
         os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
@@ -58,6 +61,13 @@ def run(given: App) -> None:
             print(f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; there is no password")
         print(f"page: {url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
+
+
+def ended(*_: object) -> NoReturn:
+    """What a SIGTERM does."""
+    from squeeze_jax.errors import Preempted
+
+    raise Preempted("the page has ended")
 
 
 def is_local(host: str) -> bool:

@@ -206,6 +206,7 @@ def test_settings_from_sliders_are_whole_where_they_must_be(studio):
 
 def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
     assert app.main([]) == 2
     assert 'pip install "squeeze_jax[app]"' in capsys.readouterr().err
 
@@ -297,6 +298,7 @@ def served(command, folder):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     names = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    names["TMPDIR"] = str(folder)
     names["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     command, log = [sys.executable, *command, "--port", str(port)], folder / "said"
     with log.open("w") as said:
@@ -312,7 +314,8 @@ def served(command, folder):
         assert second.returncode == 2 and "choose another --port" in second.stderr
     finally:
         process.terminate()
-        process.wait(30)
+        code = process.wait(30)
+    assert code == 143 and not list(folder.glob("squeeze_jax-*"))  # uploads and pictures are gone
     assert "Traceback" not in log.read_text()
 
 
