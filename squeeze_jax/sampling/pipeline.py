@@ -1,9 +1,9 @@
 """Prompt and reference pictures in, pictures out: load once, sample many."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,18 +57,6 @@ class Resolved:
     cfg_scale: float
     seed: int
     num_images: int
-
-
-class Progress(NamedTuple):
-    """Where a run is after some of its steps."""
-
-    step: int
-    """Steps done, 1 … steps."""
-    steps: int
-    stage: str
-    """What the step saw: "MLLM", "MLLM + VAE" or "VAE"."""
-    tokens: jax.Array
-    """Latent tokens [images, N, c] after the step."""
 
 
 @dataclass
@@ -136,44 +124,6 @@ class Pipeline:
             for image in references
         ]
         return self.decode(self.sample(states, [latents], seeds, settings), settings)
-
-    def stream(
-        self,
-        prompt: str,
-        references: Sequence[Image.Image] = (),
-        settings: Settings = Settings(),
-        every: int = 1,
-    ) -> Iterator[Progress]:
-        """The same run in pieces of `every` steps; the last one's tokens are the finished pictures'."""
-        resolved = self.resolved(settings)
-        seeds = [resolved.seed + i for i in range(resolved.num_images)]
-        states = self.encoders.read([prompt], [list(references)])
-        latents = [
-            self.encoders.latents([resize_for_reference(image, self.config.data.reference_long_side)])[0]
-            for image in references
-        ]
-        grid = self.config.grid(resolved.height, resolved.width)
-        shown = reference_tokens([latents], grid) if self.uses_references else None
-        whole_run = make_schedule(
-            resolved.steps, grid[0] * grid[1], resolved.tau1, resolved.tau2,
-            references=shown is not None, shifted=self.config.sampling.shifted,
-        )  # fmt: skip
-        tokens = noise_for(seeds, grid[0] * grid[1], self.config.model.dit.in_channels)
-        guided, mesh = resolved.cfg_scale != 1.0, mesh_of(self.leaves)
-        program = make_sampler(
-            self.graph, target_grid=grid, guided=guided, guidance=self.config.diffusion.guidance, mesh=mesh
-        )
-        program = self._programs.setdefault((grid, guided), program)
-        for start in range(0, resolved.steps, every):
-            end = min(start + every, resolved.steps)
-            borders = np.clip(whole_run.borders, start, end) - start
-            times = np.roll(whole_run.times, -start)
-            piece = whole_run._replace(times=times, borders=borders.astype(np.int32))
-            tokens = program(
-                self.leaves, *beside(mesh, (tokens, states, shown)), piece, jnp.float32(resolved.cfg_scale)
-            )
-            kind = int(np.sum(end > whole_run.borders))
-            yield Progress(end, resolved.steps, ("MLLM", "MLLM + VAE", "VAE")[kind], tokens)
 
     def sample(
         self,
