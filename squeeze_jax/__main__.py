@@ -6,6 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a preset, or resume it",
     "sample": "draw pictures from a prompt and references",
+    "app": "a page for drawing, on this machine",
     "extract": "run the frozen encoders over a manifest",
     "evaluate": "score a checkpoint",
     "plan": "what a pod run will need and take",

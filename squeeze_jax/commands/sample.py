@@ -47,7 +47,6 @@ def run(given: Sample) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from squeeze_jax.data.images import load_image, parse_size, save_png, to_uint8
-    from squeeze_jax.diffusion.stages import plan_stages, time_steps
     from squeeze_jax.errors import InputError
 
     started = time.perf_counter()
@@ -66,8 +65,9 @@ def run(given: Sample) -> None:
     references = [load_image(path) for path in given.reference]
 
     setup()
-    from squeeze_jax.sampling.pipeline import STAGE_NAMES, Pipeline, Settings
-    from squeeze_jax.sampling.sampler import STAGES
+    from squeeze_jax.commands.embedded import Reference, text_of
+    from squeeze_jax.commands.strip import counts, stages_of_steps
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
     pipeline = Pipeline.load(given.checkpoint)
     scale: Any = given.cfg_scale[0] if given.cfg_scale and len(given.cfg_scale) == 1 else given.cfg_scale
@@ -79,11 +79,8 @@ def run(given: Sample) -> None:
     if not used:
         why = "no reference" if not references else "this checkpoint was trained on the MLLM alone"
         print(f"{why}: the MLLM stays on throughout")
-    rows, columns = pipeline.config.grid(resolved.height, resolved.width)
-    times = time_steps(resolved.steps, rows * columns, pipeline.config.sampling.shifted)
-    stages = plan_stages(times, resolved.tau1, resolved.tau2, bool(used))
-    names = dict(zip(STAGES, STAGE_NAMES))
-    print("stages: " + ", ".join(f"{names[s.mllm, s.vae]} {s.steps[1] - s.steps[0]} steps" for s in stages))
+    stages = stages_of_steps(pipeline.config, resolved, bool(used))
+    print("stages: " + ", ".join(f"{name} {number} steps" for name, number in counts(stages)))
     tokens: Any = None
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("reading", total=resolved.steps)
@@ -91,19 +88,9 @@ def run(given: Sample) -> None:
             tokens = state.tokens.block_until_ready()
             bar.update(task, completed=state.step, description=state.stage)
     pictures = to_uint8(pipeline.decode(tokens, settings))
+    kept = [Reference(str(path), image.height, image.width) for path, image in zip(given.reference, references)]
     for i, picture in enumerate(pictures):
         path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
-        text = {
-            "prompt": given.prompt,
-            "references": [
-                {"path": str(p), "height": r.height, "width": r.width} for p, r in zip(given.reference, references)
-            ],
-            "checkpoint": str(given.checkpoint or "demo"),
-            "checkpoint_step": pipeline.step,
-            **vars(resolved),
-            "seed": resolved.seed + i,
-            "num_images": 1,
-        }
-        save_png(path, picture, text)
+        save_png(path, picture, text_of(given.prompt, kept, str(given.checkpoint or "demo"), pipeline.step, resolved, i))
         print(f"picture: {path}")
     print(f"done in {time.perf_counter() - started:.1f} s")

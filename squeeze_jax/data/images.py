@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from squeeze_jax.errors import InputError
@@ -50,6 +50,8 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Image.DecompressionBombError:
         raise InputError(f"{path}: more than the limit of {max_pixels} pixels; scale the picture down") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a picture, or of an unknown format; replace or re-save the file") from None
     except Exception as error:  # decoders raise many kinds (OSError, SyntaxError, struct.error …) on broken files
         reason = str(error).replace(str(path), "the file") or type(error).__name__
         raise InputError(f"{path}: cannot be read as a picture ({reason}); replace or re-save the file") from error

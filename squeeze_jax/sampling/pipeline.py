@@ -128,6 +128,9 @@ class Pipeline:
         parse_size(f"{height}x{width}")  # refuses what is no multiple of 16
         if settings.num_images < 1:
             raise InputError(f"num_images is {settings.num_images}; it must be at least 1")
+        steps = own.steps if settings.steps is None else settings.steps
+        if not 1 <= steps <= MAX_STEPS:
+            raise InputError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
         rows, columns = self.config.grid(height, width)
 
         def tau(given: float | None, default: float) -> float:
@@ -138,7 +141,7 @@ class Pipeline:
         return Resolved(
             height=height,
             width=width,
-            steps=own.steps if settings.steps is None else settings.steps,
+            steps=steps,
             tau1=tau(settings.tau1, own.tau1),
             tau2=tau(settings.tau2, own.tau2),
             cfg_scale=own.cfg_scale if settings.cfg_scale is None else settings.cfg_scale,

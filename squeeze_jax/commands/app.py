@@ -1,0 +1,78 @@
+"""`app`: a page to try a checkpoint on."""
+
+import ipaddress
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from squeeze_jax.commands.run import guarded, setup
+
+
+@dataclass(frozen=True)
+class App:
+    """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone by default."""
+
+    checkpoint: Path | None = None
+    """Work or weights folder; none: the shipped miniature."""
+    host: str = "127.0.0.1"
+    """Address to serve on; 0.0.0.0 is every network of this machine."""
+    port: int = 7860
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = tyro.cli(App, args=sys.argv[1:] if arguments is None else arguments, prog="python -m squeeze_jax app")
+    return guarded(lambda: run(given))
+
+
+def run(given: App) -> None:
+    from squeeze_jax.errors import InputError
+
+    signal.signal(signal.SIGTERM, ended)  # without it the folder below would stay
+    with tempfile.TemporaryDirectory(prefix="squeeze_jax-") as folder:  # uploads and pictures: gone with the page
+        folder = str(Path(folder).resolve())
+        os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
+        try:
+            import gradio  # noqa: F401
+        except ImportError:
+            raise InputError('the page needs gradio; install it with pip install "squeeze_jax[app]"') from None
+        setup()
+        from squeeze_jax.commands import drawing, page, strip
+        from squeeze_jax.sampling.pipeline import Pipeline
+
+        print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)
+        studio = drawing.Studio(Pipeline.load(given.checkpoint), str(given.checkpoint or "demo"), Path(folder))
+        blocks = page.build(studio).queue(max_size=16, api_open=False)
+        try:
+            _, url, _ = blocks.launch(
+                server_name=given.host, server_port=given.port, prevent_thread_lock=True, quiet=True, footer_links=[],
+                share=False, inbrowser=False, ssr_mode=False, pwa=False, mcp_server=False,
+                max_file_size=8 * drawing.MAX_BYTES,  # what is smaller reaches `drawing`, which says more
+                theme=page.THEME, css=page.STYLE + strip.STYLE,
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"cannot serve on {given.host}, port {given.port} ({error}); choose another --port") from error
+        if not is_local(given.host):
+            print(f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; there is no password")
+        print(f"page: {url} (Ctrl-C ends it)", flush=True)
+        blocks.block_thread()
+
+
+def ended(*_: object) -> NoReturn:
+    """What a SIGTERM does."""
+    from squeeze_jax.errors import Preempted
+
+    raise Preempted("the page has ended")
+
+
+def is_local(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,103 @@
+"""The settings of a picture as text inside its PNG: what `sample` and `app` write, and how it is read back."""
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from PIL import Image
+
+from squeeze_jax.errors import InputError
+from squeeze_jax.sampling.pipeline import Resolved
+
+
+class Reference(NamedTuple):
+    """A reference as it was given; the picture itself is not embedded."""
+
+    path: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """All that it takes, next to the references, to draw a picture again."""
+
+    prompt: str
+    references: tuple[Reference, ...]
+    checkpoint: str
+    checkpoint_step: int | None
+    settings: Resolved
+    """Of this picture alone: its own seed, one image."""
+
+
+def text_of(
+    prompt: str, references: Sequence[Reference], checkpoint: str, checkpoint_step: int | None, settings: Resolved, i: int
+) -> dict[str, Any]:
+    """The text of image `i` of a run, for `save_png`."""
+    return {
+        "prompt": prompt,
+        "references": [reference._asdict() for reference in references],
+        "checkpoint": checkpoint,
+        "checkpoint_step": checkpoint_step,
+        **vars(settings),
+        "seed": settings.seed + i,
+        "num_images": 1,
+    }
+
+
+def read(path: str | Path) -> Embedded:
+    """The settings inside a PNG. Raises InputError for a file that is no PNG or has no settings of ours inside.
+
+    Text is parsed as JSON and checked against the field's type; unknown keys are left alone.
+    """
+    path = Path(path)
+    text = _png_text(path)
+    try:
+        values = {
+            field.name: _checked(json.loads(text[field.name]), get_type_hints(Resolved)[field.name], field.name)
+            for field in fields(Resolved)
+            if field.name in text or field.default is MISSING
+        }
+        kinds = get_type_hints(Reference).items()
+        references = tuple(
+            Reference(*(_checked(row[name], kind, name) for name, kind in kinds)) for row in json.loads(text["references"])
+        )
+        step = _checked(json.loads(text["checkpoint_step"]), int | None, "checkpoint_step")
+        return Embedded(text["prompt"], references, text["checkpoint"], step, Resolved(**values))
+    except KeyError as error:
+        raise InputError(
+            f"{path.name}: no settings of squeeze_jax inside (no {error.args[0]!r}); "
+            "take the PNG as it was saved, since editors and messengers drop the text"
+        ) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path.name}: the settings inside cannot be read ({error})") from None
+
+
+def _png_text(path: Path) -> dict[str, str]:
+    """The text chunks before the pixels, which are not decoded."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            kind, found = image.format, dict(image.info)
+    except Exception as error:  # decoders raise many kinds on broken files
+        raise InputError(f"{path.name}: cannot be read as a picture; replace the file") from error
+    if kind != "PNG":
+        raise InputError(f"{path.name}: this is {kind}; settings are only inside the PNG that was saved")
+    return {str(key): value for key, value in found.items() if isinstance(value, str)}
+
+
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    """The value of a field, if it is of the field's type (a whole number is a float too, a list a tuple)."""
+    kinds = (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
+    for option in kinds:
+        if get_origin(option) is tuple and isinstance(value, list) and len(value) == len(get_args(option)):
+            return tuple(_checked(item, inner, name) for item, inner in zip(value, get_args(option)))
+    if type(value) is int and int not in kinds and float in kinds:
+        value = float(value)
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name} {str(value)[:40]!r} is not {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
+    return value

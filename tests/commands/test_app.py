@@ -1,0 +1,336 @@
+"""The page to try it on: its functions without a browser, then the page itself in headless Chromium."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_config
+
+from squeeze_jax.commands import app, drawing, embedded
+from squeeze_jax.commands.drawing import MAX_BYTES, MAX_REFERENCES, Studio, Upload
+from squeeze_jax.commands.embedded import Embedded, Reference, text_of
+from squeeze_jax.commands.strip import PAINT, counts, stages_of_steps, strip
+from squeeze_jax.data.images import save_png
+from squeeze_jax.errors import InputError
+from squeeze_jax.sampling.pipeline import Pipeline, Progress, Resolved, Settings
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = Path("/usr/bin/chromium")
+OWN = Settings()
+RESOLVED = Resolved(height=32, width=48, steps=5, tau1=0.9, tau2=0.5, cfg_scale=2.5, seed=7, num_images=2)
+
+
+class Painter(Pipeline):
+    """Stands in for a trained pipeline: every picture is one grey, its seed, and grows darker with the steps."""
+
+    def __init__(self):
+        self.config, self.step, self.asked = tiny_config(), 12, []
+
+    def stream(self, prompt, references=(), settings=OWN, every=1):
+        run = self.resolved(settings)
+        stages = stages_of_steps(self.config, run, bool(references))
+        self.asked.append((prompt, [image.size for image in references]))
+        for step in sorted({*range(every, run.steps, every), run.steps}):
+            greys = [(run.seed + i) * step / run.steps for i in range(run.num_images)]
+            yield Progress(step, run.steps, stages[step - 1], jnp.asarray(greys)[:, None, None])
+
+    def decode(self, tokens, settings=OWN):
+        run = self.resolved(settings)
+        return np.broadcast_to(np.asarray(tokens)[..., None] / 127.5 - 1, (len(tokens), run.height, run.width, 3))
+
+
+@pytest.fixture
+def studio(tmp_path):
+    return Studio(Painter(), "tiny", tmp_path)
+
+
+def saved(path, text):
+    save_png(path, np.zeros((32, 48, 3), np.uint8), text)
+    return path
+
+
+# The settings inside a picture
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    references = (Reference("a/cät.jpg", 10, 20),)
+    text = text_of('{"1": ünï\n[2]}', references, "runs/x", 300, RESOLVED, i=1)
+    alone = Resolved(**vars(RESOLVED) | {"seed": 8, "num_images": 1})
+    found = embedded.read(saved(tmp_path / "a.png", text))
+    assert found == Embedded('{"1": ünï\n[2]}', references, "runs/x", 300, alone)
+    assert embedded.read(saved(tmp_path / "b.png", text | {"checkpoint_step": None})).checkpoint_step is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": None}, "steps"),
+        ({"steps": True}, "True"),
+        ({"steps": 2.5}, "2.5"),
+        ({"tau1": float("nan")}, "nan"),
+        ({"tau1": "__import__('os')"}, "cannot be read"),
+        ({"seed": "9" * 5000}, "cannot be read"),
+        ({"references": "[" * 100_000}, "cannot be read"),
+        ({"references": 3}, "cannot be read"),
+        ({"references": [{"path": 3, "height": 1, "width": 1}]}, "cannot be read"),
+        ({"references": [{"height": 1, "width": 1}]}, "path"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_one_sentence(tmp_path, change, words):
+    path = saved(tmp_path / "x.png", text_of("a", (), "demo", None, RESOLVED, 0) | change)
+    with pytest.raises(InputError, match=words) as refused:
+        embedded.read(path)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith("x.png: ")
+
+
+def test_foreign_pictures_are_told_from_ours(tmp_path):
+    grey = Image.new("RGB", (8, 8))
+    with pytest.raises(InputError, match="no settings of squeeze_jax inside"):
+        embedded.read(saved(tmp_path / "other.png", {"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"}))
+    grey.save(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match="this is JPEG"):
+        embedded.read(tmp_path / "a.jpg")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(InputError, match=r"text\.png: cannot be read"):
+        embedded.read(tmp_path / "text.png")
+
+
+# The strip
+
+
+def test_a_strip_has_a_cell_a_step_in_its_stages_colour():
+    config = tiny_config()
+    stages = stages_of_steps(config, RESOLVED, references=True)
+    assert [name for name, _ in counts(stages)] == ["MLLM", "MLLM + VAE", "VAE"]
+    html = strip(stages, done=2)
+    assert html.count('class="done"') == 2 and html.count('class="ahead"') == 3
+    assert re.findall(r'step \d+: ([^"]+)"', html) == stages
+    assert all(paint in html for paint in PAINT.values())
+    assert counts(stages_of_steps(config, RESOLVED, references=False)) == [("MLLM", 5)]
+
+
+# Uploads
+
+
+def broken_files(folder):
+    """(file, a word of what is said about it)."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    noise.save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:900])
+    (folder / "notes.png").write_text("hello")
+    (folder / "heavy.png").write_bytes(bytes(MAX_BYTES + 1))
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    Image.new("1", (8_000, 8_000)).save(folder / "large.png")
+    words = {"cut.jpg": "truncated", "notes.png": "not a picture", "heavy.png": "25 MB"}
+    words |= {"bomb.png": "50000000", "large.png": "8000x8000"}
+    return [(folder / name, word) for name, word in words.items()]
+
+
+def test_broken_uploads_are_named_and_the_good_ones_stay(tmp_path):
+    files = broken_files(tmp_path)
+    turned, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    turned.putpixel((0, 0), (255, 255, 255))
+    exif[0x0112] = 6
+    turned.save(tmp_path / "phone.png", exif=exif)
+    (tmp_path / "pages").mkdir()
+    uploads = [Upload(path, path.name) for path in [files[0][0], tmp_path / "phone.png", *(path for path, _ in files[1:])]]
+    good, wrong = drawing.accept(uploads, tmp_path / "pages")
+    assert [upload.name for upload in good] == ["phone.png"]
+    assert len(wrong) == len(files)
+    for (path, word), sentence in zip(files, wrong):
+        assert sentence.startswith(f"{path.name}: ") and word in sentence
+        assert str(tmp_path) not in sentence
+    upright = Image.open(good[0].path)
+    assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (255, 255, 255)
+    again, wrong = drawing.accept(good * (MAX_REFERENCES + 1), tmp_path / "pages")
+    assert again == good * MAX_REFERENCES and "5 references" in wrong[0]
+
+
+# Drawing
+
+
+def test_a_run_shows_its_steps_and_ends_in_files_with_their_own_seeds(studio, tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "cat.png")
+    settings = Settings(steps=30, seed=5, num_images=3)
+    first, *middle, last = drawing.draw(studio, "A cat, jumping!", [Upload(tmp_path / "cat.png", "my cat.png")], settings)
+    assert first.pictures is None
+    assert len(middle) == 10
+    assert [view.strip.count('class="done"') for view in middle] == list(range(3, 31, 3))
+    assert middle[0].said == "Step 3 of 30: MLLM" and middle[-1].said.endswith("VAE")
+    assert "3 pictures" in last.said
+    assert [path.name for path in last.pictures] == [f"a-cat-jumping-{seed}.png" for seed in (5, 6, 7)]
+    for seed, path in zip((5, 6, 7), last.pictures):
+        assert np.all(np.asarray(Image.open(path)) == seed)
+        found = embedded.read(path)
+        assert (found.prompt, found.checkpoint, found.checkpoint_step) == ("A cat, jumping!", "tiny", 12)
+        assert found.references == (Reference("my cat.png", 20, 40),)
+        assert (found.settings.seed, found.settings.num_images, found.settings.steps) == (seed, 1, 30)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [(" ", OWN, "empty"), ("a", Settings(tau1=0.2, tau2=0.4), "τ2 0.4 is larger"), ("a", Settings(height=33), "33x32")],
+)
+def test_what_cannot_be_drawn_is_one_sentence(studio, prompt, settings, words):
+    with pytest.raises(InputError, match=words):
+        list(drawing.draw(studio, prompt, [], settings))
+    assert not studio.pipeline.asked
+
+
+def test_restoring_takes_what_fits_and_names_what_does_not(studio):
+    settings = Resolved(height=1024, width=48, steps=5, tau1=0.835, tau2=0.5, cfg_scale=1.0, seed=9, num_images=1)
+    picture = Embedded("p", (Reference("/home/me/cat.jpg", 10, 20),), "demo", None, settings)
+    values, notes = drawing.restore(studio, picture)
+    assert values == {k: v for k, v in vars(settings).items() if k != "height"}
+    assert [word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
+    assert drawing.restore(studio, Embedded("p", (), "tiny", 12, RESOLVED))[1] == []
+
+
+def test_settings_from_sliders_are_whole_where_they_must_be(studio):
+    settings = drawing.settings_of({**vars(RESOLVED), "steps": 5.0, "seed": 7.0})
+    assert Resolved(**vars(settings)) == RESOLVED and type(settings.steps) is int
+
+
+# The command
+
+
+def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
+    assert app.main([]) == 2
+    assert 'pip install "squeeze_jax[app]"' in capsys.readouterr().err
+
+
+def test_addresses_of_this_machine_alone():
+    assert all(map(app.is_local, ("127.0.0.1", "localhost", "::1")))
+    assert not any(map(app.is_local, ("0.0.0.0", "10.0.0.3", "pod")))
+
+
+# The page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("gradio")
+    if not CHROMIUM.exists():
+        pytest.skip(f"no browser at {CHROMIUM}")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync"
+    with api.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=str(CHROMIUM), args=flags.split())
+        yield chromium
+        chromium.close()
+
+
+def try_the_page(browser, url, folder, wait):
+    """Upload, draw, see, download, restore, and a broken file; `wait` seconds at most for the pictures."""
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    outside = []
+    page.on("request", lambda request: request.url.startswith((url, "data:", "blob:")) or outside.append(request.url))
+
+    def fill(name, value):
+        page.fill(f"#{name} input[type=number]", value)
+        page.keyboard.press("Tab")
+
+    def says(where, text, timeout=20_000):
+        page.locator(f"#{where}", has_text=text).wait_for(timeout=timeout)
+
+    Image.new("RGB", (40, 24), "red").save(folder / "cat.png")
+    page.goto(url)
+    page.locator("#references input[type=file]").first.set_input_files(str(folder / "cat.png"))
+    page.locator("#references .caption-label", has_text="cat.png").wait_for()
+    page.fill("#prompt textarea", "a small critter running in the snow")
+    fill("tau2", "0.95")
+    says("strip", "is larger than τ1")
+    fill("tau2", "0.45")
+    fill("steps", "6")
+    fill("num_images", "2")
+    fill("seed", "40")
+    page.wait_for_function("document.querySelectorAll('#strip .strip span').length == 6")
+    page.click("#draw")
+    says("status", "2 pictures in", 1000 * wait)
+    assert page.locator("#strip .strip .done").count() == 6
+    images = "[...document.querySelectorAll('#pictures .thumbnail-item img')]"
+    page.wait_for_function(f"{images}.length == 2 && {images}.every(image => image.naturalWidth > 0)")
+    page.locator("#pictures .thumbnail-item").nth(1).click()
+    with page.expect_download() as download:
+        page.locator("#pictures [aria-label=Download]").first.click()
+    assert download.value.suggested_filename == "a-small-critter-running-in-the-41.png"
+    download.value.save_as(folder / "saved.png")
+    found = embedded.read(folder / "saved.png")
+    assert found.prompt == "a small critter running in the snow"
+    assert found.references[-1] == Reference("cat.png", 24, 40)
+    assert (found.settings.seed, found.settings.steps, found.settings.tau2) == (41, 6, 0.45)
+
+    page.reload()
+    page.locator("#restore input[type=file]").set_input_files(str(folder / "saved.png"))
+    says("restored", "add them again")
+    assert "cat.png (24x40)" in page.inner_text("#restored")
+    assert page.input_value("#prompt textarea") == found.prompt
+    for name in ("seed", "steps", "tau1", "tau2", "cfg_scale", "height", "width", "num_images"):
+        assert float(page.input_value(f"#{name} input[type=number]")) == getattr(found.settings, name), name
+    for path, word in broken_files(folder):
+        page.locator("#references input[type=file]").first.set_input_files(str(path))
+        says("about-references", word)
+        assert path.name in page.inner_text("#about-references")
+    page.click("#draw")
+    says("status", "1 picture in", 1000 * wait)
+    page.close()
+    assert not outside
+
+
+@contextmanager
+def served(command, folder):
+    """The page's address while the command runs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    names["TMPDIR"] = str(folder)
+    names["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+    command, log = [sys.executable, *command, "--port", str(port)], folder / "said"
+    with log.open("w") as said:
+        process = subprocess.Popen(command, env=names, stdout=said, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 240
+        while "page: http" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert "anyone who reaches" not in log.read_text()
+        yield f"http://127.0.0.1:{port}/"
+        second = subprocess.run(command, env=names, capture_output=True, text=True, check=False)
+        assert second.returncode == 2 and "choose another --port" in second.stderr
+    finally:
+        process.terminate()
+        code = process.wait(30)
+    assert code == 143 and not list(folder.glob("squeeze_jax-*"))  # uploads and pictures are gone
+    assert "Traceback" not in log.read_text()
+
+
+def painted_page():
+    """What the next test starts: the command with the stand-in for a trained pipeline."""
+    Pipeline.load = lambda checkpoint: Painter()
+    sys.exit(app.main(["--checkpoint", "tiny", *sys.argv[1:]]))
+
+
+def test_the_page_from_upload_to_restored_settings(browser, tmp_path):
+    with served(["-c", "import test_app; test_app.painted_page()"], tmp_path) as url:
+        try_the_page(browser, url, tmp_path, wait=30)
+
+
+@pytest.mark.slow
+def test_the_command_draws_with_the_shipped_weights(browser, tmp_path):
+    with served(["-m", "squeeze_jax", "app"], tmp_path) as url:
+        try_the_page(browser, url, tmp_path, wait=240)
