@@ -81,8 +81,8 @@ class Modulation(NamedTuple):
         def pick(axis: int) -> Any:
             return lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
 
-        blocks = jax.tree.map(pick(1), (self.double, self.single))
-        return Modulation(*blocks, jax.tree.map(pick(0), self.final))
+        double, single = jax.tree.map(pick(1), (self.double, self.single))
+        return Modulation(double, single, jax.tree.map(pick(0), self.final))
 
 
 class CachedReferences(NamedTuple):
@@ -231,14 +231,12 @@ class DiT(nnx.Module):
         known = at.double if isinstance(at, Modulation) else None
 
         def apply(block: DoubleBlock, streams: Any, inputs: Any) -> Any:
-            modulated, shown = inputs
-            modulated = block.modulation(at) if modulated is None else modulated
-            streams, own = block(*streams, modulated, by, mask, shown)
+            (txt, img), (modulated, shown) = streams, inputs
+            streams, own = block(txt, img, block.modulation(at) if modulated is None else modulated, by, mask, shown)
             return streams, own if keep else None
 
-        return scan_blocks(
-            self.double_blocks, apply, (txt, img), (known, seen), remat=self.remat, unroll=self.unroll
-        )
+        inputs = known, seen
+        return scan_blocks(self.double_blocks, apply, (txt, img), inputs, remat=self.remat, unroll=self.unroll)
 
     def _single(
         self, x: Any, at: Any, by: Rotation, mask: Any, seen: KeysValues | None = None, *, keep: bool = False
@@ -409,7 +407,7 @@ def joint_attention(
     q, k, v = (constrain(x, "heads") for x in (rotate(q, by), rotate(k, by), v))
     own = k, v
     if seen is not None:  # one row of them may serve several images
-        seen = [jnp.repeat(x, len(q) // len(x), axis=0) for x in seen]
-        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, seen))
+        spread = [jnp.repeat(x, q.shape[0] // x.shape[0], axis=0) for x in seen]
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, spread))
     mixed = attention(q, k, v, mask=mask, name=ATTENTION)
     return mixed.reshape(*mixed.shape[:2], -1), own

@@ -54,8 +54,8 @@ def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = 
     lines_of: dict[str, list[str]] = {}
     entry, name = "", ""
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            name = found[1]
+        if start := _COMPUTATION.match(line):
+            name = start[1]
             lines_of[name] = []
             entry = name if line.startswith("ENTRY") else entry
         elif name:

@@ -63,8 +63,8 @@ class Resolved:
     num_images: int
 
     @property
-    def scales(self) -> tuple[float, float, float]:
-        """Guidance of each stage."""
+    def scales(self) -> tuple[float, ...]:
+        """Guidance of each of the three stages."""
         return self.cfg_scale if isinstance(self.cfg_scale, tuple) else (self.cfg_scale,) * 3
 
 
@@ -162,7 +162,8 @@ class Pipeline:
         condition stays on throughout. Raises InputError for an empty or too long prompt, sizes that are no multiples of
         16, and impossible steps or τ.
         """
-        prompts, shown = ([prompt], [references]) if isinstance(prompt, str) else (prompt, references or [()] * len(prompt))
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        shown: Any = [references] if isinstance(prompt, str) else references or [()] * len(prompts)
         if len(prompts) != len(shown):
             raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
         resolved = self.resolved(settings)

@@ -90,12 +90,12 @@ def advance(
     scales: Float[Array, " 3"],
     span: Int[Array, " 2"],
     *,
-    guided: tuple[bool, bool, bool],
+    guided: tuple[bool, ...],
 ) -> Float[Array, "B N c"]:
     """Latent tokens after the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage.
 
     v = v_u + scale·(v_c − v_u), where the unconditional branch sees the target alone; a stage that is not `guided` leaves
-    that branch out (scale 1). The branches differ in length, so they are two calls, not one of twice the rows. Row i of
+    that branch out (scale 1; `guided` and `scales` have one entry a stage). The branches differ in length, so they are two calls, not one of twice the rows. Row i of
     `prepared` serves the next B / P images.
     """
     batch = x.shape[0]
@@ -159,7 +159,7 @@ def make_sampler(
     graph: Any,
     *,
     target_grid: tuple[int, int],
-    guided: tuple[bool, bool, bool],
+    guided: tuple[bool, ...],
     guidance: float,
     mesh: Mesh | None = None,
 ) -> Sampler:

@@ -1,5 +1,6 @@
 """The page to try it on: its functions without a browser, then the page itself in headless Chromium."""
 
+import dataclasses
 import os
 import re
 import socket
@@ -194,6 +195,15 @@ def test_restoring_takes_what_fits_and_names_what_does_not(studio):
     assert values == {k: v for k, v in vars(settings).items() if k != "height"}
     assert [word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
     assert drawing.restore(studio, Embedded("p", (), "tiny", 12, RESOLVED))[1] == []
+
+
+def test_guidance_of_each_stage_survives_in_a_picture_and_the_page_names_it(studio, tmp_path):
+    settings = dataclasses.replace(RESOLVED, cfg_scale=(2.5, 1.0, 3.0))
+    save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), text_of("p", [], "tiny", 12, settings, 0))
+    picture = embedded.read(tmp_path / "a.png")
+    assert picture.settings == dataclasses.replace(settings, num_images=1)
+    values, notes = drawing.restore(studio, picture)
+    assert "cfg_scale" not in values and "one number a stage" in notes[0]
 
 
 def test_settings_from_sliders_are_whole_where_they_must_be(studio):
