@@ -95,8 +95,8 @@ def advance(
     """Latent tokens after the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage.
 
     v = v_u + scale·(v_c − v_u), where the unconditional branch sees the target alone; a stage that is not `guided` leaves
-    that branch out (scale 1; `guided` and `scales` have one entry a stage). The branches differ in length, so they are two calls, not one of twice the rows. Row i of
-    `prepared` serves the next B / P images.
+    that branch out (scale 1). `guided` and `scales` have one entry a stage. The branches differ in length, so they are two
+    calls, not one of twice the rows. Row i of `prepared` serves the next B / P images.
     """
     batch = x.shape[0]
 
