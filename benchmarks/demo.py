@@ -83,14 +83,14 @@ def main() -> None:
         print(f"| train step, stage {number} | {1000 * seconds:.0f} | {speed:.0f} examples/s |")
     tokens = batch.target.shape[1]
     one = jax.tree.map(lambda x: x[:1], batch)
-    program = make_sampler(graph, target_grid=config.target_grid, guided=True, guidance=1.0)
+    program = make_sampler(graph, target_grid=config.target_grid, guided=(True,) * 3, guidance=1.0)
     for name, tau1, tau2 in (("the demo's τ", config.sampling.tau1, config.sampling.tau2), ("both throughout", 1.0, 0.0)):
         schedule = make_schedule(config.sampling.steps, tokens, tau1, tau2, references=True)
         for images in (1, 16):
             noise = noise_for(list(range(images)), tokens, config.model.dit.in_channels)
 
             def sample(noise=noise, schedule=schedule):
-                scale = np.float32(config.sampling.cfg_scale)
+                scale = np.full(3, config.sampling.cfg_scale, np.float32)
                 jax.block_until_ready(program((leaves,), noise, one.hidden_states, one.references, schedule, scale))
 
             seconds = median(sample, 5)

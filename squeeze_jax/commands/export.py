@@ -104,6 +104,10 @@ def check_exportable(config: "Config", given: Export) -> None:
             f"{given.checkpoint} reads with another MLLM (model.mllm_source {config.model.mllm_source}); "
             "the exported pipeline knows InternVL3 only"
         )
+    if config.model.dit.reference_attention == "cached":
+        raise InputError(
+            f"{given.checkpoint} has learned cached reference attention; the exported pipeline knows joint attention only"
+        )
     if config.lora is None and given.lora_format != "diffusers":
         raise InputError(f"{given.checkpoint} has no LoRA, its transformer was trained whole; leave --lora-format out")
     if config.lora is not None and config.model.dit_weights is None and not given.merge:

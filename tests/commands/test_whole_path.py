@@ -46,8 +46,9 @@ config = Config(
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    names = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return names | {"JAX_PLATFORMS": "cpu", "SQUEEZE_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    flags = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"  # one device, quickly compiled
+    changes = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "SQUEEZE_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    return os.environ | changes
 
 
 def preset(folder: Path, source: str) -> Path:

@@ -449,6 +449,9 @@ def test_training_begins_with_an_exported_folder_a_lora_or_a_transformer(home, e
     whole = dataclasses.replace(config, lora=None)
     leaves = starting_leaves(home / "base", whole, base, mesh)
     assert leaves.keys() == {name for name in random_weights(whole)[1] if name.startswith("dit.")}
+    cached = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, reference_attention="cached"))
+    with pytest.raises(InputError, match="has learned joint reference attention"):
+        starting_leaves(home / "run", dataclasses.replace(config, model=cached), base, mesh)
 
 
 def test_unos_lora_begins_a_run_of_a_larger_rank(home, tmp_path):
@@ -530,7 +533,11 @@ def test_what_cannot_be_exported_is_named(capsys, home, tmp_path):
     random = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=None))
     write_weights(tmp_path / "random", *random_weights(random), jnp.float32)
     refused(capsys, 2, [tmp_path / "random", "--out", out], "--merge")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["random", "unfinished"]
+    cached = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, reference_attention="cached"))
+    (tmp_path / "cached").mkdir()
+    write_config(tmp_path / "cached", dataclasses.replace(config, model=cached))
+    refused(capsys, 2, [tmp_path / "cached", "--out", out], "cached reference attention")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cached", "random", "unfinished"]
 
 
 def test_another_base_is_refused(capsys, home, exported, tmp_path):

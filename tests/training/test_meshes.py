@@ -21,12 +21,14 @@ from squeeze_jax.training.state import flat_leaves, initial_state, split_system,
 from squeeze_jax.training.step import draw, make_train_step, make_validation, step_key
 
 CONFIG = tiny_config()
+CACHED = dataclasses.replace(CONFIG.model.dit, reference_attention="cached")
 SGD = optax.chain(optax.trace(0.0), optax.scale(-0.1))
 """Plain descent whose state is the gradient."""
 WAYS = {
     "whole": (CONFIG, STAGE),
     "adapters": (tiny_config(lora=LoRAConfig(rank=4, alpha=4.0)), STAGE),
     "stage 1": (CONFIG, StageConfig(steps=4, references=False)),
+    "cached": (dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dit=CACHED)), STAGE),
     "accumulated": (dataclasses.replace(CONFIG, optimizer=OptimizerConfig(accumulate=2)), STAGE),
 }
 MESHES = [

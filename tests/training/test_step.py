@@ -18,6 +18,10 @@ from squeeze_jax.training.state import initial_state, split_system
 from squeeze_jax.training.step import draw, losses, make_train_step, make_validation, moving_average, step_key
 
 CONFIG = tiny_config()
+CACHED = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, dit=dataclasses.replace(CONFIG.model.dit, reference_attention="cached")),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,23 +50,25 @@ def shorten(batch, i):
     )  # fmt: skip
 
 
-def test_a_samples_loss_in_a_mixed_padded_batch_equals_that_of_a_batch_of_one():
-    system, batch = randomised(CONFIG), tiny_batch()
-    draws = draw(jax.random.key(3), batch.target.shape, CONFIG, STAGE)
+@pytest.mark.parametrize("config", [CONFIG, CACHED], ids=["joint", "cached"])
+def test_a_samples_loss_in_a_mixed_padded_batch_equals_that_of_a_batch_of_one(config):
+    system, batch = randomised(config), tiny_batch()
+    draws = draw(jax.random.key(3), batch.target.shape, config, STAGE)
     draws = draws._replace(keep_mllm=jnp.ones(4, bool), keep_vae=jnp.ones(4, bool))
-    together = losses(system, batch, draws, CONFIG, STAGE)
-    alone = [losses(system, shorten(batch, i), row(draws, i), CONFIG, STAGE)[0] for i in range(4)]
+    together = losses(system, batch, draws, config, STAGE)
+    alone = [losses(system, shorten(batch, i), row(draws, i), config, STAGE)[0] for i in range(4)]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
-def test_dropped_conditions_equal_conditions_left_out():
-    system, batch = randomised(CONFIG), tiny_batch(mixed=False)
-    draws = draw(jax.random.key(3), batch.target.shape, CONFIG, STAGE)
+@pytest.mark.parametrize("config", [CONFIG, CACHED], ids=["joint", "cached"])
+def test_dropped_conditions_equal_conditions_left_out(config):
+    system, batch = randomised(config), tiny_batch(mixed=False)
+    draws = draw(jax.random.key(3), batch.target.shape, config, STAGE)
     off = jnp.zeros(4, bool)
-    dropped = losses(system, batch, draws._replace(keep_mllm=off, keep_vae=off), CONFIG, STAGE)
+    dropped = losses(system, batch, draws._replace(keep_mllm=off, keep_vae=off), config, STAGE)
     x = (1 - draws.t[:, None, None]) * batch.target + draws.t[:, None, None] * draws.noise
     empty = Context(jnp.zeros((4, 0, 24)), jnp.zeros((4, 0), bool))
-    velocity = system.velocity(x, (2, 2), draws.t, empty, None, CONFIG.diffusion.guidance)
+    velocity = system.velocity(x, (2, 2), draws.t, empty, None, config.diffusion.guidance)
     np.testing.assert_allclose(
         dropped, jnp.mean(jnp.square(velocity - (draws.noise - batch.target)), axis=(1, 2)), rtol=1e-5
     )
