@@ -1,6 +1,8 @@
 """The staged sampler against closed forms, its masked twin, and single pictures; and the pipeline around it."""
 
 import dataclasses
+import subprocess
+import sys
 from itertools import pairwise
 
 import jax
@@ -323,6 +325,17 @@ def test_a_checkpoint_of_stage_one_samples_without_references(system, pipeline, 
     states, references = programs[0].hidden_states, some_latents((4, 6))
     given, none = (first.sample(states, latents, [0, 1]) for latents in ([references, references], [[], []]))
     np.testing.assert_array_equal(given, none)
+
+
+def test_the_package_offers_the_pipeline_without_importing_it():
+    import squeeze_jax
+
+    assert squeeze_jax.Pipeline is Pipeline and squeeze_jax.Settings is Settings
+    code = "import sys, squeeze_jax; print(squeeze_jax.__version__, 'jax' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == [squeeze_jax.__version__, "False"]
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        squeeze_jax.nothing  # noqa: B018
 
 
 def test_references_of_several_sizes_make_one_padded_row():
