@@ -15,6 +15,7 @@ from squeeze_jax.commands.embedded import Embedded, Reference, text_of
 from squeeze_jax.commands.strip import stages_of_steps, strip
 from squeeze_jax.data.images import MULTIPLE, load_image, save_png, to_uint8
 from squeeze_jax.errors import InputError
+from squeeze_jax.sampling.cheaper import PLAIN
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.sampler import MAX_STEPS
 
@@ -166,6 +167,8 @@ def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, int | float], 
             values[name] = value
         else:
             notes.append(f"{name} {value:g} is left out: this page goes from {low:g} to {high:g}.")
+    if picture.settings.cheaper != PLAIN:
+        notes.append(f"It was drawn with cheaper steps ({picture.settings.cheaper}); this page evaluates every step.")
     if picture.references:
         names = ", ".join(f"{Path(r.path).name} ({r.height}x{r.width})" for r in picture.references)
         notes.append(f"References are not inside a picture; add them again: {names}.")

@@ -57,8 +57,9 @@ def read(path: str | Path) -> Embedded:
     path = Path(path)
     text = _png_text(path)
     try:
+        hints = get_type_hints(Resolved)
         values = {
-            field.name: _checked(json.loads(text[field.name]), get_type_hints(Resolved)[field.name], field.name)
+            field.name: _checked(_parsed(text[field.name], hints[field.name]), hints[field.name], field.name)
             for field in fields(Resolved)
             if field.name in text or field.default is MISSING
         }
@@ -88,6 +89,11 @@ def _png_text(path: Path) -> dict[str, str]:
     if kind != "PNG":
         raise InputError(f"{path.name}: this is {kind}; settings are only inside the PNG that was saved")
     return {str(key): value for key, value in found.items() if isinstance(value, str)}
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """As `save_png` writes values: strings as they are, all else as JSON."""
+    return text if kind is str else json.loads(text)
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:

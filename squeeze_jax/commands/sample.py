@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -36,6 +36,12 @@ class Sample:
     seed: int = 0
     num_images: int = 1
     """Image i is what seed + i alone gives."""
+    solver: Literal["euler", "heun", "multistep"] = "euler"
+    """heun: two evaluations a step; multistep: second order with one. docs/sampling.md has what each costs and gives."""
+    cache_interval: int = 1
+    """TaylorSeer: of so many steps in a row one is evaluated, the others are foretold; 1 evaluates all."""
+    max_order: int = 1
+    """Order of TaylorSeer's expansion, 0 to 2."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,7 +77,10 @@ def run(given: Sample) -> None:
 
     pipeline = Pipeline.load(given.checkpoint)
     scale: Any = given.cfg_scale[0] if given.cfg_scale and len(given.cfg_scale) == 1 else given.cfg_scale
-    settings = Settings(height, width, given.steps, given.tau1, given.tau2, scale, given.seed, given.num_images)
+    settings = Settings(
+        height, width, given.steps, given.tau1, given.tau2, scale, given.seed, given.num_images,
+        given.solver, given.cache_interval, given.max_order,
+    )  # fmt: skip
     resolved = pipeline.resolved(settings)
     used = references if pipeline.uses_references else []
     for number, (path, image) in enumerate(zip(given.reference, references), 1):

@@ -62,7 +62,7 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
         with on_mesh(mesh):
             prepared = prepare(system, states, shown, schedule, config.diffusion.guidance)
             span = jnp.array([0, MAX_STEPS])
-            return advance(system, noise, config.target_grid, prepared, schedule, scales, span, guided=guided)
+            return advance(system, (noise, None), config.target_grid, prepared, schedule, scales, span, guided=guided)[0]
 
     trips = [steps for kind, steps in evaluations(config, references) if kind != (False, False)]
     if shown is not None:  # a stage without steps is a loop of the program all the same

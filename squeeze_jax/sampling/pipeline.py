@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from squeeze_jax.interop.load import DEMO
 from squeeze_jax.interop.trained import load_trained
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
+from squeeze_jax.sampling.cheaper import Cheaper, Solver, State, first_state
 from squeeze_jax.sampling.sampler import MAX_STEPS, Sampler, Schedule, make_sampler, make_schedule, noise_for
 from squeeze_jax.sharding import batch_sharding
 
@@ -47,6 +48,10 @@ class Settings:
     seed: int = 0
     num_images: int = 1
     """Of each prompt; image i is what `seed + i` alone gives."""
+    solver: Solver = "euler"
+    cache_interval: int = 1
+    max_order: int = 1
+    """Cheaper steps, each at a loss: see `sampling.cheaper`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,13 @@ class Resolved:
     cfg_scale: float | tuple[float, float, float]
     seed: int
     num_images: int
+    solver: str = "euler"
+    cache_interval: int = 1
+    max_order: int = 1
+
+    @property
+    def cheaper(self) -> Cheaper:
+        return Cheaper(cast(Solver, self.solver), self.cache_interval, self.max_order)
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -84,7 +96,7 @@ class Run(NamedTuple):
     """A batch of images about to be drawn."""
 
     sampler: Sampler
-    noise: jax.Array
+    state: State
     prepared: Any
     schedule: Schedule
     scales: jax.Array
@@ -147,6 +159,9 @@ class Pipeline:
             cfg_scale=own.cfg_scale if settings.cfg_scale is None else settings.cfg_scale,
             seed=settings.seed,
             num_images=settings.num_images,
+            solver=settings.solver,
+            cache_interval=settings.cache_interval,
+            max_order=settings.max_order,
         )
 
     def __call__(
@@ -184,12 +199,13 @@ class Pipeline:
         resolved = self.resolved(settings)
         states, latents = self.encode([prompt], [references])
         run = self.run(states, latents, [resolved.seed + i for i in range(resolved.num_images)], settings)
-        x, borders = run.noise, run.schedule.borders
+        state, borders = run.state, run.schedule.borders
         for start in range(0, resolved.steps, every):
             end = min(start + every, resolved.steps)
             span = np.array([start, end], np.int32)
-            x = run.sampler.advance(self.leaves, x, run.prepared, run.schedule, run.scales, span)
-            yield Progress(end, resolved.steps, STAGE_NAMES[int(np.searchsorted(borders, end - 1, side="right"))], x)
+            state = run.sampler.advance(self.leaves, state, run.prepared, run.schedule, run.scales, span)
+            stage = STAGE_NAMES[int(np.searchsorted(borders, end - 1, side="right"))]
+            yield Progress(end, resolved.steps, stage, state[0])
 
     def encode(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
@@ -212,7 +228,7 @@ class Pipeline:
         each prompt's images stand in a row."""
         run = self.run(states, latents, seeds, settings)
         whole = np.array([0, MAX_STEPS], np.int32)
-        return run.sampler.advance(self.leaves, run.noise, run.prepared, run.schedule, run.scales, whole)
+        return run.sampler.advance(self.leaves, run.state, run.prepared, run.schedule, run.scales, whole)[0]
 
     def run(
         self,
@@ -233,16 +249,19 @@ class Pipeline:
             references=references is not None, shifted=self.config.sampling.shifted,
         )  # fmt: skip
         mesh = mesh_of(self.leaves)
-        key = grid, tuple(scale != 1.0 for scale in resolved.scales)
+        key = grid, tuple(scale != 1.0 for scale in resolved.scales), resolved.cheaper
         sampler = self._programs.get(key)
         if sampler is None:
             guidance = self.config.diffusion.guidance
-            sampler = make_sampler(self.graph, target_grid=grid, guided=key[1], guidance=guidance, mesh=mesh)
+            sampler = make_sampler(
+                self.graph, target_grid=grid, guided=key[1], guidance=guidance, cheaper=resolved.cheaper, mesh=mesh
+            )
             self._programs[key] = sampler
         noise = noise_for(list(seeds), grid[0] * grid[1], self.config.model.dit.in_channels)
         noise, states, references = beside(mesh, (noise, states, references))
         prepared = sampler.prepare(self.leaves, states, references, schedule)
-        return Run(sampler, noise, prepared, schedule, jnp.asarray(resolved.scales, jnp.float32))
+        scales = jnp.asarray(resolved.scales, jnp.float32)
+        return Run(sampler, first_state(noise, resolved.cheaper), prepared, schedule, scales)
 
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, References
-from squeeze_jax.diffusion.flow import euler_step
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
 from squeeze_jax.models.dit import CachedReferences, Modulation
 from squeeze_jax.models.system import System
+from squeeze_jax.sampling.cheaper import PLAIN, Cheaper, State, first_state, step
 from squeeze_jax.sharding import compiler_options, on_mesh
 
 MAX_STEPS = 100
@@ -83,7 +83,7 @@ def prepare(
 
 def advance(
     system: System,
-    x: Float[Array, "B N c"],
+    state: State,
     target_grid: tuple[int, int],
     prepared: Prepared,
     schedule: Schedule,
@@ -91,14 +91,15 @@ def advance(
     span: Int[Array, " 2"],
     *,
     guided: tuple[bool, ...],
-) -> Float[Array, "B N c"]:
-    """Latent tokens after the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage.
+    cheaper: Cheaper = PLAIN,
+) -> State:
+    """The state after the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage; `first_state` makes the first.
 
     v = v_u + scale·(v_c − v_u), where the unconditional branch sees the target alone; a stage that is not `guided` leaves
     that branch out (scale 1). `guided` and `scales` have one entry a stage. The branches differ in length, so they are two
     calls, not one of twice the rows. Row i of `prepared` serves the next B / P images.
     """
-    batch = x.shape[0]
+    batch = state[0].shape[0]
 
     def spread(x: Array) -> jax.Array:
         return jnp.repeat(x, batch // x.shape[0], axis=0) if x.shape[0] != batch else jnp.asarray(x)
@@ -114,23 +115,25 @@ def advance(
         t, at = jnp.full((batch,), times[i]), prepared.modulation.at(i)
         return system.velocity(x, target_grid, t, seen, references, modulation=at)
 
-    def stage(mllm: bool, vae: bool, guided: bool, scale: jax.Array):
-        def step(i: jax.Array, x: jax.Array) -> jax.Array:
-            v = velocity(i, x, mllm, vae)
-            if guided:
-                v_u = velocity(i, x, False, False)
-                v = v_u + scale * (v - v_u)
-            return euler_step(x, v, times[i], times[i + 1])
-
-        return step
-
-    begin = 0
-    for number, kind in enumerate(STAGES if shown is not None else STAGES[:1]):
+    begin: Any = 0
+    for number, (mllm, vae) in enumerate(STAGES if shown is not None else STAGES[:1]):
         end = schedule.borders[number]
-        steps = (jnp.clip(begin, span[0], span[1]), jnp.clip(end, span[0], span[1]))
-        x = jax.lax.fori_loop(*steps, stage(*kind, guided[number], scales[number]), x)
+
+        def guided_velocity(
+            i: jax.Array, x: jax.Array, mllm: bool = mllm, vae: bool = vae, number: int = number
+        ) -> jax.Array:
+            v = velocity(i, x, mllm, vae)
+            if not guided[number]:
+                return v
+            v_u = velocity(i, x, False, False)
+            return v_u + scales[number] * (v - v_u)
+
+        def take(i: jax.Array, state: State, begin: Any = begin, velocity: Any = guided_velocity) -> State:
+            return step(cheaper, velocity, times, i, jnp.asarray(begin), state)
+
+        state = jax.lax.fori_loop(jnp.clip(begin, *span), jnp.clip(end, *span), take, state)
         begin = end
-    return x
+    return state
 
 
 class Sampler(NamedTuple):
@@ -139,7 +142,8 @@ class Sampler(NamedTuple):
     prepare: Any
     """(leaves, states, references, schedule) to `Prepared`."""
     advance: Any
-    """(leaves, x, prepared, schedule, scales [3], span [2]) to x."""
+    """(leaves, state, prepared, schedule, scales [3], span [2]) to the state."""
+    cheaper: Cheaper
 
     def __call__(
         self,
@@ -152,7 +156,8 @@ class Sampler(NamedTuple):
     ) -> jax.Array:
         """From noise to latent tokens."""
         prepared = self.prepare(leaves, states, references, schedule)
-        return self.advance(leaves, noise, prepared, schedule, scales, np.array([0, MAX_STEPS], np.int32))
+        state = first_state(noise, self.cheaper)
+        return self.advance(leaves, state, prepared, schedule, scales, np.array([0, MAX_STEPS], np.int32))[0]
 
 
 def make_sampler(
@@ -161,6 +166,7 @@ def make_sampler(
     target_grid: tuple[int, int],
     guided: tuple[bool, ...],
     guidance: float,
+    cheaper: Cheaper = PLAIN,
     mesh: Mesh | None = None,
 ) -> Sampler:
     """`prepare` and `advance`, compiled, with the leaves of the system as first argument; `mesh` is what these lie on."""
@@ -175,11 +181,12 @@ def make_sampler(
 
     @compiled
     def advanced(
-        leaves: Any, x: Array, prepared: Prepared, schedule: Schedule, scales: Array, span: Array
-    ) -> jax.Array:
+        leaves: Any, state: State, prepared: Prepared, schedule: Schedule, scales: Array, span: Array
+    ) -> State:
         with on_mesh(mesh):
             return advance(
-                nnx.merge(graph, *leaves), x, target_grid, prepared, schedule, scales, span, guided=guided
-            )
+                nnx.merge(graph, *leaves), state, target_grid, prepared, schedule, scales, span,
+                guided=guided, cheaper=cheaper,
+            )  # fmt: skip
 
-    return Sampler(prepared, advanced)
+    return Sampler(prepared, advanced, cheaper)

@@ -192,7 +192,7 @@ def test_restoring_takes_what_fits_and_names_what_does_not(studio):
     settings = Resolved(height=1024, width=48, steps=5, tau1=0.835, tau2=0.5, cfg_scale=1.0, seed=9, num_images=1)
     picture = Embedded("p", (Reference("/home/me/cat.jpg", 10, 20),), "demo", None, settings)
     values, notes = drawing.restore(studio, picture)
-    assert values == {k: v for k, v in vars(settings).items() if k != "height"}
+    assert values == {k: v for k, v in vars(settings).items() if k in studio.ranges and k != "height"}
     assert [word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
     assert drawing.restore(studio, Embedded("p", (), "tiny", 12, RESOLVED))[1] == []
 
@@ -204,10 +204,13 @@ def test_guidance_of_each_stage_survives_in_a_picture_and_the_page_names_it(stud
     assert picture.settings == dataclasses.replace(settings, num_images=1)
     values, notes = drawing.restore(studio, picture)
     assert "cfg_scale" not in values and "one number a stage" in notes[0]
+    notes = drawing.restore(studio, Embedded("p", (), "tiny", 12, dataclasses.replace(RESOLVED, solver="heun")))[1]
+    assert "heun" in notes[0] and len(notes) == 1
 
 
 def test_settings_from_sliders_are_whole_where_they_must_be(studio):
-    settings = drawing.settings_of({**vars(RESOLVED), "steps": 5.0, "seed": 7.0})
+    sliders = {name: value for name, value in vars(RESOLVED).items() if name in studio.ranges}
+    settings = drawing.settings_of({**sliders, "steps": 5.0, "seed": 7.0})
     assert Resolved(**vars(settings)) == RESOLVED and type(settings.steps) is int
 
 

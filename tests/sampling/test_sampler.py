@@ -241,6 +241,10 @@ def test_streaming_is_sampling(pipeline, monkeypatch):
     expected = [STAGE_NAMES[STAGES.index((s.mllm, s.vae))] for s in stages for _ in range(*s.steps)]
     assert [state.stage for state in each] == expected
     np.testing.assert_array_equal(each[-1].tokens, whole)
+    again = dataclasses.replace(settings, cache_interval=2, solver="multistep")  # what steps remember is handed on
+    whole, *_, last = pipeline.sample(states, latents, [5, 6], again), *pipeline.stream("a prompt", settings=again)
+    np.testing.assert_array_equal(last.tokens, whole)
+    assert relative_error(whole, each[-1].tokens) > 1e-3
     some = list(pipeline.stream("a prompt", settings=settings, every=4))
     assert [state.step for state in some] == [4, 6]
     np.testing.assert_array_equal(some[0].tokens, each[3].tokens)
