@@ -65,7 +65,7 @@ def splash_attention(
     batch, tokens, _, width = query.shape
     rows, columns = block_of(tokens), block_of(key.shape[1])
     lengths = (padded(tokens), padded(key.shape[1]))
-    valid = jnp.ones(key.shape[:2], bool) if mask is None else mask
+    valid = jnp.ones(key.shape[:2], bool) if mask is None else jnp.asarray(mask)
     asking = valid if key.shape[1] == tokens else jnp.ones((batch, tokens), bool)
 
     def full(x: jax.Array, length: int, axis: int) -> jax.Array:

@@ -144,6 +144,10 @@ def block_program(
     trained_kind = nnx.Param if config.lora is None else LoRAParam
     graph, trained, frozen = nnx.split(blocks, trained_kind, ...)
     trained, frozen = (placed(state, mesh, f"dit.{name}.") for state in (trained, frozen))
+
+    def block_of(*leaves: Any) -> Any:
+        return nnx.merge(graph, *jax.tree.map(lambda leaf: leaf[0], leaves))
+
     many, width = rows * mesh.shape["data"] * mesh.shape["fsdp"], config.model.dit.width
     dtype = jnp.dtype(config.model.dtype)
     by_rows = batch_sharding(mesh)
@@ -151,12 +155,9 @@ def block_program(
     def shape(*sizes: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct((many, *sizes), dtype, sharding=by_rows)
 
-    bare = nnx.merge(graph, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (trained, frozen)))
-    vec = jax.ShapeDtypeStruct((1, width), jnp.float32)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    given = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), nnx.eval_shape(bare.modulation, vec)
-    )
+    vec, everywhere = jax.ShapeDtypeStruct((1, width), jnp.float32), NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda vec, *leaves: block_of(*leaves).modulation(vec), vec, trained, frozen)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
     lengths = (context, image) if kind == "double" else (context + image,)
     streams = tuple(shape(length, width) for length in lengths)
     rest = (
@@ -169,8 +170,7 @@ def block_program(
         by = rotation(positions, config.model.dit.rope_axes)
 
         def run(trained: Any, streams: Any) -> Any:
-            sliced = jax.tree.map(lambda leaf: leaf[0], (trained, frozen))
-            block = nnx.merge(graph, *sliced)
+            block = block_of(trained, frozen)
             return block(*streams, block.modulation(at) if backward else at, by, mask)[0]
 
         return rematerialised(run, config.parallel.remat if backward else "none", alone=True)(trained, streams)
