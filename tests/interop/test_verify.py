@@ -267,6 +267,7 @@ def test_float8_with_scales_passes_and_without_is_refused(tmp_path):
         verify(folder)
 
 
+@pytest.mark.slow
 def test_half_precision_files_pass(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
     folder = write(tmp_path / "x", "flux-diffusers")

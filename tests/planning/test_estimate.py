@@ -59,6 +59,7 @@ def test_selective_saving_lies_between_saving_all_and_saving_nothing():
     assert kept["none"] > kept["save_products"] > kept["save_attention"] > kept["block"]
 
 
+@pytest.mark.slow
 def test_selective_saving_runs_no_linear_layer_twice():
     """At FLUX.1's sizes: beyond `none`, only scores that a kernel makes again inside itself."""
     config = load_preset("configs/flux_stage2.py")

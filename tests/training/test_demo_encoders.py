@@ -74,6 +74,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_next_token(config, tokeni
     np.testing.assert_allclose(float(metrics["right"]), right / answers, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_eyes_learn_to_name_and_the_rest_is_untouched(config):
     mllm = initial_mllm(config, 0)
     before = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(mllm))}

@@ -160,6 +160,7 @@ def test_a_run_goes_on_only_with_the_base_it_began_with(whole, features, monkeyp
         train(BOTH, workdir, features, accept_changes=True, say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_some_checkpoints_stay_and_chosen_steps_are_traced(features, tmp_path):
     kept = config(StageConfig(steps=4, references=True))
     kept = dataclasses.replace(
