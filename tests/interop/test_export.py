@@ -402,6 +402,8 @@ def test_export_import_export_is_byte_identical(home, tmp_path, flags):
     ids=["every layer, q k v apart", "int8 base"],
 )
 def test_other_loras_are_byte_identical_too(home, tmp_path, model, lora):
+    if model:
+        pytest.importorskip("qwix", reason="needs the `quantize` extra")
     config = small_config(home)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, **model), lora=dataclasses.replace(config.lora, **lora)

@@ -88,6 +88,7 @@ def test_the_eyes_learn_to_name_and_the_rest_is_untouched(config):
         assert same == (path[0] not in ("vision_tower", "projector")), path
 
 
+@pytest.mark.slow
 def test_measured_latents_have_mean_zero_and_deviation_one():
     pictures = next(critter_pictures(0, 8))
     raw = Autoencoder(DEMO_AUTOENCODER, rngs=nnx.Rngs(0))
