@@ -260,6 +260,8 @@ class Pipeline:
         noise = noise_for(list(seeds), grid[0] * grid[1], self.config.model.dit.in_channels)
         noise, states, references = beside(mesh, (noise, states, references))
         prepared = sampler.prepare(self.leaves, states, references, schedule)
+        if mesh is None:  # said where it lies, as every later state is: the first step is then no program of its own
+            noise = jax.device_put(noise, next(iter(jax.tree.leaves(prepared)[0].devices())))
         scales = jnp.asarray(resolved.scales, jnp.float32)
         return Run(sampler, first_state(noise, resolved.cheaper), prepared, schedule, scales)
 

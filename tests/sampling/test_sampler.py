@@ -248,6 +248,11 @@ def test_streaming_is_sampling(pipeline, monkeypatch):
     some = list(pipeline.stream("a prompt", settings=settings, every=4))
     assert [state.step for state in some] == [4, 6]
     np.testing.assert_array_equal(some[0].tokens, each[3].tokens)
+    kept = jax.device_put(pipeline.leaves, jax.devices()[0])  # as weights that were read
+    fresh = dataclasses.replace(pipeline, leaves=kept, _programs={})
+    assert len(list(fresh.stream("a prompt", settings=settings))) == 6
+    (program,) = fresh._programs.values()
+    assert program.advance._cache_size() == 1
 
 
 def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
