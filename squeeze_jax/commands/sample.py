@@ -37,7 +37,7 @@ class Sample:
     num_images: int = 1
     """Image i is what seed + i alone gives."""
     solver: Literal["euler", "heun", "multistep"] = "euler"
-    """heun: two evaluations a step; multistep: second order with one. docs/sampling.md has what each costs and gives."""
+    """heun: two evaluations a step; multistep: second order with one."""
     cache_interval: int = 1
     """TaylorSeer: of so many steps in a row one is evaluated, the others are foretold; 1 evaluates all."""
     max_order: int = 1

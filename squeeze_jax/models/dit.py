@@ -176,8 +176,8 @@ class DiT(nnx.Module):
         _, single = scan_blocks(self.single_blocks, lambda block, carry, _: (carry, block.modulation(vec)), None)
         return Modulation(double, single, self.final_layer.adaLN_modulation(vec))
 
-    def cached(self, references: References, at: Float[Array, "B C"] | Modulation) -> CachedReferences:
-        """Keys and values of reference tokens, which see each other alone; `at` is of t = 0."""
+    def cached(self, references: References, at: Float[Array, "B C"]) -> CachedReferences:
+        """Keys and values of reference tokens, which see each other alone; `at` is the conditioning vector of t = 0."""
         mask, by = references.mask, self._rotation(references.positions, 0)
         img = constrain(self.img_in(references.tokens), "tokens")
         nothing = img[:, :0]

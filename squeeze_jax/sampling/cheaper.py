@@ -1,8 +1,8 @@
 """Ways to spend less on an image: velocities foretold between evaluations, and steps of second order.
 
-Both change the image; docs/sampling.md says by how much, beside simply fewer steps. The cache has the names of diffusers'
-`TaylorSeerCacheConfig`; what is foretold is the guided velocity alone (its lite mode foretells the last projection), so
-that the state is as large as the latents.
+Both change the image: compare with simply fewer steps. The cache has the names of diffusers' `TaylorSeerCacheConfig`; what
+is foretold is the guided velocity alone (its lite mode foretells the last projection), so that the state is as large as the
+latents.
 """
 
 import math
@@ -18,6 +18,8 @@ from squeeze_jax.diffusion.flow import euler_step
 from squeeze_jax.errors import InputError
 
 Solver = Literal["euler", "heun", "multistep"]
+EVALUATED = 3
+"""Steps of a run that are evaluated in any case (diffusers' `disable_cache_before_step`); as is the first of each stage."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,13 @@ class Cheaper:
     """TaylorSeer: of so many steps in a row, one is evaluated; 1 evaluates all."""
     max_order: int = 1
     """Order of the expansion, 0 to 2, in steps since the last evaluation."""
-    disable_cache_before_step: int = 3
-    """Steps of the run that are evaluated in any case; as is the first of each stage."""
 
     def __post_init__(self) -> None:
         if self.solver not in get_args(Solver):
             raise InputError(f"solver is {self.solver!r}; choose one of {', '.join(get_args(Solver))}")
-        if self.cache_interval < 1 or self.max_order not in (0, 1, 2) or self.disable_cache_before_step < 0:
+        if self.cache_interval < 1 or self.max_order not in (0, 1, 2):
             raise InputError(
-                f"cache_interval {self.cache_interval} must be at least 1, max_order {self.max_order} 0, 1 or 2, "
-                f"disable_cache_before_step {self.disable_cache_before_step} not negative"
+                f"cache_interval {self.cache_interval} must be at least 1, max_order {self.max_order} 0, 1 or 2"
             )
         if self.solver == "heun" and self.cache_interval > 1:
             raise InputError("heun evaluates twice a step, which foretold velocities are to avoid; choose one of them")
@@ -110,7 +109,7 @@ def step(
         return euler_step(x, velocity(i, x), times[i], times[i + 1]), None
     memory = memory._replace(evaluated=jnp.where(i == begin, 0, memory.evaluated))
     if cheaper.cache_interval > 1:
-        wanted = ((i - begin) % cheaper.cache_interval == 0) | (i < cheaper.disable_cache_before_step)
+        wanted = ((i - begin) % cheaper.cache_interval == 0) | (i < EVALUATED)
 
         def evaluate(memory: Memory) -> tuple[jax.Array, Memory]:
             v = velocity(i, x)
