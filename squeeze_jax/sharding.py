@@ -50,6 +50,7 @@ ACTIVATIONS: dict[Activation, PartitionSpec] = {
 }
 
 _current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+_as_on: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @contextmanager
@@ -67,8 +68,20 @@ def current_mesh() -> Mesh | None:
     return _current.get()
 
 
+@contextmanager
+def as_on(platform: str) -> Iterator[None]:
+    """Traces as if for another platform: `cpu` for plain products in place of kernels, which hide what they compute."""
+    token = _as_on.set(platform)
+    try:
+        yield
+    finally:
+        _as_on.reset(token)
+
+
 def platform() -> str:
     """What the program being traced will run on: `tpu`, `gpu` or `cpu`."""
+    if (given := _as_on.get()) is not None:
+        return given
     mesh = current_mesh()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 

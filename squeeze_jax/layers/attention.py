@@ -34,7 +34,7 @@ def attention(
     if platform() in ("gpu", "cuda"):
         from squeeze_jax.layers import cudnn
 
-        kernel = cudnn.cudnn_attention if cudnn.suits(query, key, mask) else plain_attention
+        kernel = cudnn.cudnn_attention if cudnn.suits(query, key) else plain_attention
         mixed = kernel(query, key, value, mask)
     else:
         mixed = plain_attention(query, key, value, mask)

@@ -4,15 +4,31 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from squeeze_jax.array_types import Array, Bool, Float
+from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.sharding import ROWS, current_mesh, evenly
 
+LEAST = 64
+"""Tokens below which products of whole arrays do as well (our decision): an aggregator's attention over layers."""
 
-def suits(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether cuDNN has it: half precision, heads of at most 128 channels, even lengths where there is a mask."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    even = mask is None or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
-    return half and even and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0 and min(query.shape[1], key.shape[1]) > 0
+
+def suits(query: jax.Array, key: jax.Array) -> bool:
+    """Whether cuDNN has it: half precision, heads of at most 128 channels, even lengths (odd ones have no gradient)."""
+    half, lengths = query.dtype in (jnp.bfloat16, jnp.float16), (query.shape[1], key.shape[1])
+    even = all(length % 2 == 0 and length >= LEAST for length in lengths)
+    return half and even and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+
+
+@jax.custom_vjp
+def reordered(x: Float[Array, "B S K D"], order: Int[Array, "B S"]) -> Float[Array, "B S K D"]:
+    """Tokens in another order, each once: their gradient is a gather, too, where JAX would add up into places."""
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+
+
+def _reordered_backward(order: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return reordered(gradient, jnp.argsort(order, axis=1)), None
+
+
+reordered.defvjp(lambda x, order: (reordered(x, order), order), _reordered_backward)
 
 
 def cudnn_attention(
@@ -21,14 +37,25 @@ def cudnn_attention(
     value: Float[Array, "B S K D"],
     mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q·kᵀ / sqrt(D))·v; never holds [H, T, S], but a mask costs [T, S] for each example."""
+    """softmax(q·kᵀ / sqrt(D))·v; never holds [H, T, S], but a mask of rows costs [T, S] for each example.
+
+    Where a mask is the same for all queries, the keys that count are moved to the front, and the kernel is told how many
+    they are: it skips the others, where a mask would be one more array to read.
+    """
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-        if mask is not None:
-            rows = mask[:, None] if mask.ndim == 2 else mask
-            shape = (query.shape[0], 1, query.shape[1], key.shape[1])
-            mask = jnp.broadcast_to(rows[:, None], shape)
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+        lengths = None
+        if mask is not None and mask.ndim == 2:
+            order = jnp.argsort(~mask, axis=1)
+            lengths = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
+            counts = (jnp.arange(mask.shape[1])[None] < lengths[:, None])[..., None, None]
+            key, value = (jnp.where(counts, reordered(x, order), 0) for x in (key, value))
+            mask = None
+        elif mask is not None:
+            mask = jnp.broadcast_to(mask[:, None], (query.shape[0], 1, query.shape[1], key.shape[1]))
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
 
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:

@@ -59,6 +59,8 @@ class DiTConfig:
             raise ValueError(f"dit.rope_axes {self.rope_axes} must be even: channels turn in pairs")
 
 
+STACKS = ("double_blocks", "single_blocks")
+"""The transformer's stacks of blocks, by their names in it."""
 Modulated = tuple[Float[Array, "*T 1 C"], ...]
 """Shifts, scales and gates of a block at some times."""
 KeysValues = tuple[Float[Array, "*depth _ _ H D"], Float[Array, "*depth _ _ H D"]]

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from squeeze_jax.sharding import as_on
+
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of all matrix products of `function(*arguments)`; arguments may be `jax.ShapeDtypeStruct`."""
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    with as_on("cpu"):
+        return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> int:

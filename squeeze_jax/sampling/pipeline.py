@@ -1,5 +1,6 @@
 """Prompt and reference pictures in, pictures out: load once, sample many."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.interop.trained import load_trained
+from squeeze_jax.layers.stack import apart
+from squeeze_jax.models.dit import STACKS
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
 from squeeze_jax.sampling.cheaper import Cheaper, Solver, State, first_state
@@ -126,6 +129,12 @@ class Pipeline:
             encoders = FrozenEncoders.of(config)
         graph, state = nnx.split(system)
         return cls(config, encoders, graph, (state,), step)
+
+    def unrolled(self) -> "Pipeline":
+        """This pipeline for a service on one GPU: no block's matrices are copied before they are used, at the price of
+        minutes to compile (`layers.stack.apart`). The old pipeline's weights are freed: it draws no more."""
+        leaves = tuple(apart(state, STACKS, donate=True) for state in self.leaves)
+        return dataclasses.replace(self, leaves=leaves, _programs={})
 
     @property
     def uses_references(self) -> bool:

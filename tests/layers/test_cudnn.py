@@ -25,7 +25,7 @@ def reference(monkeypatch):
     real, asked = jax.nn.dot_product_attention, []
 
     def stand_in(*inputs, implementation, **rest):
-        asked.append((implementation, rest["mask"]))
+        asked.append((implementation, rest["mask"], rest["key_value_seq_lengths"]))
         with jax.numpy_dtype_promotion("standard"):
             return real(*inputs, implementation="xla", **rest)
 
@@ -44,8 +44,35 @@ def test_masks_mean_what_they_mean_elsewhere(reference, kind, shared):
     np.testing.assert_allclose(
         got.astype(jnp.float32), plain_attention(q, k, v, mask).astype(jnp.float32), atol=2e-2
     )
-    assert reference[0][0] == "cudnn"
-    assert mask is None or reference[0][1].shape == (2, 1, 6, 6)
+    implementation, rows, lengths = reference[0]
+    assert implementation == "cudnn"
+    if kind == "queries":
+        assert rows.shape == (2, 1, 6, 6)
+    else:  # keys that count go first: no mask is read
+        assert rows is None
+        assert (lengths is None) == (mask is None)
+
+
+def test_gradients_of_keys_put_in_order(reference):
+    q, k, v, mask = arrays(dtype=jnp.float32)
+
+    def loss(function):
+        return lambda *inputs: (function(*inputs, mask).astype(jnp.float32) * q).sum()
+
+    for got, expected in zip(*(jax.grad(loss(f), (0, 1, 2))(q, k, v) for f in (cudnn_attention, plain_attention))):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    masked = ~np.asarray(mask)
+    assert np.abs(np.asarray(jax.grad(loss(cudnn_attention), 1)(q, k, v)))[masked].max() == 0.0
+
+
+def test_of_a_sample_without_keys_the_others_learn_nothing(reference):
+    """A dropped condition can leave nothing to look at: any finite value, and no NaN."""
+    q, k, v, mask = arrays(dtype=jnp.float32)
+    nothing = mask.at[0].set(False)
+    assert np.isfinite(cudnn_attention(q, k, v, nothing)).all()
+    np.testing.assert_allclose(
+        cudnn_attention(q, k, v, nothing)[1], plain_attention(q, k, v, mask)[1], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -59,12 +86,12 @@ def test_on_a_mesh_rows_and_heads_are_cut(reference, shared):
 
 
 def test_what_it_is_not_made_for_stays_plain(monkeypatch):
-    q, k, _, mask = arrays()
-    assert suits(q, k, mask)
-    assert not suits(q.astype(jnp.float32), k, mask)
-    assert not suits(q[:, :5], k, mask)
-    assert suits(q[:, :5], k[:, :5], None)
-    assert not suits(q[..., :4], k[..., :4], mask)
+    q, k, _, _ = arrays(tokens=128)
+    assert suits(q, k)
+    assert not suits(q.astype(jnp.float32), k)
+    assert not suits(q[:, :127], k), "cuDNN has no gradient of odd lengths"
+    assert not suits(q[:, :6], k[:, :6]), "few tokens are faster as whole products"
+    assert not suits(q[..., :4], k[..., :4])
     monkeypatch.setattr(module, "platform", lambda: "gpu")
     x, y, z, mask = arrays(dtype=jnp.float32)
     np.testing.assert_array_equal(attention(x, y, z, mask=mask), plain_attention(x, y, z, mask))

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.stack import ATTENTION, REMAT, rematerialised, scan_blocks, stacked
+from squeeze_jax.layers.stack import ATTENTION, REMAT, apart, rematerialised, scan_blocks, stacked
 
 DEPTH, WIDTH = 3, 6
 
@@ -63,6 +63,21 @@ def test_scan_equals_a_loop_over_unstacked_blocks(problem, unroll):
         expected.append(total)
     np.testing.assert_allclose(out, x, rtol=1e-6)
     np.testing.assert_allclose(sums, jnp.stack(expected), rtol=1e-5)
+
+
+def test_blocks_apart_are_the_same_blocks(problem):
+    _, state, _, _, run, _ = problem
+    both = nnx.State({"inside": state, "beside": nnx.State({"whole": nnx.Param(jnp.ones(DEPTH))})})
+    taken = apart(both, ["inside"])
+    assert isinstance(taken["inside"]["first"]["kernel"].get_value(), tuple)
+    assert taken["beside"]["whole"].get_value().shape == (DEPTH,)
+    for remat in ("none", "block"):
+        out, sums = jax.jit(lambda s, remat=remat: run(s, remat))(taken["inside"])
+        expected = run(state, "none")
+        np.testing.assert_allclose(out, expected[0], rtol=1e-6)
+        np.testing.assert_allclose(sums, expected[1], rtol=1e-6)
+    text = jax.jit(lambda s: run(s, "none")).lower(taken["inside"]).as_text()
+    assert "while" not in text and f"{DEPTH}x{WIDTH}x" not in text, "no loop, and no stack to slice"
 
 
 @pytest.mark.parametrize("remat", [policy for policy in REMAT if policy != "none"])

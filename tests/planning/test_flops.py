@@ -37,9 +37,9 @@ def test_products_loops_and_convolutions():
         matmul_flops(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x), shape(2, 2))
 
 
-def velocity(config, side):
+def velocity(config, side, dtype=jnp.float32):
     """The transformer as a function of shapes, its blocks unrolled, and the shapes."""
-    dit = nnx.eval_shape(lambda: DiT(config, unroll=True, rngs=nnx.Rngs(0)))
+    dit = nnx.eval_shape(lambda: DiT(config, dtype=dtype, unroll=True, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(dit)
     inputs = (shape(1, side * side, 64), shape(1, side * 8, config.context_width), shape(1), shape(1))
     return lambda state, *x: nnx.merge(graph, state)(*x, target_grid=(side, side)), (state, *inputs)
@@ -57,6 +57,16 @@ def test_xla_counts_the_same_in_an_unrolled_program():
     counted = jax.jit(function).lower(*arguments).cost_analysis()["flops"]
     ours = matmul_flops(function, *arguments)
     assert ours < counted < 1.02 * ours  # it also counts elementwise operations
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_kernels_hide_nothing(monkeypatch, platform):
+    """A running step's utilisation is counted where it runs, and there attention is a kernel."""
+    config = DiTConfig(heads=4, double_blocks=1, single_blocks=1, context_width=512)
+    function, arguments = velocity(config, side=32, dtype=jnp.bfloat16)
+    on_cpu = matmul_flops(function, *arguments)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert matmul_flops(function, *arguments) == on_cpu
 
 
 def test_a_step_of_everything_trained_is_three_forwards_less_the_first_layers_inputs():

@@ -229,6 +229,16 @@ def test_image_i_equals_what_its_seed_alone_gives(pipeline):
     assert relative_error(three[0], three[1]) > 0.1
 
 
+def test_blocks_apart_draw_the_same(pipeline):
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    settings = Settings(steps=3, tau1=0.9, tau2=0.4)
+    own = dataclasses.replace(pipeline, leaves=jax.tree.map(jnp.copy, pipeline.leaves), _programs={})
+    drawn = own.unrolled().sample(states, latents, [5], settings)
+    assert relative_error(drawn, pipeline.sample(states, latents, [5], settings)) < 1e-5
+    with pytest.raises(RuntimeError, match="deleted"):
+        own.sample(states, latents, [5], settings)
+
+
 def test_streaming_is_sampling(pipeline, monkeypatch):
     """Step by step, or three at a time: the same bits, stage names in order, the last state the finished picture."""
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
