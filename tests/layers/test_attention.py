@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from parity import relative_error
 
+from squeeze_jax.layers import attention as module
 from squeeze_jax.layers.attention import attention
+from squeeze_jax.planning.flops import matmul_flops
 
 
 def some(*shapes, seed=0):
@@ -42,6 +44,23 @@ MASKS = {
 def test_equals_float64(kind, shared):
     q, k, v = some((2, 5, 4, 6), (2, 7, shared, 6), (2, 7, shared, 6))
     assert relative_error(attention(q, k, v, mask=MASKS[kind]), reference(q, k, v, MASKS[kind])) < 1e-6
+
+
+@pytest.mark.parametrize("length", [8, 9, 11])
+@pytest.mark.parametrize("kind", MASKS)
+def test_long_sequences_in_blocks_are_the_same(kind, length, monkeypatch):
+    """Output, gradients and FLOPs, with and without queries left over."""
+    q, k, v = some((2, length, 4, 6), (2, 7, 2, 6), (2, 7, 2, 6))
+    mask = MASKS[kind] if kind != "queries" else np.tril(np.ones((length, 7), bool), 1)[None].repeat(2, axis=0)
+    whole, flops = attended(q, k, v, mask), matmul_flops(lambda *x: attention(*x, mask=mask), q, k, v)
+    monkeypatch.setattr(module, "QUERIES", 2)
+    blocks = attended(q, k, v, mask)
+    assert relative_error(blocks[0], reference(q, k, v, mask)) < 1e-6
+    for ours, theirs in zip(blocks, whole):
+        assert relative_error(ours, theirs) < 1e-6
+    assert matmul_flops(lambda *x: attention(*x, mask=mask), q, k, v) == flops
+    text = jax.jit(lambda *x: attention(*x, mask=mask)).lower(q, k, v).as_text()
+    assert f"2x4x{length}x7x" not in text, "no scores of all queries"
 
 
 def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
