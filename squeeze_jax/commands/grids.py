@@ -9,6 +9,7 @@ from etils import epath
 from flax import nnx
 from PIL import Image
 
+from squeeze_jax.batch import HiddenStates
 from squeeze_jax.commands.features import row_sources
 from squeeze_jax.config import Config
 from squeeze_jax.data.critters import Pair
@@ -19,7 +20,7 @@ from squeeze_jax.data.sources import CritterRows
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside, write_json
 from squeeze_jax.processes import is_main
-from squeeze_jax.sampling.pipeline import Pipeline, Settings
+from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut
 from squeeze_jax.training.loop import Result, SampleFunction
 from squeeze_jax.training.metrics import progress_bar
 from squeeze_jax.training.state import Leaves, Split
@@ -70,16 +71,19 @@ def sample_examples(
 
     `done` is called with the number of pictures after every chunk.
     """
-    pictures = []
-    for start in range(0, len(examples), CHUNK):
-        some = list(examples[start : start + CHUNK])
-        padded = some + some[-1:] * (-len(some) % min(CHUNK, len(examples)))
-        states = pipeline.encoders.read([e.prompt for e in padded], [e.references for e in padded])
-        latents = reference_latents(pipeline.encoders, pipeline.config, padded)
-        tokens = pipeline.sample(states, latents, range(start, start + len(padded)), settings)
-        pictures.append(to_uint8(pipeline.decode(tokens, settings))[: len(some)])
-        done(len(some))
-    return np.concatenate(pictures)
+    pieces = evenly_cut(range(len(examples)), CHUNK)
+
+    def batches() -> Iterator[tuple[HiddenStates, list[list[np.ndarray]], list[int]]]:
+        for piece in pieces:
+            some = [examples[i] for i in piece]
+            states = pipeline.encoders.read([e.prompt for e in some], [e.references for e in some])
+            yield states, reference_latents(pipeline.encoders, pipeline.config, some), piece
+
+    pictures: dict[int, np.ndarray] = {}
+    for piece, drawn in zip(pieces, pipeline.draw(batches(), settings)):
+        pictures |= zip(piece, to_uint8(drawn))
+        done(len(set(piece)))
+    return np.stack([pictures[i] for i in range(len(examples))])
 
 
 def reference_latents(

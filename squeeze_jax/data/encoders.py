@@ -1,6 +1,7 @@
 """The frozen encoders as extraction and sampling use them: prompts and pictures in, hidden states and latents out."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.config import Config
 from squeeze_jax.data.readers import InternVLReader, Reader, TransformersReader
+from squeeze_jax.data.tiles import TILE, decode_tiles
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import DTYPES
 from squeeze_jax.interop.load import encoder_folder, load_autoencoder
@@ -82,8 +84,15 @@ class FrozenEncoders:
         return list(np.asarray(self._encode(np.stack(images))))
 
     def decode(self, latents: np.ndarray | jax.Array) -> np.ndarray:
-        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]."""
-        return np.asarray(self._decode(latents))
+        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones tile by tile (`data.tiles`)."""
+        return self.decode_later(latents)()
+
+    def decode_later(self, latents: np.ndarray | jax.Array) -> Callable[[], np.ndarray]:
+        """`decode` in two: what is returned waits for the pictures, and until then the caller may have others drawn."""
+        if max(latents.shape[1:3]) > TILE:
+            return lambda: decode_tiles(lambda part: np.asarray(self._decode(part)), np.asarray(latents))
+        pictures = self._decode(latents)
+        return lambda: np.asarray(pictures)
 
 
 def digest(folder: Path) -> str:

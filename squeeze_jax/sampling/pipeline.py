@@ -1,7 +1,7 @@
 """Prompt and reference pictures in, pictures out: load once, sample many."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -178,28 +178,54 @@ class Pipeline:
         prompt: str | Sequence[str],
         references: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] = (),
         settings: Settings = Settings(),
+        at_once: int = 16,
     ) -> np.ndarray:
         """Pictures [prompts · num_images, height, width, 3] in [−1, 1] of the references' subjects doing what each prompt
         says, prompt by prompt.
 
         `references` are those of the prompt, or one list for each of several prompts. Without references the MLLM's
-        condition stays on throughout. Raises InputError for an empty or too long prompt, sizes that are no multiples of
-        16, and impossible steps or τ.
+        condition stays on throughout. `at_once` images at most are drawn together; of more, a batch is decoded while the
+        next one is drawn. Raises InputError for an empty or too long prompt, sizes that are no multiples of 16, and
+        impossible steps or τ.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         shown: Any = [references] if isinstance(prompt, str) else references or [()] * len(prompts)
         if len(prompts) != len(shown):
             raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
+        if at_once < 1:
+            raise InputError(f"at_once is {at_once}; it must be at least 1")
         resolved = self.resolved(settings)
-        drawn: dict[int, np.ndarray] = {}
+        images, together = range(resolved.num_images), max(1, at_once // resolved.num_images)
+        pieces: list[tuple[list[int], Sequence[int]]] = []  # prompts and images of each batch
         for some in (True, False):  # the stages of prompts with and without references differ
-            rows = [i for i, images in enumerate(shown) if bool(images) == some]
-            if rows:
-                states, latents = self.encode([prompts[i] for i in rows], [shown[i] for i in rows])
-                seeds = [resolved.seed + i for i in range(resolved.num_images)] * len(rows)
-                pictures = self.decode(self.sample(states, latents, seeds, settings), settings)
-                drawn |= dict(zip(rows, pictures.reshape(len(rows), resolved.num_images, *pictures.shape[1:])))
-        return np.concatenate([drawn[i] for i in range(len(prompts))])
+            rows = [i for i, pictures in enumerate(shown) if bool(pictures) == some]
+            pieces += [(part, few) for part in evenly_cut(rows, together) for few in evenly_cut(images, at_once)]
+
+        def batches() -> Iterator[tuple[HiddenStates, list[list[np.ndarray]], list[int]]]:
+            for part, few in pieces:
+                states, latents = self.encode([prompts[i] for i in part], [shown[i] for i in part])
+                yield states, latents, [resolved.seed + i for i in few] * len(part)
+
+        drawn: dict[tuple[int, int], np.ndarray] = {}
+        for (part, few), pictures in zip(pieces, self.draw(batches(), settings)):
+            drawn |= zip(((row, image) for row in part for image in few), pictures)
+        return np.stack([drawn[row, image] for row in range(len(prompts)) for image in images])
+
+    def draw(
+        self, batches: Iterable[tuple[HiddenStates, Sequence[Sequence[np.ndarray]], Sequence[int]]], settings: Settings
+    ) -> Iterator[np.ndarray]:
+        """Pictures of one batch of hidden states, reference latents and seeds after the other: see `sample`.
+
+        A batch's pictures are waited for when the next one is under way, so that devices do not wait for this process.
+        """
+        before = None
+        for states, latents, seeds in batches:
+            drawn = self.decode_later(self.sample(states, latents, seeds, settings), settings)
+            if before is not None:
+                yield before()
+            before = drawn
+        if before is not None:
+            yield before()
 
     def stream(
         self, prompt: str, references: Sequence[Image.Image] = (), settings: Settings = Settings(), every: int = 1
@@ -276,9 +302,21 @@ class Pipeline:
 
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
-        resolved = self.resolved(settings)
-        latents = unpack(whole(tokens), self.config.grid(resolved.height, resolved.width))
-        return np.clip(self.encoders.decode(latents), -1.0, 1.0)
+        return self.decode_later(tokens, settings)()
+
+    def decode_later(self, tokens: jax.Array, settings: Settings) -> Callable[[], np.ndarray]:
+        """`decode` begun; what is returned waits for its end."""
+        resolved, alone = self.resolved(settings), len(tokens.devices()) == 1
+        latents = unpack(tokens if alone else whole(tokens), self.config.grid(resolved.height, resolved.width))
+        pictures = self.encoders.decode_later(latents)
+        return lambda: np.clip(pictures(), -1.0, 1.0)
+
+
+def evenly_cut(items: Sequence[int], most: int) -> list[list[int]]:
+    """Items in pieces of one length, `most` at most, since programs are compiled for a length; the last item fills up."""
+    length = -(-len(items) // max(1, -(-len(items) // most)))
+    pieces = [list(items[start : start + length]) for start in range(0, len(items), length or 1)]
+    return [piece + piece[-1:] * (length - len(piece)) for piece in pieces]
 
 
 def mesh_of(leaves: Any) -> Mesh | None:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from squeeze_jax.data.tiles import decode_tiles
 from squeeze_jax.interop.autoencoder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -94,6 +95,36 @@ def test_decode_equals_diffusers(theirs, size):
     with torch.no_grad():
         images = theirs.decode(to_torch(latents) / SMALL.scaling_factor + SMALL.shift_factor).sample
     assert relative(decode(small(), latents), images.permute(0, 2, 3, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(20, 13), (8, 30), (9, 8)])
+def test_tiles_equal_diffusers(theirs, size):
+    import torch
+
+    latents = np.random.default_rng(3).normal(size=(2, *size, 4)).astype(np.float32)
+    theirs.enable_tiling()
+    theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 64
+    try:
+        with torch.no_grad():
+            images = theirs.decode(to_torch(latents) / SMALL.scaling_factor + SMALL.shift_factor).sample
+    finally:
+        theirs.disable_tiling()
+    drawn = decode_tiles(lambda part: np.asarray(decode(small(), part)), latents, tile=8)
+    assert relative(drawn, images.permute(0, 2, 3, 1)) < 1e-5
+    assert relative(drawn, decode(small(), latents)) > 1e-3, "norms of their own"
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 9), (16, 7)])
+def test_tiles_of_a_local_decoder_have_no_seams(size):
+    """Where a pixel depends on its own latent alone, tiles give what decoding all at once gives."""
+    latents, sizes = np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32), []
+
+    def local(part):
+        sizes.append(part.shape[1:3])
+        return part.repeat(2, axis=1).repeat(2, axis=2)
+
+    np.testing.assert_allclose(decode_tiles(local, latents, tile=4), local(latents), atol=1e-6)
+    assert np.max(sizes[:-1]) <= 4, "never more than a tile"
 
 
 def test_sample_is_the_posterior_draw():

@@ -27,7 +27,14 @@ from squeeze_jax.models import dit
 from squeeze_jax.models.dit import Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.naive import sample_naively
-from squeeze_jax.sampling.pipeline import REFERENCE_BUCKET, STAGE_NAMES, Pipeline, Settings, reference_tokens
+from squeeze_jax.sampling.pipeline import (
+    REFERENCE_BUCKET,
+    STAGE_NAMES,
+    Pipeline,
+    Settings,
+    evenly_cut,
+    reference_tokens,
+)
 from squeeze_jax.sampling.sampler import MAX_STEPS, STAGES, make_sampler, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
 from squeeze_jax.training.state import flat_leaves, with_leaves
@@ -275,16 +282,37 @@ def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
         return jax.tree.map(lambda x: x[picked], batch.hidden_states), [rows[prompt][1] for prompt in prompts]
 
     monkeypatch.setattr(Pipeline, "encode", encode)
-    monkeypatch.setattr(Pipeline, "decode", lambda self, tokens, settings: np.asarray(tokens)[..., None])
+    monkeypatch.setattr(Pipeline, "decode_later", lambda self, tokens, settings: lambda: np.asarray(tokens)[..., None])
     settings = Settings(cfg_scale=1.0, num_images=2)
     shown = {prompt: [Image.new("RGB", (8, 8))] * len(latents) for prompt, (_, latents) in rows.items()}
     together = pipeline(list(rows), list(shown.values()), settings)
+    for at_once in (3, 1):  # in batches of a prompt's two images, and of one
+        assert relative_error(pipeline(list(rows), list(shown.values()), settings, at_once=at_once), together) < 1e-5
+    with pytest.raises(InputError, match="at_once is 0"):
+        pipeline("one", [], settings, at_once=0)
     for i, prompt in enumerate(rows):
         alone = pipeline(prompt, shown[prompt], settings)
         assert relative_error(together[2 * i : 2 * i + 2], alone) < 1e-5
         assert relative_error(alone[0], alone[1]) > 0.1
     with pytest.raises(InputError, match="3 prompts and 1 lists"):
         pipeline(list(rows), [[]], settings)
+
+
+def test_a_batch_is_waited_for_when_the_next_is_under_way(pipeline, monkeypatch):
+    seen = []
+
+    def decode_later(self, tokens, settings):
+        seen.append("begun")
+        return lambda: seen.append("waited for") or np.asarray(tokens)
+
+    monkeypatch.setattr(Pipeline, "decode_later", decode_later)
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    drawn = list(pipeline.draw([(states, latents, [seed]) for seed in (5, 6, 7)], Settings(cfg_scale=1.0)))
+    assert seen == ["begun", "begun", "waited for", "begun", "waited for", "waited for"]
+    assert relative_error(drawn[1], pipeline.sample(states, latents, [6], Settings(cfg_scale=1.0))) < 1e-5
+    assert evenly_cut([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4, 4]]
+    assert [len(piece) for piece in evenly_cut(range(17), 16)] == [9, 9]
+    assert evenly_cut([], 2) == [] and evenly_cut([7], 2) == [[7]]
 
 
 def test_thresholds_move_with_the_size_where_they_are_told_to(system):
