@@ -42,6 +42,11 @@ class Sample:
     """TaylorSeer: of so many steps in a row one is evaluated, the others are foretold; 1 evaluates all."""
     max_order: int = 1
     """Order of TaylorSeer's expansion, 0 to 2."""
+    first_block_threshold: float = 0.0
+    """First-block cache: a step whose first block's work changed by at most this share leaves the others out; 0 is off."""
+
+    int8: bool = False
+    """Keep the transformer's blocks in 8 bits a weight (qwix): half of bfloat16's memory."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,10 +81,12 @@ def run(given: Sample) -> None:
     from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
     pipeline = Pipeline.load(given.checkpoint)
+    if given.int8:
+        pipeline = pipeline.quantised()
     scale: Any = given.cfg_scale[0] if given.cfg_scale and len(given.cfg_scale) == 1 else given.cfg_scale
     settings = Settings(
         height, width, given.steps, given.tau1, given.tau2, scale, given.seed, given.num_images,
-        given.solver, given.cache_interval, given.max_order,
+        given.solver, given.cache_interval, given.max_order, given.first_block_threshold,
     )  # fmt: skip
     resolved = pipeline.resolved(settings)
     used = references if pipeline.uses_references else []

@@ -34,8 +34,9 @@ def scan_blocks(
     *,
     remat: Remat = "none",
     unroll: int | bool = 1,
+    among: range | None = None,
 ) -> tuple[Any, Any]:
-    """Runs `apply(block, carry, per_block[i]) -> (carry, output)` over the blocks in order.
+    """Runs `apply(block, carry, per_block[i]) -> (carry, output)` over the blocks in order, or over those `among` them.
 
     Returns the last carry and the outputs stacked on a leading axis [depth]. Everything else that a block needs
     (masks, positions, modulation input) is closed over by `apply`. `remat` names what a backward pass keeps:
@@ -56,14 +57,21 @@ def scan_blocks(
 
     if (depth := depth_apart(parameters)) is not None:
         body, outputs = rematerialised(body, remat, alone=True), []
-        for i in range(depth):
+        for i in range(depth) if among is None else among:
             own = jax.tree.map(lambda parts: parts[i], parameters, is_leaf=_is_apart)  # noqa: B023
             carry, output = body(carry, (own, jax.tree.map(lambda x: x[i], per_block)))  # noqa: B023
             outputs.append(output)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
-    depth = len(jax.tree.leaves(parameters)[0])
+    depth = len(jax.tree.leaves(parameters)[0]) if among is None else len(among)
     body = rematerialised(body, remat, alone=depth == 1 or unroll is True or depth <= unroll)
-    return jax.lax.scan(body, carry, (parameters, per_block), unroll=unroll)
+    if among is None:
+        return jax.lax.scan(body, carry, (parameters, per_block), unroll=unroll)
+
+    def pick(carry: Any, i: jax.Array) -> tuple[Any, Any]:
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+        return body(carry, jax.tree.map(take, (parameters, per_block)))
+
+    return jax.lax.scan(pick, carry, jnp.arange(among.start, among.stop), unroll=unroll)
 
 
 def _is_apart(node: Any) -> bool:

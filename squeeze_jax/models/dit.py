@@ -95,6 +95,26 @@ class CachedReferences(NamedTuple):
     mask: Bool[Array, "B R"]
 
 
+class FirstBlock(NamedTuple):
+    """What a first-block cache keeps of the last velocity for which all blocks were run, of the target's tokens."""
+
+    residual: Float[Array, "B N C"]
+    """What the first block added."""
+    rest: Float[Array, "B N C"]
+    """What all others added."""
+    known: Bool[Array, ""]
+    """Whether there was one."""
+
+
+class _Seen(NamedTuple):
+    """What all blocks of a velocity read."""
+
+    at: Float[Array, "B C"] | Modulation
+    by: Rotation
+    mask: Bool[Array, "B S"] | None
+    cache: CachedReferences | None
+
+
 class DiT(nnx.Module):
     """Predicts the velocity ε − x_0 of the target tokens."""
 
@@ -180,12 +200,11 @@ class DiT(nnx.Module):
 
     def cached(self, references: References, at: Float[Array, "B C"]) -> CachedReferences:
         """Keys and values of reference tokens, which see each other alone; `at` is the conditioning vector of t = 0."""
-        mask, by = references.mask, self._rotation(references.positions, 0)
+        seen = _Seen(at, self._rotation(references.positions, 0), references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
-        nothing = img[:, :0]
-        (_, img), double = self._double(nothing, img, at, by, mask, keep=True)
-        _, single = self._single(img, at, by, mask, keep=True)
-        return CachedReferences(double, single, mask)
+        (_, img), double = self._double(img[:, :0], img, seen, keep=True)
+        _, single = self._single(img, seen, keep=True)
+        return CachedReferences(double, single, references.mask)
 
     def velocity(
         self,
@@ -204,6 +223,54 @@ class DiT(nnx.Module):
         may hold portraits and landscapes. `at` is the conditioning vector of each sample's time, or what `modulation` made
         of one for all. `references_full` says that no reference token is padding, so that no mask is needed.
         """
+        (txt, img), seen = self._entered(
+            target, target_grid, at, context, context_mask, references, references_full=references_full
+        )
+        return self._velocity_of(self._through(txt, img, seen, target.shape[1]), seen)
+
+    def velocity_after_first(
+        self,
+        target: Float[Array, "B N c"],
+        target_grid: tuple[int, int],
+        at: Float[Array, "B C"] | Modulation,
+        context: Float[Array, "B L W"],
+        context_mask: Bool[Array, "B L"] | None,
+        references: References | CachedReferences | None,
+        kept: FirstBlock,
+        threshold: float,
+    ) -> tuple[Float[Array, "B N c"], FirstBlock]:
+        """`velocity`, but where the first block adds almost what it added to `kept`, the others are taken to do so, too.
+
+        Almost: mean |difference| at most `threshold` · mean |what was added then|, over all of the batch (diffusers'
+        `FirstBlockCacheConfig`, which looks at every image token; here at the target's, as references come and go).
+        """
+        (txt, img), seen = self._entered(target, target_grid, at, context, context_mask, references)
+        length, depth = target.shape[1], self.config.double_blocks
+        (txt, first), _ = self._double(txt, img, seen, range(1))
+        begun = first[:, :length].astype(jnp.float32)
+        residual = begun - img[:, :length].astype(jnp.float32)
+        change = jnp.abs(residual - kept.residual).mean() / jnp.abs(kept.residual).mean()
+        again = ~kept.known | (change > threshold)
+
+        def run() -> tuple[jax.Array, FirstBlock]:
+            x = self._through(txt, first, seen, length, range(1, depth))
+            return x, FirstBlock(residual, x.astype(jnp.float32) - begun, jnp.ones((), bool))
+
+        x, kept = jax.lax.cond(again, run, lambda: ((begun + kept.rest).astype(first.dtype), kept))
+        return self._velocity_of(x, seen), kept
+
+    def _entered(
+        self,
+        target: Array,
+        target_grid: tuple[int, int] | Array,
+        at: Any,
+        context: Array,
+        context_mask: Array | None,
+        references: References | CachedReferences | None,
+        *,
+        references_full: bool = False,
+    ) -> tuple[tuple[jax.Array, jax.Array], _Seen]:
+        """Context and image tokens as the first block sees them."""
         batch, length = target.shape[0], target.shape[1]
         positions = target_positions(target_grid, length)
         tokens, image_mask, cache = target, None, None
@@ -220,16 +287,23 @@ class DiT(nnx.Module):
         by = self._rotation(positions, context.shape[1])
 
         txt, img = constrain(self.txt_in(context), "tokens"), constrain(self.img_in(tokens), "tokens")
-        (txt, img), _ = self._double(txt, img, at, by, mask, cache and cache.double)
-        x, _ = self._single(jnp.concatenate([txt, img], axis=1), at, by, mask, cache and cache.single)
-        start = context.shape[1]
-        final = at.final if isinstance(at, Modulation) else self.final_layer.adaLN_modulation(at)
-        return self.final_layer(x[:, start : start + length], final)
+        return (txt, img), _Seen(at, by, mask, cache)
 
-    def _double(
-        self, txt: Any, img: Any, at: Any, by: Rotation, mask: Any, seen: KeysValues | None = None, *, keep: bool = False
-    ) -> Any:
-        """Both streams through all double blocks; `keep`: and every block's keys and values."""
+    def _through(
+        self, txt: jax.Array, img: jax.Array, seen: _Seen, length: int, among: range | None = None
+    ) -> Float[Array, "B N C"]:
+        """The target's tokens after the double blocks (`among` them) and all single blocks."""
+        (txt, img), _ = self._double(txt, img, seen, among)
+        x, _ = self._single(jnp.concatenate([txt, img], axis=1), seen)
+        return x[:, txt.shape[1] : txt.shape[1] + length]
+
+    def _velocity_of(self, x: Float[Array, "B N C"], seen: _Seen) -> Float[Array, "B N c"]:
+        at = seen.at
+        return self.final_layer(x, at.final if isinstance(at, Modulation) else self.final_layer.adaLN_modulation(at))
+
+    def _double(self, txt: Any, img: Any, seen: _Seen, among: range | None = None, *, keep: bool = False) -> Any:
+        """Both streams through all double blocks or those `among` them; `keep`: and every block's keys and values."""
+        at, by, mask, cache = seen
         known = at.double if isinstance(at, Modulation) else None
 
         def apply(block: DoubleBlock, streams: Any, inputs: Any) -> Any:
@@ -237,13 +311,12 @@ class DiT(nnx.Module):
             streams, own = block(txt, img, block.modulation(at) if modulated is None else modulated, by, mask, shown)
             return streams, own if keep else None
 
-        inputs = known, seen
-        return scan_blocks(self.double_blocks, apply, (txt, img), inputs, remat=self.remat, unroll=self.unroll)
+        how: Any = {"remat": self.remat, "unroll": self.unroll, "among": among}
+        return scan_blocks(self.double_blocks, apply, (txt, img), (known, cache and cache.double), **how)
 
-    def _single(
-        self, x: Any, at: Any, by: Rotation, mask: Any, seen: KeysValues | None = None, *, keep: bool = False
-    ) -> Any:
+    def _single(self, x: Any, seen: _Seen, *, keep: bool = False) -> Any:
         """The joint stream through all single blocks; `keep`: and every block's keys and values."""
+        at, by, mask, cache = seen
         known = at.single if isinstance(at, Modulation) else None
 
         def apply(block: SingleBlock, x: Any, inputs: Any) -> Any:
@@ -251,7 +324,8 @@ class DiT(nnx.Module):
             x, own = block(x, block.modulation(at) if modulated is None else modulated, by, mask, shown)
             return x, own if keep else None
 
-        return scan_blocks(self.single_blocks, apply, x, (known, seen), remat=self.remat, unroll=self.unroll)
+        how: Any = {"remat": self.remat, "unroll": self.unroll}
+        return scan_blocks(self.single_blocks, apply, x, (known, cache and cache.single), **how)
 
     def _rotation(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
         """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""

@@ -7,7 +7,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, RawBatch, References, TrainingBatch
 from squeeze_jax.models.aggregator import Aggregator
-from squeeze_jax.models.dit import CachedReferences, DiT, Modulation
+from squeeze_jax.models.dit import CachedReferences, DiT, FirstBlock, Modulation
 from squeeze_jax.models.encoders import Encoders
 
 
@@ -62,6 +62,21 @@ class System(nnx.Module):
             references = self.shown(references, guidance)
         at = self._vector(t, guidance) if modulation is None else modulation
         return self.dit.velocity(target, target_grid, at, context.tokens, context.mask, references)
+
+    def velocity_after_first(
+        self,
+        target: Float[Array, "B N c"],
+        target_grid: tuple[int, int],
+        context: Context,
+        references: References | CachedReferences | None,
+        modulation: Modulation,
+        kept: FirstBlock,
+        threshold: float,
+    ) -> tuple[Float[Array, "B N c"], FirstBlock]:
+        """`velocity` with a first-block cache: `DiT.velocity_after_first`."""
+        return self.dit.velocity_after_first(
+            target, target_grid, modulation, context.tokens, context.mask, references, kept, threshold
+        )
 
     def _vector(self, t: Float[Array, " T"], guidance: float) -> Float[Array, "T C"]:
         value = jnp.full(t.shape, guidance, jnp.float32) if self.dit.config.guidance else None

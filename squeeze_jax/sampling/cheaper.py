@@ -1,8 +1,8 @@
-"""Ways to spend less on an image: velocities foretold between evaluations, and steps of second order.
+"""Ways to spend less on an image: velocities foretold between evaluations, blocks left out, and steps of second order.
 
-Both change the image: compare with simply fewer steps. The cache has the names of diffusers' `TaylorSeerCacheConfig`; what
-is foretold is the guided velocity alone (its lite mode foretells the last projection), so that the state is as large as the
-latents.
+All change the image: compare with simply fewer steps. The caches have the names of diffusers' `TaylorSeerCacheConfig` and
+`FirstBlockCacheConfig`. TaylorSeer foretells the guided velocity alone (diffusers' lite mode: the last projection), so that
+the state is as large as the latents.
 """
 
 import math
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.diffusion.flow import euler_step
 from squeeze_jax.errors import InputError
+from squeeze_jax.models.dit import FirstBlock
 
 Solver = Literal["euler", "heun", "multistep"]
 EVALUATED = 3
@@ -33,6 +34,9 @@ class Cheaper:
     """TaylorSeer: of so many steps in a row, one is evaluated; 1 evaluates all."""
     max_order: int = 1
     """Order of the expansion, 0 to 2, in steps since the last evaluation."""
+    first_block_threshold: float = 0.0
+    """First-block cache: where the first block's work changes by at most this share since all blocks were run, the others
+    are left out (`DiT.velocity_after_first`; diffusers' default is 0.05). 0: never. Decided for all images of a batch."""
 
     def __post_init__(self) -> None:
         if self.solver not in get_args(Solver):
@@ -43,6 +47,10 @@ class Cheaper:
             )
         if self.solver == "heun" and self.cache_interval > 1:
             raise InputError("heun evaluates twice a step, which foretold velocities are to avoid; choose one of them")
+        if self.first_block_threshold < 0:
+            raise InputError(f"first_block_threshold is {self.first_block_threshold}; it must be at least 0 (0 is off)")
+        if self.first_block_threshold and (self.solver != "euler" or self.cache_interval > 1):
+            raise InputError("a first-block cache goes with solver euler and cache_interval 1; choose one of them")
 
 
 PLAIN = Cheaper()
@@ -67,12 +75,23 @@ def empty(like: Float[Array, "B N c"], cheaper: Cheaper) -> Memory:
     return Memory(jnp.zeros((cheaper.max_order + 1, *like.shape), like.dtype), zero, zero, jnp.zeros_like(like))
 
 
-State = tuple[Float[Array, "B N c"], Memory | None]
+class FirstBlocks(NamedTuple):
+    """First-block caches of the guidance's two branches."""
+
+    conditional: FirstBlock
+    """Begun anew in each stage, which sees other tokens."""
+    unconditional: FirstBlock
+
+
+State = tuple[Float[Array, "B N c"], Memory | FirstBlocks | None]
 """Latent tokens, and what the next step has to know; None where it needs nothing."""
 
 
-def first_state(noise: Float[Array, "B N c"], cheaper: Cheaper) -> State:
-    """The state before the first step."""
+def first_state(noise: Float[Array, "B N c"], cheaper: Cheaper, width: int = 0) -> State:
+    """The state before the first step; `width` is the transformer's, for a first-block cache."""
+    if cheaper.first_block_threshold:
+        nothing = jnp.zeros((*noise.shape[:2], width), jnp.float32)
+        return noise, FirstBlocks(*(FirstBlock(nothing, nothing, jnp.zeros((), bool)) for _ in range(2)))
     return noise, None if cheaper == PLAIN else empty(noise, cheaper)
 
 
@@ -107,6 +126,7 @@ def step(
     x, memory = state
     if memory is None:
         return euler_step(x, velocity(i, x), times[i], times[i + 1]), None
+    assert isinstance(memory, Memory)
     memory = memory._replace(evaluated=jnp.where(i == begin, 0, memory.evaluated))
     if cheaper.cache_interval > 1:
         wanted = ((i - begin) % cheaper.cache_interval == 0) | (i < EVALUATED)

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, References
+from squeeze_jax.diffusion.flow import euler_step
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
-from squeeze_jax.models.dit import CachedReferences, Modulation
+from squeeze_jax.models.dit import CachedReferences, FirstBlock, Modulation
 from squeeze_jax.models.system import System
-from squeeze_jax.sampling.cheaper import PLAIN, Cheaper, State, first_state, step
+from squeeze_jax.sampling.cheaper import PLAIN, Cheaper, FirstBlocks, State, first_state, step
 from squeeze_jax.sharding import compiler_options, on_mesh
 
 MAX_STEPS = 100
@@ -93,7 +94,7 @@ def advance(
     guided: tuple[bool, ...],
     cheaper: Cheaper = PLAIN,
 ) -> State:
-    """The state after the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage; `first_state` makes the first.
+    """The state after the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage; `begun` makes the first.
 
     v = v_u + scale·(v_c − v_u), where the unconditional branch sees the target alone; a stage that is not `guided` leaves
     that branch out (scale 1). `guided` and `scales` have one entry a stage. The branches differ in length, so they are two
@@ -115,6 +116,12 @@ def advance(
         t, at = jnp.full((batch,), times[i]), prepared.modulation.at(i)
         return system.velocity(x, target_grid, t, seen, references, modulation=at)
 
+    threshold = cheaper.first_block_threshold
+
+    def after_first(i: jax.Array, x: jax.Array, mllm: bool, vae: bool, kept: FirstBlock) -> tuple[jax.Array, FirstBlock]:
+        seen, references = context if mllm else nothing, shown if vae else None
+        return system.velocity_after_first(x, target_grid, seen, references, prepared.modulation.at(i), kept, threshold)
+
     begin: Any = 0
     for number, (mllm, vae) in enumerate(STAGES if shown is not None else STAGES[:1]):
         end = schedule.borders[number]
@@ -131,9 +138,25 @@ def advance(
         def take(i: jax.Array, state: State, begin: Any = begin, velocity: Any = guided_velocity) -> State:
             return step(cheaper, velocity, times, i, jnp.asarray(begin), state)
 
-        state = jax.lax.fori_loop(jnp.clip(begin, *span), jnp.clip(end, *span), take, state)
+        def take_after_first(
+            i: jax.Array, state: Any, begin: Any = begin, mllm: bool = mllm, vae: bool = vae, number: int = number
+        ) -> State:
+            x, (own, bare) = state
+            v, own = after_first(i, x, mllm, vae, own._replace(known=own.known & (i != begin)))
+            if guided[number]:
+                v_u, bare = after_first(i, x, False, False, bare)
+                v = v_u + scales[number] * (v - v_u)
+            return euler_step(x, v, times[i], times[i + 1]), FirstBlocks(own, bare)
+
+        body = take_after_first if threshold else take
+        state = jax.lax.fori_loop(jnp.clip(begin, *span), jnp.clip(end, *span), body, state)
         begin = end
     return state
+
+
+def begun(noise: Float[Array, "B N c"], prepared: Prepared, cheaper: Cheaper) -> State:
+    """The state before the first step of `advance`."""
+    return first_state(noise, cheaper, prepared.modulation.final[0].shape[-1] if cheaper.first_block_threshold else 0)
 
 
 class Sampler(NamedTuple):
@@ -156,7 +179,7 @@ class Sampler(NamedTuple):
     ) -> jax.Array:
         """From noise to latent tokens."""
         prepared = self.prepare(leaves, states, references, schedule)
-        state = first_state(noise, self.cheaper)
+        state = begun(noise, prepared, self.cheaper)
         return self.advance(leaves, state, prepared, schedule, scales, np.array([0, MAX_STEPS], np.int32))[0]
 
 

@@ -10,7 +10,7 @@ from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit
 
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.models.dit import DiTConfig, QKNorm
+from squeeze_jax.models.dit import DiTConfig, FirstBlock, QKNorm
 
 SCHNELL = DiTConfig(**{**vars(CONFIG), "guidance": False})
 CACHED = DiTConfig(**{**vars(CONFIG), "reference_attention": "cached"})
@@ -49,6 +49,36 @@ def test_gradients_equal_diffusers():
         assert relative_error(ours[name], leaf.grad) < 1e-4, name
     for mine, (theirs, grid) in zip(ours["references"], references, strict=True):
         assert relative_error(mine, theirs.grad) < 1e-4, grid
+
+
+def test_a_first_block_cache_equals_diffusers():
+    """Velocities along a path, with the same steps left out."""
+    torch, twin = torch_twin()
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    dit, _ = like_twin(twin)
+    x = inputs(references=())
+    graph, state = nnx.split(dit)
+    threshold, way = 0.06, np.random.default_rng(3).standard_normal(x["target"].shape).astype(np.float32)
+    ways = [{**x, "target": x["target"] + 0.01 * i**2 * way, "t": x["t"] - 1e-4 * i} for i in range(7)]
+
+    @jax.jit
+    def step(state, target, t, kept):
+        dit = nnx.merge(graph, state)
+        at = dit.vector(t, x["guidance"], x["pooled"])
+        return dit.velocity_after_first(target, x["target_grid"], at, x["context"], None, None, kept, threshold)
+
+    nothing = jnp.zeros((2, x["target"].shape[1], CONFIG.width))
+    kept, left_out = FirstBlock(nothing, nothing, jnp.zeros((), bool)), []
+    twin.enable_cache(FirstBlockCacheConfig(threshold))
+    with torch.no_grad(), twin.cache_context("one branch"):
+        for each in ways:
+            before = kept.residual
+            ours, kept = step(state, each["target"], each["t"], kept)
+            assert relative_error(ours, run_twin(torch, twin, each)) < 1e-5
+            left_out.append(bool((before == kept.residual).all()))
+    assert not left_out[0] and 2 <= sum(left_out) <= 5, "both happened"
+    twin.disable_cache()
 
 
 def test_cached_references_equal_diffusers_where_references_see_references_alone():

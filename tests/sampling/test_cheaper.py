@@ -87,6 +87,8 @@ def test_what_is_a_polynomial_is_foretold(order, monkeypatch):
     [
         ({"cache_interval": 0}, "at least 1"), ({"max_order": 3}, "max_order 3"),
         ({"solver": "heun", "cache_interval": 2}, "choose one of them"),
+        ({"first_block_threshold": -0.1}, "at least 0"),
+        ({"solver": "multistep", "first_block_threshold": 0.1}, "choose one of them"),
     ],
 )  # fmt: skip
 def test_impossible_ways_are_refused(values, words):

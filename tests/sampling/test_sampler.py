@@ -246,6 +246,37 @@ def test_blocks_apart_draw_the_same(pipeline):
         own.sample(states, latents, [5], settings)
 
 
+def test_blocks_in_eight_bits_draw_almost_the_same(pipeline):
+    pytest.importorskip("qwix", reason="the `quantize` extra is not installed")
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    settings, small = Settings(steps=3, tau1=0.9, tau2=0.4), pipeline.quantised()
+    kernels = [leaf for name, leaf in flat_leaves(small.leaves[0]).items() if "blocks" in name and name.endswith("kernel")]
+    assert any(leaf.dtype == jnp.int8 for leaf in kernels)
+    error = relative_error(small.sample(states, latents, [5], settings), pipeline.sample(states, latents, [5], settings))
+    assert 1e-5 < error < 0.05
+
+
+def test_a_first_block_cache_begins_anew_in_each_stage(pipeline):
+    """Never left out, it draws what plain steps draw; always left out, only a stage's first step runs all blocks."""
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    settings = Settings(steps=6, tau1=0.9, tau2=0.4)
+    plain = pipeline.sample(states, latents, [5], settings)
+    never, always = (dataclasses.replace(settings, first_block_threshold=value) for value in (1e-9, 1e9))
+    assert relative_error(pipeline.sample(states, latents, [5], never), plain) < 1e-5
+    assert relative_error(pipeline.sample(states, latents, [5], always), plain) > 1e-3
+    run = pipeline.run(states, latents, [5], always)
+    known = []
+    for i in range(6):
+        state = run.sampler.advance(
+            pipeline.leaves, run.state, run.prepared, run.schedule, run.scales, np.array([i, i + 1], np.int32)
+        )
+        known.append([not (a.rest == b.rest).all() for a, b in zip(state[1], run.state[1])])
+        run = run._replace(state=state)
+    first = [int(i in {0, *(int(border) for border in run.schedule.borders[:-1])}) for i in range(6)]
+    assert [own for own, _ in known] == first, "the conditional branch sees other tokens"
+    assert [bare for _, bare in known] == [1, 0, 0, 0, 0, 0]
+
+
 def test_streaming_is_sampling(pipeline, monkeypatch):
     """Step by step, or three at a time: the same bits, stage names in order, the last state the finished picture."""
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]

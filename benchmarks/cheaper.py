@@ -1,0 +1,111 @@
+"""What cheaper steps cost on the miniature, beside simply fewer steps.
+
+    python benchmarks/cheaper.py [--pairs 256] [--out FILE.json]          (int8 needs the `quantize` extra)
+
+Every way draws the same held-out pairs from the same noise. `calls` are evaluations of the guided velocity an image (a
+first-block cache: the mean over images, blocks that were left out counted as not run); `off` is the relative distance of
+the latents to those of 100 Euler steps with the same borders between stages; the scores are `evaluate`'s, with 95 %
+intervals of about ±5 points at 256 pairs.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+from squeeze_jax.commands.grids import reference_latents
+from squeeze_jax.data.images import to_uint8
+from squeeze_jax.data.sources import CritterRows
+from squeeze_jax.evaluation.critters import score_settings
+from squeeze_jax.interop.tensors import write_json
+from squeeze_jax.sampling.cheaper import EVALUATED
+from squeeze_jax.sampling.pipeline import Pipeline, Settings
+
+AT_ONCE = 64
+WAYS: dict[str, Settings] = {
+    **{f"Euler, {steps} steps": Settings(steps=steps) for steps in (25, 16, 12, 10, 8, 6)},
+    **{f"Heun, {steps} steps": Settings(steps=steps, solver="heun") for steps in (8, 6, 4)},
+    **{f"multistep, {steps} steps": Settings(steps=steps, solver="multistep") for steps in (25, 12, 10, 8, 6)},
+    **{
+        f"25 steps, TaylorSeer {interval}, order {order}": Settings(steps=25, cache_interval=interval, max_order=order)
+        for interval in (2, 3, 5)
+        for order in (0, 1, 2)
+    },
+    **{f"25 steps, first block {value}": Settings(steps=25, first_block_threshold=value) for value in (0.05, 0.1, 0.2, 0.4)},
+    "25 steps, int8": Settings(steps=25),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    pipeline = Pipeline.load()
+    assert pipeline.config.data.critters is not None
+    rows = CritterRows(pipeline.config.data.critters, "held_out")
+    count = min(given.pairs, len(rows)) // AT_ONCE * AT_ONCE
+    batches = []
+    for start in range(0, count, AT_ONCE):
+        some = [rows[i] for i in range(start, start + AT_ONCE)]
+        states = pipeline.encoders.read([e.prompt for e in some], [e.references for e in some])
+        latents = reference_latents(pipeline.encoders, pipeline.config, some)
+        batches.append((states, latents, list(range(start, start + AT_ONCE))))
+
+    def drawn(pipeline: Pipeline, settings: Settings) -> np.ndarray:
+        return np.concatenate([np.asarray(pipeline.sample(*batch, settings)) for batch in batches])
+
+    truth = drawn(pipeline, Settings(steps=100))
+    off, calls, images = {}, {}, {}
+    for way, settings in WAYS.items():
+        own = pipeline.quantised() if "int8" in way else pipeline
+        tokens = drawn(own, settings)
+        off[way] = float(np.linalg.norm(tokens - truth) / np.linalg.norm(truth))
+        calls[way] = evaluations(own, batches, settings)
+        images[way] = np.concatenate([to_uint8(own.decode(part, settings)) for part in np.split(tokens, len(batches))])
+        print(f"{way}: {calls[way]:.1f} calls, off by {off[way]:.3f}", flush=True)
+
+    def codec(pictures: np.ndarray) -> np.ndarray:
+        latents = np.stack(pipeline.encoders.latents(list(pictures * 2 - 1)))
+        return np.clip((pipeline.encoders.decode(latents) + 1) / 2, 0, 1)
+
+    scores = score_settings(images, [rows.pair(i) for i in range(count)], seed=0, codec=codec)
+    print("| way | calls | off | subject hard, % | scene hard, % |\n|---|---|---|---|---|")
+    report = {}
+    for way in WAYS:
+        found = {task: 100 * float(np.mean(scores[way].hits[task])) for task in ("subject hard", "scene hard")}
+        print(f"| {way} | {calls[way]:.1f} | {off[way]:.3f} | " + " | ".join(f"{value:.1f}" for value in found.values()) + " |")
+        report[way] = {"calls": calls[way], "off": off[way], **found}
+    if given.out:
+        write_json(given.out, {"pairs": count, "ways": report})
+
+
+def evaluations(pipeline: Pipeline, batches: list, settings: Settings) -> float:
+    """Guided velocities an image; of a first-block cache the two branches' runs of all blocks, halved."""
+    steps, run = pipeline.resolved(settings).steps, pipeline.run(*batches[0], settings)
+    borders = [0, *(int(border) for border in run.schedule.borders)]
+    begins = [max(b for b in borders if b <= i) for i in range(steps)]
+    if settings.solver == "heun":
+        return 2 * steps - 1
+    if settings.cache_interval > 1:
+        return sum((i - begin) % settings.cache_interval == 0 or i < EVALUATED for i, begin in enumerate(begins))
+    if not settings.first_block_threshold:
+        return steps
+    runs = 0
+    for batch in batches:
+        run = pipeline.run(*batch, settings)
+        state = run.state
+        for i in range(steps):
+            span = np.array([i, i + 1], np.int32)
+            after = run.sampler.advance(pipeline.leaves, state, run.prepared, run.schedule, run.scales, span)
+            runs += sum(not np.array_equal(a.rest, b.rest) for a, b in zip(after[1], state[1], strict=True))
+            state = jax.block_until_ready(after)
+    return runs / 2 / len(batches)
+
+
+if __name__ == "__main__":
+    main()
