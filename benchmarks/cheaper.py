@@ -35,7 +35,7 @@ WAYS: dict[str, Settings] = {
         for interval in (2, 3, 5)
         for order in (0, 1, 2)
     },
-    **{f"25 steps, first block {value}": Settings(steps=25, first_block_threshold=value) for value in (0.05, 0.1, 0.2, 0.4)},
+    **{f"25 steps, first block {x}": Settings(steps=25, first_block_threshold=x) for x in (0.05, 0.1, 0.2, 0.4)},
     "25 steps, int8": Settings(steps=25),
 }
 
@@ -78,7 +78,7 @@ def main() -> None:
     report = {}
     for way in WAYS:
         found = {task: 100 * float(np.mean(scores[way].hits[task])) for task in ("subject hard", "scene hard")}
-        print(f"| {way} | {calls[way]:.1f} | {off[way]:.3f} | " + " | ".join(f"{value:.1f}" for value in found.values()) + " |")
+        print(f"| {way} | {calls[way]:.1f} | {off[way]:.3f} | {found['subject hard']:.1f} | {found['scene hard']:.1f} |")
         report[way] = {"calls": calls[way], "off": off[way], **found}
     if given.out:
         write_json(given.out, {"pairs": count, "ways": report})

@@ -140,9 +140,9 @@ class Pipeline:
         return dataclasses.replace(self, leaves=leaves, _programs={})
 
     def quantised(self) -> "Pipeline":
-        """This pipeline with the kernels of the transformer's blocks in int8 (`layers.int8`): half of bfloat16's memory, at a
-        small loss. Raises InputError where qwix is not installed."""
-        system = nnx.merge(self.graph, *self.leaves)
+        """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half of bfloat16's memory, at a small
+        loss. Raises InputError where qwix is not installed."""
+        system = nnx.merge(self.graph, *jax.tree.map(lambda x: x, self.leaves))  # variables of its own, the same arrays
         quantise(system.dit)
         graph, state = nnx.split(system)
         return dataclasses.replace(self, graph=graph, leaves=(state,), _programs={})
@@ -318,8 +318,8 @@ class Pipeline:
 
     def decode_later(self, tokens: jax.Array, settings: Settings) -> Callable[[], np.ndarray]:
         """`decode` begun; what is returned waits for its end."""
-        resolved, alone = self.resolved(settings), len(tokens.devices()) == 1
-        latents = unpack(tokens if alone else whole(tokens), self.config.grid(resolved.height, resolved.width))
+        resolved, spread = self.resolved(settings), isinstance(tokens, jax.Array) and len(tokens.devices()) > 1
+        latents = unpack(whole(tokens) if spread else tokens, self.config.grid(resolved.height, resolved.width))
         pictures = self.encoders.decode_later(latents)
         return lambda: np.clip(pictures(), -1.0, 1.0)
 
