@@ -140,9 +140,10 @@ class Pipeline:
         return dataclasses.replace(self, leaves=leaves, _programs={})
 
     def quantised(self) -> "Pipeline":
-        """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half of bfloat16's memory, at a small
-        loss. Raises InputError where qwix is not installed."""
-        system = nnx.merge(self.graph, *jax.tree.map(lambda x: x, self.leaves))  # variables of its own, the same arrays
+        """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half of bfloat16's memory, at a
+        small loss. Raises InputError where qwix is not installed."""
+        own = jax.tree.map(lambda x: x, self.leaves)  # the same arrays in other variables
+        system = nnx.merge(self.graph, *own)
         quantise(system.dit)
         graph, state = nnx.split(system)
         return dataclasses.replace(self, graph=graph, leaves=(state,), _programs={})

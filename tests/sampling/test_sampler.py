@@ -236,6 +236,16 @@ def test_image_i_equals_what_its_seed_alone_gives(pipeline):
     assert relative_error(three[0], three[1]) > 0.1
 
 
+def test_steps_thresholds_and_guidance_are_arguments_of_one_program(pipeline):
+    """So neither a compilation nor the peak of memory depends on them."""
+    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    fresh = dataclasses.replace(pipeline, _programs={})
+    for steps, tau1, tau2, scale in ((2, 0.9, 0.4, 2.5), (9, 0.8, 0.8, 3.0), (4, 1.0, 0.0, 1.5)):
+        fresh.sample(states, latents, [5], Settings(steps=steps, tau1=tau1, tau2=tau2, cfg_scale=scale))
+    (program,) = fresh._programs.values()
+    assert program.prepare._cache_size() == program.advance._cache_size() == 1
+
+
 def test_blocks_apart_draw_the_same(pipeline):
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings = Settings(steps=3, tau1=0.9, tau2=0.4)

@@ -1,0 +1,52 @@
+"""`sample.py` as a user runs it: the same bytes again, what the screen says, and an interruption that leaves nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CRITTER = ROOT / "squeeze_jax" / "demo" / "references" / "critter-0.png"
+ASKED = ["--prompt", "a critter on the beach", "--reference", str(CRITTER)]
+# A shell's background job, which these tests may be, begins with SIGINT ignored.
+CODE = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from squeeze_jax.commands.sample import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return {**os.environ, "SQUEEZE_JAX_CACHE": str(tmp_path_factory.mktemp("cache")), "PYTHONUNBUFFERED": "1"}
+
+
+def test_the_same_bytes_whatever_the_global_random_state(tmp_path, environment):
+    drawn = []
+    for number in (1, 2):
+        out = tmp_path / f"{number}.png"
+        command = [sys.executable, "-c", CODE, *ASKED, "--steps", "6", "--seed", "3", "--out", str(out)]
+        seeded = {**environment, "PYTHONHASHSEED": str(number)}
+        done = subprocess.run(command, env=seeded, cwd=ROOT, capture_output=True, text=True, check=True)
+        drawn.append(out.read_bytes())
+    assert drawn[0] == drawn[1]
+    assert "stages: MLLM 2 steps, MLLM + VAE 2 steps, VAE 2 steps" in done.stdout
+    assert "VAE" in done.stdout.splitlines()[-3] and "6/6" in done.stdout, "the bar has the stage and the step"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png"]
+
+
+def test_an_interruption_leaves_no_partial_file(tmp_path, environment):
+    out = tmp_path / "out.png"
+    command = [sys.executable, "-c", CODE, *ASKED, "--steps", "100", "--num-images", "16", "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes) as run:
+        assert run.stdout is not None
+        while not run.stdout.readline().startswith("stages:"):
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert error.strip().endswith("interrupted") and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
