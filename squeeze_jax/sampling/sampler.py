@@ -111,6 +111,7 @@ def advance(
     shown = shown._replace(mask=spread(shown.mask)) if cached else jax.tree.map(spread, shown)
     nothing = Context(context.tokens[:, :0], context.mask[:, :0])
 
+    @partial(jax.jit, static_argnums=(2, 3))  # so that stages share what is traced of the unconditional branch
     def velocity(i: jax.Array, x: jax.Array, mllm: bool, vae: bool) -> jax.Array:
         seen, references = context if mllm else nothing, shown if vae else None
         t, at = jnp.full((batch,), times[i]), prepared.modulation.at(i)
