@@ -1,6 +1,6 @@
 """The full system on one NVIDIA GPU, random weights and made-up examples: the train step, and sampling beside PyTorch's.
 
-    python benchmarks/gpu.py attention                              (kernels against float64, and their speed)
+    python benchmarks/gpu.py attention                              (kernels against float32, and their speed)
     python benchmarks/gpu.py train [--tries 1:save_products 2:save_products …]
     python benchmarks/gpu.py sample [--sizes 512 1024] [--sides ours apart diffusers compiled]
 
@@ -277,7 +277,7 @@ def report(side: str, size: int, seconds: float, flops: int, memory) -> None:
 
 
 def attention() -> None:
-    """Our attention on this device against float64, and how long it takes."""
+    """Our attention on this device against plain products in float32, and how long it takes."""
     import jax
     import jax.numpy as jnp
     import numpy as np

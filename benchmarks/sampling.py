@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from squeeze_jax.batch import HiddenStates, References
+from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.diffusion.latents import grid_positions, reference_positions
 from squeeze_jax.interop.flux import config_to_json, diffusers_entries
 from squeeze_jax.interop.mapping import export_entries
@@ -93,8 +93,8 @@ def counted(system: System, states: HiddenStates, references: References, schedu
 
     def velocity(state, x, mllm: bool, vae: bool, modulation):
         system = nnx.merge(graph, state)
-        context = system.context(states)
-        context = type(context)(*(part if mllm else part[:, :0] for part in context))
+        nothing = Context(jnp.zeros((1, 0, CONFIG.context_width)), jnp.zeros((1, 0), bool))
+        context = system.context(states) if mllm else nothing
         shown = system.shown(references) if vae else None
         return system.velocity(x, GRID, jnp.ones(1), context, shown, modulation=modulation)
 

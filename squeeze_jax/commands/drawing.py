@@ -169,6 +169,8 @@ def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, int | float], 
             notes.append(f"{name} {value:g} is left out: this page goes from {low:g} to {high:g}.")
     if picture.settings.cheaper != PLAIN:
         notes.append(f"It was drawn with cheaper steps ({picture.settings.cheaper}); this page evaluates every step.")
+    if picture.settings.int8:
+        notes.append("It was drawn with weights in 8 bits; this page has the checkpoint's own.")
     if picture.references:
         names = ", ".join(f"{Path(r.path).name} ({r.height}x{r.width})" for r in picture.references)
         notes.append(f"References are not inside a picture; add them again: {names}.")

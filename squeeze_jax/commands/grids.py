@@ -20,7 +20,7 @@ from squeeze_jax.data.sources import CritterRows
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside, write_json
 from squeeze_jax.processes import is_main
-from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut
+from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut, mesh_of, places_of
 from squeeze_jax.training.loop import Result, SampleFunction
 from squeeze_jax.training.metrics import progress_bar
 from squeeze_jax.training.state import Leaves, Split
@@ -71,7 +71,7 @@ def sample_examples(
 
     `done` is called with the number of pictures after every chunk.
     """
-    pieces = evenly_cut(range(len(examples)), CHUNK)
+    pieces = evenly_cut(range(len(examples)), CHUNK, places_of(mesh_of(pipeline.leaves)))
 
     def batches() -> Iterator[tuple[HiddenStates, list[list[np.ndarray]], list[int]]]:
         for piece in pieces:

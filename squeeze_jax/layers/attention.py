@@ -59,9 +59,9 @@ def plain_attention(
     value: Float[Array, "B S K D"],
     mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None,
 ) -> Float[Array, "B T H D"]:
-    """`attention` as matrix products, for long sequences a block of queries after the other.
+    """`attention` as matrix products, on CPUs for long sequences a block of queries after the other.
 
-    The scores of a block stay in a CPU's caches, where those of all queries would go to memory and back.
+    The scores of a block stay in the caches, where those of all queries would go to memory and back.
     """
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
@@ -70,7 +70,7 @@ def plain_attention(
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     allowed = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     count = query.shape[2] // QUERIES
-    if count < 4:  # short: nothing to gain
+    if count < 4 or platform() != "cpu":  # short: nothing to gain
         return _mixed(query, key, value, allowed).swapaxes(1, 2)
 
     many = count * QUERIES

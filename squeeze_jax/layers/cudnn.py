@@ -12,10 +12,9 @@ LEAST = 64
 
 
 def suits(query: jax.Array, key: jax.Array) -> bool:
-    """Whether cuDNN has it: half precision, heads of at most 128 channels, even lengths (odd ones have no gradient)."""
-    half, lengths = query.dtype in (jnp.bfloat16, jnp.float16), (query.shape[1], key.shape[1])
-    even = all(length % 2 == 0 and length >= LEAST for length in lengths)
-    return half and even and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+    """Whether cuDNN has it: half precision, heads of at most 128 channels."""
+    half, many = query.dtype in (jnp.bfloat16, jnp.float16), min(query.shape[1], key.shape[1]) >= LEAST
+    return half and many and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
 
 
 @jax.custom_vjp
@@ -40,8 +39,16 @@ def cudnn_attention(
     """softmax(q·kᵀ / sqrt(D))·v; never holds [H, T, S], but a mask of rows costs [T, S] for each example.
 
     Where a mask is the same for all queries, the keys that count are moved to the front, and the kernel is told how many
-    they are: it skips the others, where a mask would be one more array to read.
+    they are: it skips the others, where a mask would be one more array to read. Lengths are made even, since JAX offers
+    no gradient of odd ones.
     """
+    tokens, keys = query.shape[1], key.shape[1]
+    if keys % 2 and mask is None:
+        mask = jnp.ones((query.shape[0], keys), bool)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    if mask is not None:
+        of_queries = ((0, tokens % 2),) if mask.ndim == 3 else ()
+        mask = jnp.pad(mask, ((0, 0), *of_queries, (0, keys % 2)))
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
         lengths = None
@@ -59,13 +66,12 @@ def cudnn_attention(
 
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
-        return run(query, key, value, mask)
+        return run(query, key, value, mask)[:, :tokens]
     heads = PartitionSpec(ROWS, None, "tensor", None)
     specs = [evenly(heads, x.shape, mesh) for x in (query, key, value)]
     # Shared key heads stay with their query heads: cut all of them or none.
     if specs[0][2] != specs[1][2]:
         specs = [PartitionSpec(spec[0]) for spec in specs]
     rows = None if mask is None else PartitionSpec(specs[0][0])
-    return jax.shard_map(run, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)(
-        query, key, value, mask
-    )
+    cut = jax.shard_map(run, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
+    return cut(query, key, value, mask)[:, :tokens]

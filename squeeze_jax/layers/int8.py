@@ -19,11 +19,11 @@ from squeeze_jax.layers.lora import linears
 def quantise(model: nnx.Module) -> nnx.Module:
     """The model, with the kernel of every stacked linear layer replaced by int8 values and `kernel_scale` [depth, out].
 
-    On a mesh, kernels stay where they are. Raises InputError where qwix is not installed.
+    Those that are int8 already, and on a mesh all where they lie, stay. Raises InputError where qwix is not installed.
     """
     for _, linear in linears(model):
         kernel = linear.kernel[...]
-        if kernel.ndim == 3:
+        if kernel.ndim == 3 and linear.kernel_scale is None:
             values, scale = _rounded(kernel)
             linear.kernel.set_value(values)
             linear.kernel_scale = nnx.Param(scale)
@@ -35,6 +35,6 @@ def _rounded(kernel: Float[Array, "depth C F"]) -> tuple[Any, Float[Array, "dept
     try:
         import qwix
     except ImportError:
-        raise InputError('model.frozen_dtype int8 needs qwix; run `pip install "squeeze_jax[quantize]"`') from None
+        raise InputError('int8 weights need qwix; run `pip install "squeeze_jax[quantize]"`') from None
     rounded = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 2))
     return rounded.qvalue, rounded.scale[:, 0]

@@ -61,7 +61,7 @@ def scan_blocks(
             own = jax.tree.map(lambda parts: parts[i], parameters, is_leaf=_is_apart)  # noqa: B023
             carry, output = body(carry, (own, jax.tree.map(lambda x: x[i], per_block)))  # noqa: B023
             outputs.append(output)
-        return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs) if outputs else None
     depth = len(jax.tree.leaves(parameters)[0]) if among is None else len(among)
     body = rematerialised(body, remat, alone=depth == 1 or unroll is True or depth <= unroll)
     if among is None:

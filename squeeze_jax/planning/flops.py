@@ -16,8 +16,8 @@ from squeeze_jax.sharding import as_on
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of all matrix products of `function(*arguments)`; arguments may be `jax.ShapeDtypeStruct`."""
-    with as_on("cpu"):
-        return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    with as_on("cpu"):  # a function of our own, or JAX might remember what it traced elsewhere
+        return _of_jaxpr(jax.make_jaxpr(lambda *given: function(*given))(*arguments).jaxpr)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> int:

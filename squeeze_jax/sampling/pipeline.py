@@ -1,6 +1,7 @@
 """Prompt and reference pictures in, pictures out: load once, sample many."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,8 @@ class Resolved:
     cache_interval: int = 1
     max_order: int = 1
     first_block_threshold: float = 0.0
+    int8: bool = False
+    """The pipeline's own."""
 
     @property
     def cheaper(self) -> Cheaper:
@@ -117,6 +120,8 @@ class Pipeline:
     graph: Any
     leaves: tuple[Any, ...]
     step: int | None = None
+    int8: bool = False
+    """Whether the transformer's blocks are in 8 bits a weight: `quantised`."""
     _programs: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -141,12 +146,12 @@ class Pipeline:
 
     def quantised(self) -> "Pipeline":
         """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half of bfloat16's memory, at a
-        small loss. Raises InputError where qwix is not installed."""
+        small loss. Before `unrolled`, if both. Raises InputError where qwix is not installed."""
         own = jax.tree.map(lambda x: x, self.leaves)  # the same arrays in other variables
         system = nnx.merge(self.graph, *own)
         quantise(system.dit)
         graph, state = nnx.split(system)
-        return dataclasses.replace(self, graph=graph, leaves=(state,), _programs={})
+        return dataclasses.replace(self, graph=graph, leaves=(state,), int8=True, _programs={})
 
     @property
     def uses_references(self) -> bool:
@@ -184,6 +189,7 @@ class Pipeline:
             cache_interval=settings.cache_interval,
             max_order=settings.max_order,
             first_block_threshold=settings.first_block_threshold,
+            int8=self.int8,
         )
 
     def __call__(
@@ -197,9 +203,9 @@ class Pipeline:
         says, prompt by prompt.
 
         `references` are those of the prompt, or one list for each of several prompts. Without references the MLLM's
-        condition stays on throughout. `at_once` images at most are drawn together; of more, a batch is decoded while the
-        next one is drawn. Raises InputError for an empty or too long prompt, sizes that are no multiples of 16, and
-        impossible steps or τ.
+        condition stays on throughout. `at_once` images at most are drawn together (on a mesh, at least one for every place
+        that holds examples); of more, a batch's pictures are fetched while the next one is drawn. Raises InputError for an
+        empty or too long prompt, sizes that are no multiples of 16, and impossible steps or τ.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         shown: Any = [references] if isinstance(prompt, str) else references or [()] * len(prompts)
@@ -207,12 +213,15 @@ class Pipeline:
             raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
         if at_once < 1:
             raise InputError(f"at_once is {at_once}; it must be at least 1")
-        resolved = self.resolved(settings)
-        images, together = range(resolved.num_images), max(1, at_once // resolved.num_images)
+        resolved, places = self.resolved(settings), places_of(mesh_of(self.leaves))
+        images, at_once = range(resolved.num_images), max(at_once, places)
+        together = max(1, at_once // resolved.num_images)
         pieces: list[tuple[list[int], Sequence[int]]] = []  # prompts and images of each batch
         for some in (True, False):  # the stages of prompts with and without references differ
             rows = [i for i, pictures in enumerate(shown) if bool(pictures) == some]
-            pieces += [(part, few) for part in evenly_cut(rows, together) for few in evenly_cut(images, at_once)]
+            share = places // math.gcd(places, len(images))  # prompts whose images fill the places
+            parts, some_images = evenly_cut(rows, together, share), evenly_cut(images, at_once)
+            pieces += [(part, few) for part in parts for few in some_images]
 
         def batches() -> Iterator[tuple[HiddenStates, list[list[np.ndarray]], list[int]]]:
             for part, few in pieces:
@@ -229,7 +238,7 @@ class Pipeline:
     ) -> Iterator[np.ndarray]:
         """Pictures of one batch of hidden states, reference latents and seeds after the other: see `sample`.
 
-        A batch's pictures are waited for when the next one is under way, so that devices do not wait for this process.
+        A batch's pictures are fetched, and whatever the caller does with them done, when the next one is under way.
         """
         before = None
         for states, latents, seeds in batches:
@@ -308,10 +317,11 @@ class Pipeline:
         noise = noise_for(list(seeds), grid[0] * grid[1], self.config.model.dit.in_channels)
         noise, states, references = beside(mesh, (noise, states, references))
         prepared = sampler.prepare(self.leaves, states, references, schedule)
+        state = begun(noise, prepared, resolved.cheaper)
         if mesh is None:  # said where it lies, as every later state is: the first step is then no program of its own
-            noise = jax.device_put(noise, next(iter(jax.tree.leaves(prepared)[0].devices())))
+            state = jax.device_put(state, next(iter(jax.tree.leaves(prepared)[0].devices())))
         scales = jnp.asarray(resolved.scales, jnp.float32)
-        return Run(sampler, begun(noise, prepared, resolved.cheaper), prepared, schedule, scales)
+        return Run(sampler, state, prepared, schedule, scales)
 
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
@@ -325,9 +335,14 @@ class Pipeline:
         return lambda: np.clip(pictures(), -1.0, 1.0)
 
 
-def evenly_cut(items: Sequence[int], most: int) -> list[list[int]]:
-    """Items in pieces of one length, `most` at most, since programs are compiled for a length; the last item fills up."""
+def evenly_cut(items: Sequence[int], most: int, multiple: int = 1) -> list[list[int]]:
+    """Items in pieces of one length, about `most`, since programs are compiled for a length; the last item fills up.
+
+    The length is a multiple of `multiple` where there are as many items: what a mesh divides evenly.
+    """
     length = -(-len(items) // max(1, -(-len(items) // most)))
+    if len(items) >= multiple:
+        length = -(-length // multiple) * multiple
     pieces = [list(items[start : start + length]) for start in range(0, len(items), length or 1)]
     return [piece + piece[-1:] * (length - len(piece)) for piece in pieces]
 
@@ -339,6 +354,11 @@ def mesh_of(leaves: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
+def places_of(mesh: Mesh | None) -> int:
+    """Places of a mesh that hold examples of their own."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def beside(mesh: Mesh | None, inputs: Any) -> Any:
     """Inputs on the mesh: rows split over it where they divide evenly, else everywhere."""
     if mesh is None:
@@ -346,7 +366,7 @@ def beside(mesh: Mesh | None, inputs: Any) -> Any:
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def where(x: jax.Array | np.ndarray) -> NamedSharding:
-        return rows if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else everywhere
+        return rows if x.shape[0] % places_of(mesh) == 0 else everywhere
 
     return place(inputs, jax.tree.map(where, inputs))
 

@@ -1,4 +1,4 @@
-"""`sample.py` as a user runs it: the same bytes again, what the screen says, and an interruption that leaves nothing."""
+"""`sample.py` as a user runs it: the same bytes again, what the screen says, and an interruption."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def test_the_same_bytes_whatever_the_global_random_state(tmp_path, environment):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png"]
 
 
-def test_an_interruption_leaves_no_partial_file(tmp_path, environment):
+def test_an_interruption_ends_in_a_word_and_without_files(tmp_path, environment):
     out = tmp_path / "out.png"
     command = [sys.executable, "-c", CODE, *ASKED, "--steps", "100", "--num-images", "16", "--out", str(out)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

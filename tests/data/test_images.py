@@ -272,5 +272,23 @@ def test_a_failing_save_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken.png"]
 
 
+def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of writing: neither half a picture nor a part beside it."""
+    path = tmp_path / "out.png"
+    save_png(path, np.zeros((8, 8, 3), np.uint8), {})
+    before = path.read_bytes()
+
+    def interrupted(self, file, **how):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    for name in ("out.png", "other.png"):
+        with pytest.raises(KeyboardInterrupt):
+            save_png(tmp_path / name, np.ones((8, 8, 3), np.uint8), {})
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+    assert path.read_bytes() == before
+
+
 def test_pictures_in_memory_take_the_same_road():
     assert to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)

@@ -75,6 +75,7 @@ def test_some_of_the_blocks(problem, taken):
     rest, others = some(first, range(1, DEPTH))
     np.testing.assert_allclose(rest, all_blocks[0], rtol=1e-6)
     np.testing.assert_allclose(jnp.concatenate([one, others]), all_blocks[1], rtol=1e-6)
+    np.testing.assert_array_equal(some(first, range(1, 1))[0], first)
 
 
 def test_blocks_apart_are_the_same_blocks(problem):

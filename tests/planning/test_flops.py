@@ -10,6 +10,7 @@ from flax import nnx
 from tiny import STAGE, tiny_config
 
 from squeeze_jax.config import load_preset
+from squeeze_jax.layers import cudnn, splash
 from squeeze_jax.models.dit import DiT, DiTConfig
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.program import forward_flops, step_flops
@@ -59,13 +60,22 @@ def test_xla_counts_the_same_in_an_unrolled_program():
     assert ours < counted < 1.02 * ours  # it also counts elementwise operations
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_kernels_hide_nothing(monkeypatch, platform):
+@pytest.mark.parametrize(("platform", "kernel"), [("gpu", (cudnn, "cudnn_attention")), ("tpu", (splash, "splash_attention"))])
+def test_kernels_hide_nothing(monkeypatch, platform, kernel):
     """A running step's utilisation is counted where it runs, and there attention is a kernel."""
     config = DiTConfig(heads=4, double_blocks=1, single_blocks=1, context_width=512)
     function, arguments = velocity(config, side=32, dtype=jnp.bfloat16)
     on_cpu = matmul_flops(function, *arguments)
+
+    def asked(*inputs, **how):
+        raise NotImplementedError("the kernel")
+
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(*kernel, asked)
+    function, arguments = velocity(config, side=32, dtype=jnp.bfloat16)  # another: JAX remembers what it traced
+    assert matmul_flops(function, *arguments) == on_cpu
+    with pytest.raises(NotImplementedError, match="the kernel"):
+        jax.eval_shape(function, *arguments)
     assert matmul_flops(function, *arguments) == on_cpu
 
 

@@ -260,6 +260,8 @@ def test_blocks_in_eight_bits_draw_almost_the_same(pipeline):
     pytest.importorskip("qwix", reason="the `quantize` extra is not installed")
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings, small = Settings(steps=3, tau1=0.9, tau2=0.4), pipeline.quantised()
+    again = jax.tree.leaves(small.quantised().leaves)
+    assert all(np.array_equal(a, b) for a, b in zip(again, jax.tree.leaves(small.leaves), strict=True)), "once is enough"
     kernels = [leaf for name, leaf in flat_leaves(small.leaves[0]).items() if "blocks" in name and name.endswith("kernel")]
     assert any(leaf.dtype == jnp.int8 for leaf in kernels)
     error = relative_error(small.sample(states, latents, [5], settings), pipeline.sample(states, latents, [5], settings))
@@ -307,10 +309,11 @@ def test_streaming_is_sampling(pipeline, monkeypatch):
     assert [state.step for state in some] == [4, 6]
     np.testing.assert_array_equal(some[0].tokens, each[3].tokens)
     kept = jax.device_put(pipeline.leaves, jax.devices()[0])  # as weights that were read
-    fresh = dataclasses.replace(pipeline, leaves=kept, _programs={})
-    assert len(list(fresh.stream("a prompt", settings=settings))) == 6
-    (program,) = fresh._programs.values()
-    assert program.advance._cache_size() == 1
+    for each in (settings, again, dataclasses.replace(settings, first_block_threshold=0.1)):
+        fresh = dataclasses.replace(pipeline, leaves=kept, _programs={})
+        assert len(list(fresh.stream("a prompt", settings=each))) == 6
+        (program,) = fresh._programs.values()
+        assert program.advance._cache_size() == 1
 
 
 def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
@@ -353,6 +356,8 @@ def test_a_batch_is_waited_for_when_the_next_is_under_way(pipeline, monkeypatch)
     assert relative_error(drawn[1], pipeline.sample(states, latents, [6], Settings(cfg_scale=1.0))) < 1e-5
     assert evenly_cut([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4, 4]]
     assert [len(piece) for piece in evenly_cut(range(17), 16)] == [9, 9]
+    assert [len(piece) for piece in evenly_cut(range(100), 64, 8)] == [56, 56]
+    assert [len(piece) for piece in evenly_cut(range(3), 64, 8)] == [3]
     assert evenly_cut([], 2) == [] and evenly_cut([7], 2) == [[7]]
 
 
