@@ -211,8 +211,8 @@ class Pipeline:
         shown: Any = [references] if isinstance(prompt, str) else references or [()] * len(prompts)
         if len(prompts) != len(shown):
             raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
-        if at_once < 1:
-            raise InputError(f"at_once is {at_once}; it must be at least 1")
+        if not prompts or at_once < 1:
+            raise InputError(f"{len(prompts)} prompts, at_once {at_once}: both must be at least 1")
         resolved, places = self.resolved(settings), places_of(mesh_of(self.leaves))
         images, at_once = range(resolved.num_images), max(at_once, places)
         together = max(1, at_once // resolved.num_images)

@@ -332,8 +332,10 @@ def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
     together = pipeline(list(rows), list(shown.values()), settings)
     for at_once in (3, 1):  # in batches of a prompt's two images, and of one
         assert relative_error(pipeline(list(rows), list(shown.values()), settings, at_once=at_once), together) < 1e-5
-    with pytest.raises(InputError, match="at_once is 0"):
+    with pytest.raises(InputError, match="at_once 0"):
         pipeline("one", [], settings, at_once=0)
+    with pytest.raises(InputError, match="0 prompts"):
+        pipeline([], [], settings)
     for i, prompt in enumerate(rows):
         alone = pipeline(prompt, shown[prompt], settings)
         assert relative_error(together[2 * i : 2 * i + 2], alone) < 1e-5
