@@ -1,11 +1,11 @@
 """What cheaper steps cost on the miniature, beside simply fewer steps.
 
-    python benchmarks/cheaper.py [--pairs 128] [--out FILE.json]          (int8 needs the `quantize` extra)
+    python benchmarks/cheaper.py [--pairs 64] [--out FILE.json]          (int8 needs the `quantize` extra)
 
 Every way draws the same held-out pairs from the same noise. `calls` are evaluations of the guided velocity an image (a
 first-block cache: the mean over batches of 64, blocks that were left out counted as not run); `off` is the relative
-distance of the latents to those of 96 to 100 Euler steps that change stage at the same times; the scores are `evaluate`'s,
-with 95 % intervals of about ±3 points at 128 pairs.
+distance of the latents to those of 48 to 50 steps of second order that change stage at the same times; the scores are
+`evaluate`'s, with 95 % intervals of about ±5 points at 64 pairs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WAYS: dict[str, Settings] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     pipeline = Pipeline.load()
@@ -60,11 +60,11 @@ def main() -> None:
         return np.concatenate([np.asarray(pipeline.sample(*batch, settings)) for batch in batches])
 
     def finely(settings: Settings) -> np.ndarray:
-        """Latents by small Euler steps whose stages end where those of `settings` do."""
-        fine, some = 100 // settings.steps, []
+        """Latents by small steps whose stages end where those of `settings` do."""
+        fine, some = 50 // settings.steps, []
         for batch in batches:
             borders = pipeline.run(*batch, settings).schedule.borders
-            run = pipeline.run(*batch, Settings(steps=fine * settings.steps))
+            run = pipeline.run(*batch, Settings(steps=fine * settings.steps, solver="multistep"))
             schedule = run.schedule._replace(borders=fine * borders)
             every = np.array([0, MAX_STEPS], np.int32)
             some.append(run.sampler.advance(pipeline.leaves, run.state, run.prepared, schedule, run.scales, every)[0])
