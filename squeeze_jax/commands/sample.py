@@ -44,7 +44,6 @@ class Sample:
     """Order of TaylorSeer's expansion, 0 to 2."""
     first_block_threshold: float = 0.0
     """First-block cache: a step whose first block's work changed by at most this share leaves the others out; 0 is off."""
-
     int8: bool = False
     """Keep the transformer's blocks in 8 bits a weight (qwix): half of bfloat16's memory."""
 

@@ -10,7 +10,7 @@ from squeeze_jax.sharding import platform
 # Large and finite: a row that may attend to nothing becomes a mean over everything, never NaN, in any dtype.
 MASKED = -1e30
 QUERIES = 256
-"""Queries of a block where sequences are long: of 64 to 512 the fastest on two CPU cores (measured)."""
+"""Queries of a block where sequences are long: on two cores the fastest or near it (`benchmarks/attention.py`)."""
 
 
 def attention(

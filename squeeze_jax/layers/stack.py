@@ -58,7 +58,7 @@ def scan_blocks(
     if (depth := depth_apart(parameters)) is not None:
         body, outputs = rematerialised(body, remat, alone=True), []
         for i in range(depth) if among is None else among:
-            own = jax.tree.map(lambda parts: parts[i], parameters, is_leaf=_is_apart)  # noqa: B023
+            own = jax.tree.map(lambda parts: parts[i], parameters, is_leaf=is_apart)  # noqa: B023
             carry, output = body(carry, (own, jax.tree.map(lambda x: x[i], per_block)))  # noqa: B023
             outputs.append(output)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs) if outputs else None
@@ -74,14 +74,15 @@ def scan_blocks(
     return jax.lax.scan(pick, carry, jnp.arange(among.start, among.stop), unroll=unroll)
 
 
-def _is_apart(node: Any) -> bool:
+def is_apart(node: Any) -> bool:
+    """Whether a leaf's value is what `apart` made of it."""
     return isinstance(node, tuple)
 
 
 def depth_apart(parameters: nnx.State) -> int | None:
     """Number of blocks of parameters that `apart` took apart; None of stacked ones."""
-    first = jax.tree.leaves(parameters, is_leaf=_is_apart)[0]
-    return len(first) if _is_apart(first) else None
+    first = jax.tree.leaves(parameters, is_leaf=is_apart)[0]
+    return len(first) if is_apart(first) else None
 
 
 def apart(state: nnx.State, inside: Sequence[str], *, donate: bool = False) -> nnx.State:
@@ -93,7 +94,7 @@ def apart(state: nnx.State, inside: Sequence[str], *, donate: bool = False) -> n
     """
     flat = []
     for path, variable in nnx.to_flat_state(state):
-        if any(part in inside for part in path):
+        if any(part in inside for part in path) and not is_apart(variable.get_value()):
             stack = variable.get_value()
             variable = variable.replace(tuple(stack[i] for i in range(len(stack))))
             if donate:

@@ -24,7 +24,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.interop.trained import load_trained
 from squeeze_jax.layers.int8 import quantise
-from squeeze_jax.layers.stack import apart
+from squeeze_jax.layers.stack import apart, is_apart
 from squeeze_jax.models.dit import STACKS
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
@@ -146,7 +146,9 @@ class Pipeline:
 
     def quantised(self) -> "Pipeline":
         """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half of bfloat16's memory, at a
-        small loss. Before `unrolled`, if both. Raises InputError where qwix is not installed."""
+        small loss. Raises InputError where qwix is not installed, and after `unrolled`."""
+        if any(is_apart(leaf) for state in self.leaves for leaf in jax.tree.leaves(state, is_leaf=is_apart)):
+            raise InputError("this pipeline is unrolled already; call quantised() first and unrolled() after it")
         own = jax.tree.map(lambda x: x, self.leaves)  # the same arrays in other variables
         system = nnx.merge(self.graph, *own)
         quantise(system.dit)

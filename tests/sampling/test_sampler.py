@@ -250,8 +250,11 @@ def test_blocks_apart_draw_the_same(pipeline):
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings = Settings(steps=3, tau1=0.9, tau2=0.4)
     own = dataclasses.replace(pipeline, leaves=jax.tree.map(jnp.copy, pipeline.leaves), _programs={})
-    drawn = own.unrolled().sample(states, latents, [5], settings)
+    apart = own.unrolled()
+    drawn = apart.sample(states, latents, [5], settings)
     assert relative_error(drawn, pipeline.sample(states, latents, [5], settings)) < 1e-5
+    with pytest.raises(InputError, match="unrolled already"):
+        apart.unrolled().quantised()
     with pytest.raises(RuntimeError, match="deleted"):
         own.sample(states, latents, [5], settings)
 
