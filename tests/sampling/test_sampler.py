@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -226,6 +227,11 @@ def pipeline(system):
     return Pipeline.of(system, CONFIG, NO_ENCODERS)
 
 
+@pytest.fixture(scope="module")
+def pipelines(pipeline):
+    return {"joint": pipeline, "cached": Pipeline.of(random_system(CACHED), CACHED, NO_ENCODERS)}
+
+
 def test_image_i_equals_what_its_seed_alone_gives(pipeline):
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings = Settings(cfg_scale=1.0)
@@ -385,21 +391,33 @@ def copies(leaves):
     return jax.device_put(leaves, NamedSharding(make_mesh(data=8, fsdp=1), PartitionSpec()))
 
 
-def slices(leaves):
+def slices(axes, leaves):
     """Weights cut over fsdp and tensor, as training leaves them."""
-    mesh = make_mesh(2, 2, 2)
-    flat = [(state, flat_leaves(state)) for state in leaves]
+    mesh, flat = make_mesh(*axes), [(state, flat_leaves(state)) for state in leaves]
     return tuple(with_leaves(state, jax.device_put(named, shardings(named, mesh))) for state, named in flat)
 
 
-@pytest.mark.parametrize(("laid", "count"), [(copies, 3), (slices, 4)])
-def test_weights_on_a_mesh_draw_the_same(pipeline, laid, count, monkeypatch):
-    """As in training: the weights lie on eight devices, what the encoders made on one."""
+LAID = {"copies": copies} | {
+    str(axes): partial(slices, axes)
+    for axes in [(2, 2, 2), (8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (1, 2, 4), (1, 1, 8)]
+}
+FAST = [("copies", "joint"), ("(2, 2, 2)", "joint"), ("(2, 2, 2)", "cached")]
+EVERY_WAY = [
+    pytest.param(laid, kind, marks=() if (laid, kind) in FAST else pytest.mark.slow)
+    for kind in ("joint", "cached")
+    for laid in LAID
+]
+
+
+@pytest.mark.parametrize(("laid", "kind"), EVERY_WAY)
+def test_weights_on_a_mesh_draw_the_same(pipelines, laid, kind, monkeypatch):
+    """Two guided images (three, where each device has all weights) of a prompt. As in training: the weights lie on eight
+    devices, what the encoders made on one."""
     constrain, seen = dit.constrain, []
     monkeypatch.setattr(dit, "constrain", lambda x, kind: (seen.append(current_mesh()), constrain(x, kind))[1])
-    states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
-    settings, seeds = Settings(cfg_scale=1.0), range(count)
-    spread = dataclasses.replace(pipeline, leaves=laid(pipeline.leaves), _programs={})
+    pipeline, states, latents = pipelines[kind], row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
+    settings, seeds = Settings(cfg_scale=2.5), range(3 if laid == "copies" else 2)
+    spread = dataclasses.replace(pipeline, leaves=LAID[laid](pipeline.leaves), _programs={})
     drawn = spread.sample(jax.device_put(states, jax.devices()[0]), latents, seeds, settings)
     assert len(drawn.sharding.device_set) == 8
     assert set(seen) == {jax.tree.leaves(spread.leaves)[0].sharding.mesh}  # kernels have to know it
