@@ -43,10 +43,9 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
 
 
 def _of_product(equation: Any) -> int:
-    left, right = (variable.aval.shape for variable in equation.invars)
-    (contracted, _), (batch, _) = equation.params["dimension_numbers"]
-    of_right = math.prod(right) // math.prod(left[axis] for axis in (*contracted, *batch))
-    return 2 * math.prod(left) * of_right
+    left = equation.invars[0].aval.shape
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 
 def _of_convolution(equation: Any) -> int:

@@ -29,6 +29,7 @@ def test_products_loops_and_convolutions():
 
     assert matmul_flops(looped, shape(3, 4), shape(6, 4, 4)) == 6 * 2 * 3 * 4 * 4
     assert matmul_flops(jax.checkpoint(jnp.matmul), shape(3, 4), shape(4, 5)) == 120
+    assert matmul_flops(jnp.matmul, shape(3, 0), shape(0, 5)) == 0
 
     def convolved(x, w):
         return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -82,8 +83,10 @@ def test_kernels_hide_nothing(monkeypatch, platform):
     assert matmul_flops(function, *arguments) == on_cpu
 
 
-def test_a_step_of_everything_trained_is_three_forwards_less_the_first_layers_inputs():
-    config = tiny_config()
+@pytest.mark.parametrize("attention", ["joint", "cached"])
+def test_a_step_of_everything_trained_is_three_forwards_less_the_first_layers_inputs(attention):
+    model = tiny_config().model
+    config = tiny_config(model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, reference_attention=attention)))
     forward, step = forward_flops(config, STAGE), step_flops(config, STAGE, rows=1)
     assert 2.8 * forward < step < 3 * forward
     assert step_flops(config, STAGE, rows=4) == 4 * step
