@@ -45,6 +45,13 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def of_main(value: float) -> float:
+    """Process 0's number (to float32), on every process."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
 def local_rows(where: Sharding, rows: int) -> np.ndarray:
     """Which of a global batch's rows [rows] lie on this process's devices, in ascending order."""
     every = np.arange(rows)

@@ -29,12 +29,15 @@ CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoint
 FREE = (
     r"(sampling|checkpoint|log|parallel)\..*|training\.(validate|sample)_every"
     r"|data\.(workers|features|batch_per_chip|extract_batch)|optimizer\.accumulate"
+    r"|model\.(dit_weights|autoencoder|mllm)"
 )
-"""Fields that a resumed run may change: they decide what is written and shown and where it runs, not what is learned.
+"""Fields that a resumed run may change: they decide what is written and shown and where things lie, not what is learned.
 
-The global batch stays what it was: the data iterator refuses another one."""
-FIXED = r"(model|aggregator|lora)\b.*|optimizer\.(kind|ema)"
-"""Fields that no resumed run may change: they decide which arrays there are, and of which size and dtype."""
+The global batch and the records stay what they were: the data iterator refuses others. So do the frozen weights, wherever
+they lie: the checkpoint has their fingerprint, and the records have their digests."""
+FIXED = r"(model|aggregator|lora)\b.*|optimizer\.(kind|ema)|training\.seed"
+"""Fields that no resumed run may change: they decide which arrays there are, of which size and dtype, and which record
+comes when."""
 
 
 def _orbax() -> Any:
@@ -94,27 +97,27 @@ class Checkpoints:
                 force=True,
             )
 
-    def restore(self, step: int, like: Any) -> tuple[Any, bytes]:
-        """The state in the shapes, dtypes and shardings of `like`, and the data iterator's state."""
+    def restore(self, step: int, like: Any) -> Any:
+        """The state in the shapes, dtypes and shardings of `like`."""
         args = self._ocp.args
-        restored = self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(like), data=args.JsonRestore())
-        )
-        return restored["state"], json.dumps(restored["data"]).encode()
+        return self._manager.restore(step, args=args.Composite(state=args.StandardRestore(like)))["state"]
 
-    def about(self, step: int) -> Saved:
-        """What a step was saved with."""
+    def about(self, step: int) -> tuple[Saved, bytes]:
+        """What a step was saved with, and the data iterator's state."""
         args = self._ocp.args
-        restored = self._manager.restore(step, args=args.Composite(config=args.JsonRestore(), run=args.JsonRestore()))
-        return Saved(from_json(json.dumps(restored["config"])), **restored["run"])
+        names = ("config", "run", "data")
+        restored = self._manager.restore(step, args=args.Composite(**{name: args.JsonRestore() for name in names}))
+        saved = Saved(from_json(json.dumps(restored["config"])), **restored["run"])
+        return saved, json.dumps(restored["data"]).encode()
 
     def set_aside(self, step: int) -> Path:
         """Takes a checkpoint that cannot be read out of the way, so that its step can be saved again."""
-        aside = self._folder.with_name("damaged") / str(step)
+        folder, number = self._folder.with_name("damaged"), 1
+        while (aside := folder / (str(step) if number == 1 else f"{step}-{number}")).exists():
+            number += 1
         meet(f"setting aside {step}")
         if is_main():
-            aside.parent.mkdir(exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
+            folder.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(aside)
         meet(f"set aside {step}")
         self._manager.close()
@@ -155,16 +158,16 @@ def first_line(error: BaseException) -> str:
 def check_same_run(saved: Config, config: Config, workdir: Path, *, accept_changes: bool = False) -> list[str]:
     """What differs between the config that a folder's run was saved with and this one, one line a field.
 
-    Raises InputError where that would not continue the run: always for what decides arrays' sizes and dtypes, for the
-    rest unless `accept_changes`.
+    Raises InputError where that would not continue the run: always for what is `FIXED`, for the rest unless `accept_changes`.
     """
     changed = [line for line in differences(saved, config) if not re.match(FREE, line)]
     fixed = [line for line in changed if re.match(FIXED, line)]
     refused = fixed if accept_changes else changed
     if refused:
         listed = "; ".join(refused[:8]) + (f"; and {len(refused) - 8} more" if len(refused) > 8 else "")
-        how = "these decide its arrays: give another --workdir" if fixed else "give the same config, another --workdir, or"
-        how += "" if fixed else " --accept-changes to go on with the new one"
+        how = "these decide its arrays or the order of its records: give another --workdir"
+        if not fixed:
+            how = "give the same config, another --workdir, or --accept-changes to go on with the new one"
         raise InputError(f"{workdir} holds a checkpoint of another config ({listed}); {how}")
     return changed
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ from squeeze_jax.interop.checkpoint import (
 )
 from squeeze_jax.interop.fingerprint import fingerprint
 from squeeze_jax.interop.trained import start_of, starting_leaves
-from squeeze_jax.processes import is_main, local_rows, place, place_rows
+from squeeze_jax.processes import is_main, local_rows, of_main, place, place_rows
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.interruption import Interruption
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
@@ -45,7 +45,7 @@ from squeeze_jax.training.state import (
     with_leaves,
 )
 from squeeze_jax.training.step import Batch, Metrics, Validation, make_train_step, make_validation
-from squeeze_jax.training.watch import Watch
+from squeeze_jax.training.watch import Profile, Watch
 
 SampleFunction = Callable[[Split, Leaves, int], None]
 """Draws a grid of pictures with (split, trained leaves, step); commands pass it in."""
@@ -135,7 +135,11 @@ def train(
         checkpoints.save(step, state._asdict(), data.get_state(), saved)
 
     validation, step, end = float("nan"), int(state.step), 0
-    with closing(data), closing(checkpoints), closing(writer), Interruption() as interruption, progress_bar() as bar:
+    profile = Profile(config.log.profile, workdir)
+    with (
+        closing(data), closing(checkpoints), closing(writer), closing(profile),
+        Interruption() as interruption, progress_bar() as bar,
+    ):  # fmt: skip
         for number, stage in enumerate(config.training.stages, 1):
             end += stage.steps
             if step >= end:
@@ -143,31 +147,38 @@ def train(
             train_step = make_train_step(split, optimizer, config, stage, where)
             validate = make_validation(split, config, stage, mesh)
             task = bar.add_task(f"stage {number}", total=stage.steps, completed=stage.steps - (end - step), figures="")
-            pending: Metrics | None = None
-            first = True
+            pending: tuple[Metrics, float] | None = None
+            flops: dict[Any, float] = {}  # of a step, by the shape of its batch
             while step < end:
-                trace(config.log.profile, step, workdir)
+                profile.at(step)
                 with watch.waiting():
                     batch = place_rows(next(data), batch_sharding(mesh), rows)
-                if first and work is not None:
-                    watch.flops, watch.peak = work(stage, batch)
-                state, metrics = train_step(state, frozen, batch)
-                step += 1
-                # The step before is read only now that the next one is under way: the device never waits for us.
-                if pending is not None:
-                    watch.read(pending)
-                pending = metrics
-                last = step == end
-                if first or last or step % config.log.every == 0:
-                    watch.read(pending)
+                shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+                if shape in flops:
+                    state, metrics = train_step(state, frozen, batch)
+                    # The step before is read only now that the next one is under way: the device never waits for us.
+                    if pending is not None:
+                        watch.read(*pending)
+                    pending = metrics, flops[shape]
+                else:  # compiled first, so its time says nothing
+                    if pending is not None:
+                        watch.read(*pending)
                     pending = None
-                if first:
-                    watch.restart()
+                    with watch.pause():
+                        flops[shape], watch.peak = (0.0, None) if work is None else work(stage, batch)
+                        state, metrics = train_step(state, frozen, batch)
+                        watch.read(metrics, timed=False)
+                    if len(flops) == 1:
+                        watch.restart()
+                step += 1
+                last = step == end
+                if pending is not None and (last or step % config.log.every == 0):
+                    watch.read(*pending)
+                    pending = None
                 if last or step % config.log.every == 0:
                     row = watch.row(step)
                     writer.write(step, stage=number, **row)
                     bar.update(task, completed=stage.steps - (end - step), figures=watch.text(row, validation))
-                first = False
                 if interruption.asked(step):
                     save()
                     checkpoints.wait()
@@ -180,7 +191,14 @@ def train(
                         save()
                     if sample and (last or (config.training.sample_every and step % config.training.sample_every == 0)):
                         sample(split, weights(), step)
-        trace(config.log.profile, step, workdir)
+        if np.isnan(validation):  # stopped after the last step, or done before
+            validation = of_main(writer.last("validation_loss", step))
+        if np.isnan(validation):
+            validate = make_validation(split, config, config.training.stages[-1], mesh)
+            validation = mean_validation(validate, weights(), frozen, held_out)
+            writer.write(step, validation_loss=validation)
+            if sample:
+                sample(split, weights(), step)
         checkpoints.wait()
     if int(state.skipped):
         say(f"{int(state.skipped)} steps had a non-finite loss or gradient and were skipped")
@@ -201,8 +219,8 @@ def newest(
 ) -> tuple[TrainState, float] | None:
     """The state of the newest checkpoint that can be read and its productive seconds; `data` is set to its place.
 
-    A damaged checkpoint is set aside, aloud, for the one before it. None where there never was one; raises InputError
-    where all are damaged, and where this is another run's folder.
+    A damaged checkpoint is set aside, aloud, for the one before it; one that a disk or the devices' memory refuses is not.
+    None where there never was one; raises InputError where all are damaged, and where this is another run's folder.
     """
     like = jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), trained)
     like = jax.tree.map(
@@ -211,7 +229,7 @@ def newest(
     aside: Path | None = None
     while (step := checkpoints.latest()) is not None:
         try:
-            about = checkpoints.about(step)
+            about, place = checkpoints.about(step)
             # Before the arrays: those of another config would look damaged.
             changed = check_same_run(about.config, config, workdir, accept_changes=accept_changes)
             if about.base != base:
@@ -219,16 +237,21 @@ def newest(
                     f"{workdir} was trained on another base (fingerprint {about.base}, this one's is {base}); "
                     "give the weights that it began with"
                 )
-            state, place = checkpoints.restore(step, like._asdict())
-        except InputError:
+            data.set_state(place)
+            state = checkpoints.restore(step, like._asdict())
+        except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the last: no room on the devices
             raise
         except Exception as error:  # whatever the storage layer makes of missing and shortened files
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise InputError(
+                    f"{workdir}: the checkpoint of step {step} cannot be read now ({first_line(error)}); "
+                    "see to the disk and start again"
+                ) from error
             aside = checkpoints.set_aside(step)
             say(f"warning: the checkpoint of step {step} cannot be read ({first_line(error)}); it now lies in {aside}")
             continue
         for line in changed:
             say(f"changed: {line}")
-        data.set_state(place)
         return TrainState(**state), about.productive_seconds
     if aside is not None:
         raise InputError(
@@ -236,14 +259,6 @@ def newest(
             "or give another --workdir to begin anew"
         )
     return None
-
-
-def trace(steps: tuple[int, int] | None, done: int, workdir: Path) -> None:
-    """Starts and ends a `jax.profiler` trace of the steps from the first to the second, into `workdir`/profile."""
-    if steps is not None and done == steps[0] - 1:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    if steps is not None and done == steps[1]:
-        jax.profiler.stop_trace()
 
 
 def check_records(folder: epath.Path, config: Config) -> None:

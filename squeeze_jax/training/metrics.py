@@ -21,13 +21,13 @@ class MetricsWriter:
         self._file, self._board = None, None
         if not is_main():
             return
-        path = workdir / FILE
-        if path.exists():
-            rows = path.read_text().splitlines()
+        self._path = workdir / FILE
+        if self._path.exists():
+            rows = self._path.read_text().splitlines()
             kept = [row for row in rows if _step(row) <= first_step]
             if len(kept) < len(rows):
-                path.write_text("".join(f"{row}\n" for row in kept))
-        self._file = path.open("a", buffering=1)
+                self._path.write_text("".join(f"{row}\n" for row in kept))
+        self._file = self._path.open("a", buffering=1)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -39,6 +39,13 @@ class MetricsWriter:
         for name, value in values.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
+
+    def last(self, name: str, step: int) -> float:
+        """What was written of `name` at `step`; NaN where nothing was, and on all processes but the first."""
+        if self._file is None:
+            return float("nan")
+        rows = [json.loads(row) for row in self._path.read_text().splitlines()]
+        return next((row[name] for row in reversed(rows) if row["step"] == step and name in row), float("nan"))
 
     def close(self) -> None:
         if self._file is not None:

@@ -157,7 +157,8 @@ def make_train_step(
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
         sums, counts = by_time(each.ravel(), draws.t)
-        now = jnp.asarray(rate(state.step), jnp.float32)
+        # Skipped steps do not count in the optimiser's moments, where its schedule's place lies, too.
+        now = jnp.asarray(rate(state.step - state.skipped), jnp.float32)
         metrics = Metrics(loss, norm, of_dit, of_aggregator, sums, counts, now, skipped)
         return TrainState(state.step + 1, trained, moments, average, skipped), metrics
 
@@ -207,16 +208,16 @@ def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh
     """
 
     def validate(trained: Leaves, frozen: nnx.State, batch: Batch) -> Float[Array, " B"]:
-        system, shape = split.merge(trained, frozen), target_shape(batch, config)
-        batch = system.encoded(batch)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
-        keep = jnp.ones(shape[0], bool)
         with on_mesh(mesh):
+            system, shape = split.merge(trained, frozen), target_shape(batch, config)
+            batch = system.encoded(batch)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
+            noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
+            keep = jnp.ones(shape[0], bool)
             at = jax.lax.map(
                 lambda t: losses(system, batch, Draws(jnp.full(shape[0], t), noise, keep, keep), config, stage),
                 jnp.asarray(VALIDATION_TIMES),
             )
-        return at.mean(axis=0)
+            return at.mean(axis=0)
 
     return jax.jit(validate, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))

@@ -21,16 +21,15 @@ SLOW_INPUT = 0.2
 class Watch:
     """Takes in every step's metrics and gives, now and then, a row of figures.
 
-    Speed covers the steps since the last row without pauses (validation, sampling, saving) and without a stage's first
-    step, which is compiled. Goodput is the share of wall time since the run's first start, restarts included, that went
+    Speed covers the steps since the last row without pauses: validation, sampling, saving, and the first step of every
+    stage and shape of batch, which is compiled. Goodput is the share of wall time since the run's first start, restarts included, that went
     into steps which still count.
     """
 
     def __init__(self, rows: int, workdir: Path, productive_seconds: float, say: Callable[[str], None]) -> None:
         self.rows = rows
-        self.flops: float | None = None
-        """Model FLOPs of a step on all devices, and below the devices' peak FLOP/s; None where unknown."""
         self.peak: float | None = None
+        """Peak FLOP/s of all devices; None where unknown."""
         self.loss = float("nan")
         self._productive, self._first_start = productive_seconds, _first_start(workdir)
         self._say, self._warned = say, False
@@ -39,10 +38,10 @@ class Watch:
         self.restart()
 
     def restart(self) -> None:
-        """Begins to measure speed anew, as after a step that was compiled first."""
+        """Begins to measure speed anew."""
         self._seconds: float = 0.0
         self._running_since: float | None = time.perf_counter()
-        self._count, self._waited = 0, 0.0
+        self._count, self._waited, self._flops = 0, 0.0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -67,15 +66,17 @@ class Watch:
         """Seconds of all steps that count, in all of the run's lives."""
         return self._productive + self._running()
 
-    def read(self, metrics: Metrics) -> None:
-        """Waits for a step and takes its metrics in."""
+    def read(self, metrics: Metrics, flops: float = 0.0, *, timed: bool = True) -> None:
+        """Waits for a step and takes its metrics in. flops: its model FLOPs on all devices, 0 where unknown. timed: False
+        within a `pause`."""
         got = jax.device_get(metrics)
         self._values = {name: float(value) for name, value in got._asdict().items() if np.ndim(value) == 0}
         loss = self._values["loss"]
         if np.isfinite(loss):
             self.loss = loss if not np.isfinite(self.loss) else 0.98 * self.loss + 0.02 * loss
             self._by_time += np.stack([got.loss_by_time, got.count_by_time])
-        self._count += 1
+        if timed:
+            self._count, self._flops = self._count + 1, self._flops + flops
 
     def row(self, step: int) -> dict[str, float]:
         """Figures of the steps since the last row, which ends here; warns where they waited for input."""
@@ -105,8 +106,8 @@ class Watch:
             "examples_per_second": self.rows * self._count / seconds,
             "input_wait": self._waited / seconds,
         }
-        if self.flops is not None:
-            speed["model_flops_per_second"] = self.flops / speed["step_seconds"]
+        if self._flops:
+            speed["model_flops_per_second"] = self._flops / seconds
             if self.peak is not None:
                 speed["mfu"] = speed["model_flops_per_second"] / self.peak
         return speed
@@ -119,6 +120,33 @@ class Watch:
         if "step_seconds" in row:
             speed = f"  {row['step_seconds']:.2f} s/step  {row['examples_per_second']:.0f} examples/s"
         return f"loss {self.loss:.4f}{seen}{speed}{used}"
+
+
+class Profile:
+    """A `jax.profiler` trace of the steps from the first to the last, into `workdir`/profile.
+
+    A life of the run that begins between them traces what is left; one that ends between them keeps what it has.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, workdir: Path) -> None:
+        self._steps, self._folder, self._running = steps, workdir / "profile", False
+
+    def at(self, done: int) -> None:
+        """Begins or ends the trace, when `done` steps are done."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        if self._running and done >= last:
+            self.close()
+        elif not self._running and first - 1 <= done < last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def close(self) -> None:
+        """Ends the trace if one runs."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 def memory_in_use() -> dict[str, float]:

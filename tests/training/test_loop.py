@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,14 @@ from tiny import tiny_config
 from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
 from squeeze_jax.data.extract import extract
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.checkpoint import CHECKPOINTS, read_weights, write_config, write_weights
+from squeeze_jax.interop.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    check_same_run,
+    read_weights,
+    write_config,
+    write_weights,
+)
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training import loop
 from squeeze_jax.training.loop import train
@@ -98,10 +106,25 @@ def test_two_steps_saved_resumed_and_two_more_equal_four(whole, features, tmp_pa
 
 def test_a_finished_run_started_again_changes_nothing(whole, features):
     workdir, result = whole
-    again = train(BOTH, workdir, features, say=lambda text: None)
+    before = lines(workdir)
+    again = train(BOTH, workdir, features, sample=stop_at(4), say=lambda text: None)
     assert again.step == 4
+    assert again.validation == result.validation
+    assert lines(workdir) == before
     for name, leaf in result.leaves.items():
         np.testing.assert_array_equal(again.leaves[name], leaf)
+
+
+def test_a_run_stopped_behind_its_last_step_makes_up_for_validation_and_pictures(whole, features):
+    workdir, result = whole
+    rows = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "validation_loss" in rows[-1]
+    (workdir / "metrics.jsonl").write_text("".join(rows[:-1]))
+    drawn = []
+    again = train(BOTH, workdir, features, sample=lambda split, leaves, step: drawn.append(step), say=lambda text: None)
+    assert drawn == [4]
+    assert again.validation == result.validation
+    assert (workdir / "metrics.jsonl").read_text().splitlines(keepends=True) == rows
 
 
 def test_the_average_is_what_is_returned_and_read_back(whole):
@@ -150,6 +173,9 @@ def test_changes_go_on_when_told_so_and_never_those_of_size(whole, features):
     wider = dataclasses.replace(BOTH, aggregator=dataclasses.replace(BOTH.aggregator, mlp_width=32))
     with pytest.raises(InputError, match=r"aggregator\.mlp_width: 24 → 32.*these decide its arrays"):
         train(wider, workdir, features, accept_changes=True, say=lambda text: None)
+    shuffled = dataclasses.replace(BOTH, training=dataclasses.replace(BOTH.training, seed=1))
+    with pytest.raises(InputError, match=r"training\.seed: 0 → 1.*the order of its records"):
+        train(shuffled, workdir, features, accept_changes=True, say=lambda text: None)
     write_config(workdir, BOTH)
 
 
@@ -171,6 +197,26 @@ def test_some_checkpoints_stay_and_chosen_steps_are_traced(features, tmp_path):
     train(kept, tmp_path, features, say=lambda text: None)
     assert sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()) == [2, 4]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("error", [MemoryError("devices"), OSError(5, "Input/output error"), jax.errors.JaxRuntimeError("full")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(whole, features, monkeypatch, error):
+    workdir, _ = whole
+
+    def restore(*arguments):
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    with pytest.raises((InputError, type(error)), match="cannot be read now|devices|full"):
+        train(BOTH, workdir, features, say=lambda text: None)
+    assert (workdir / CHECKPOINTS / "4").is_dir()
+    assert not (workdir / "damaged").exists()
+
+
+def test_the_folders_of_frozen_weights_may_move():
+    for name in ("dit_weights", "autoencoder", "mllm"):
+        moved = dataclasses.replace(BOTH, model=dataclasses.replace(BOTH.model, **{name: "/mnt/elsewhere"}))
+        assert check_same_run(BOTH, moved, Path("work")) == []
 
 
 def test_stage_two_from_stage_ones_weights(whole, features, tmp_path):

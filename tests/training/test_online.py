@@ -15,9 +15,10 @@ from squeeze_jax.data.extract import Example, extract
 from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import make_dataset
 from squeeze_jax.errors import InputError
+from squeeze_jax.layers import attention
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.models.dit import DiTConfig
-from squeeze_jax.sharding import batch_sharding, make_mesh
+from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import create, initial_state, state_shardings
 from squeeze_jax.training.step import draw, losses, make_train_step, make_validation
@@ -146,6 +147,26 @@ def test_on_a_mesh_the_same_step_is_made_and_encoders_never_move(batches, axes):
         np.testing.assert_allclose(one[name], eight[name], rtol=1e-5, atol=2e-6, err_msg=name)
 
 
+def test_step_and_validation_trace_the_encoders_on_their_mesh(batches, monkeypatch):
+    """Their attention is a kernel on TPU, which cannot be partitioned from outside."""
+    seen, plain = [], attention.plain_attention
+    monkeypatch.setattr(attention, "plain_attention", lambda *given: (seen.append(current_mesh()), plain(*given))[1])
+    mesh = make_mesh(2, 4, 1)
+    trained, split = create(CONFIG, mesh)
+    raw = jax.tree.map(lambda x: np.concatenate([x] * 8)[:8], batches[1])
+    state = jax.eval_shape(lambda: initial_state(trained, make_optimizer(CONFIG), CONFIG))
+    for program in (
+        lambda: jax.eval_shape(make_validation(split, CONFIG, STAGE, mesh), trained, split.frozen, raw),
+        lambda: make_train_step(split, make_optimizer(CONFIG), CONFIG, STAGE, state_shardings(state, mesh)).trace(
+            state, split.frozen, raw
+        ),
+    ):
+        seen.clear()
+        program()
+        assert len(seen) > 4  # InternVL's eyes and language, the autoencoder, the aggregator, the transformer
+        assert set(seen) == {mesh}
+
+
 def test_references_of_several_sizes_are_refused_by_row(examples):
     wide = Listed([*examples[:2], examples[2]._replace(references=[Image.new("RGB", (128, 64))])])
     batches = make_online(wide, CONFIG, batch=3, seed=0)
@@ -157,8 +178,6 @@ def test_references_of_several_sizes_are_refused_by_row(examples):
 
 
 def test_what_on_line_extraction_has_no_use_for_is_refused():
-    for change, named in (({"features": "x"}, "features"), ({"workers": 1}, "workers"), ({"max_tiles": 2}, None)):
-        data = dataclasses.replace(CONFIG.data, **change)
-        if named:
-            with pytest.raises(InputError, match=f"data.online and data.{named}"):
-                dataclasses.replace(CONFIG, data=data)
+    for name, value in (("features", "x"), ("workers", 1)):
+        with pytest.raises(InputError, match=f"data.online and data.{name}"):
+            dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, **{name: value}))

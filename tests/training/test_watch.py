@@ -7,7 +7,7 @@ import pytest
 
 from squeeze_jax.training import watch as module
 from squeeze_jax.training.step import TIME_BORDERS, Metrics
-from squeeze_jax.training.watch import Watch
+from squeeze_jax.training.watch import Profile, Watch
 
 
 class Clock:
@@ -39,15 +39,18 @@ def metrics(loss=1.0, sums=(0, 0, 0, 0), counts=(0, 0, 0, 0)):
 def test_speed_leaves_pauses_and_compilation_out_and_goodput_does_not(clock, tmp_path):
     said = []
     watch = Watch(8, tmp_path, 0.0, said.append)
-    watch.flops, watch.peak = 600.0, 1000.0
+    watch.peak = 1000.0
     clock.now += 50  # the first step, compiled
-    watch.read(metrics())
     watch.restart()
-    for _ in range(4):
-        clock.now += 2
-        watch.read(metrics())
+    for flops in (400.0, 800.0):
+        for _ in range(2):
+            clock.now += 2
+            watch.read(metrics(), flops)
+        with watch.pause():
+            clock.now += 20  # another shape's first step, compiled
+            watch.read(metrics(), timed=False)
     with watch.pause():
-        clock.now += 92
+        clock.now += 52
         assert watch.productive_seconds == 8
     row = watch.row(5)
     assert row["step_seconds"] == 2
@@ -100,3 +103,27 @@ def test_loss_is_told_apart_by_noise_level_and_non_finite_ones_are_left_out(cloc
     }
     assert len(TIME_BORDERS) == 5
     assert not [name for name in watch.row(4) if name.startswith("loss_t")]
+
+
+def test_a_trace_covers_what_a_life_sees_of_its_steps(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(module.jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(module.jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    for begun, ended, wanted in [
+        (0, 9, ["start 4", "stop 7"]),
+        (5, 9, ["start 5", "stop 7"]),  # resumed between them
+        (0, 5, ["start 4", "stop 5"]),  # stopped between them
+        (7, 9, []),  # resumed when the last is done
+        (0, 3, []),
+    ]:
+        profile, seen = Profile((5, 7), tmp_path), []
+        for done in range(begun, ended + 1):
+            profile.at(done)
+            seen += [f"{call} {done}" for call in calls]
+            calls.clear()
+        profile.close()
+        seen += [f"{call} {ended}" for call in calls]
+        calls.clear()
+        assert seen == wanted, (begun, ended)
+    Profile(None, tmp_path).at(5)
+    assert not calls
