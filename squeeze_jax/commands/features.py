@@ -10,6 +10,7 @@ from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.data.extract import extract
 from squeeze_jax.data.manifest import read_manifest
 from squeeze_jax.data.sources import CritterRows, ManifestRows
+from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
 
 MOST_ROWS, MOST_BYTES, TOKENS = 1024, 2 * 2**30, 320
@@ -49,7 +50,7 @@ def extract_features(
     config: Config, out: epath.PathLike, *, manifest: Path | None = None, shard: tuple[int, int] = (0, 1)
 ) -> None:
     """Writes `out`/train and `out`/held_out; finished shards are kept, so a killed extraction goes on."""
-    sources = row_sources(config, manifest)
+    out, sources = reachable(out), row_sources(config, manifest)
     encoders = FrozenEncoders.of(config)
     layers = config.aggregator.reads if config.data.keep == "read" else None
     with progress() as bar:
@@ -58,7 +59,7 @@ def extract_features(
             extract(
                 rows,
                 encoders,
-                epath.Path(out) / split,
+                out / split,
                 target_size=(config.data.height, config.data.width),
                 buckets=config.data.buckets,
                 reference_long_side=config.data.reference_long_side,

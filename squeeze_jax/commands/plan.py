@@ -70,20 +70,34 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: Plan, overrides: list[str]) -> None:
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.interop.tensors import write_json
-    from squeeze_jax.planning.report import lines
+    from squeeze_jax.planning.report import lines, priced
 
+    check(given)
     config = override(load_preset(given.preset), overrides, f"squeeze_jax plan {given.preset}")
     sizes = asked(given.mesh, config)
     print(f"{config.name}, {given.what}, on {given.slices} x {given.topology}", flush=True)
     place, written = {"topology": given.topology, "slices": given.slices, "preset": config.name}, []
     for report, compiled in searched(given, config) if given.search else planned(given, config, sizes):
-        print("\n".join(lines(report, given.chip_hour)), flush=True)
+        report = report if given.chip_hour is None else priced(report, given.chip_hour)
+        print("\n".join(lines(report)), flush=True)
         written.append(place | report)
         if given.hlo is not None and compiled is not None:
             given.hlo.write_text(compiled.text)
     if given.json is not None:
         write_json(given.json, {**place, "best": written} if given.search else written[0])
         print(f"report: {given.json}")
+
+
+def check(given: Plan) -> None:
+    """Raises InputError for flags that do not go together."""
+    from squeeze_jax.errors import InputError
+
+    if given.search and given.what != "train":
+        raise InputError("--search looks for ways to train; leave it out with --what sample, and give --mesh")
+    if given.search and given.mesh is not None:
+        raise InputError("--search tries every mesh; leave --mesh out, or --search")
+    if given.chip_hour is not None and given.chip_hour <= 0:
+        raise InputError(f"--chip-hour {given.chip_hour:g} must be above 0")
 
 
 def planned(given: Plan, config: "Config", sizes: dict[str, int]) -> "Iterator[tuple[Report, Compiled | None]]":

@@ -68,8 +68,6 @@ def take_number(arguments: list[str], flag: str) -> int | None:
 def run(arguments: list[str]) -> None:
     setup()
     import jax
-    from etils import epath
-
     from squeeze_jax.processes import is_main, join, meet
 
     others = (
@@ -82,6 +80,7 @@ def run(arguments: list[str]) -> None:
     from squeeze_jax.commands.features import extract_features, row_sources
     from squeeze_jax.commands.grids import critter_scores, grid_sampler
     from squeeze_jax.config import load_preset, override
+    from squeeze_jax.data.storage import reachable
     from squeeze_jax.errors import InputError
     from squeeze_jax.interop.checkpoint import write_config
     from squeeze_jax.interop.trained import start_of
@@ -96,8 +95,8 @@ def run(arguments: list[str]) -> None:
     config = override(preset, arguments[1:], f"train.py {arguments[0]}")
     if workdir and "://" in workdir:
         raise InputError(
-            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the bucket (Cloud Storage "
-            "FUSE) and give its path. Records may lie in a bucket as they are (--data.features)"
+            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount it (docs/pods.md says which "
+            "buckets will do) and give its path. Records may lie in a bucket as they are (--data.features)"
         )
     if start_from is not None and start_of(Path(start_from)) == "transformer" and config.lora is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=start_from))
@@ -106,7 +105,7 @@ def run(arguments: list[str]) -> None:
     folder = Path(workdir) if workdir else Path("runs") / Path(arguments[0]).stem
     folder.mkdir(parents=True, exist_ok=True)
 
-    features = epath.Path(config.data.features or folder / "features")  # may lie in a bucket
+    features = reachable(config.data.features or folder / "features")  # may lie in a bucket
     if config.data.features is None and not config.data.online:
         extract_features(config, features, shard=(jax.process_index(), jax.process_count()))
         meet("records extracted")

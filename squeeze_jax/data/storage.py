@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from squeeze_jax.errors import InputError
+
 PART = ".part"
 """Ends the name of what is still being written; a killed writer leaves it behind."""
 
@@ -16,6 +18,16 @@ PART = ".part"
 def is_remote(path: epath.Path) -> bool:
     """Whether a path lies in object storage (`gs://bucket/…`)."""
     return "://" in str(path)
+
+
+def reachable(path: epath.PathLike) -> epath.Path:
+    """The path, once what its storage needs is there. Raises InputError where that is not installed."""
+    path = epath.Path(path)
+    try:
+        path.exists()
+    except ImportError as error:
+        raise InputError(f"{path}: {error}; install it with pip install 'squeeze_jax[gcs]'") from None
+    return path
 
 
 def write_whole(path: epath.Path, write: Callable[[Path], object]) -> None:

@@ -7,7 +7,6 @@ A work folder holds `config.json` and `checkpoints/STEP/`; a weights folder hold
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,7 +157,8 @@ def first_line(error: BaseException) -> str:
 def check_same_run(saved: Config, config: Config, workdir: Path, *, accept_changes: bool = False) -> list[str]:
     """What differs between the config that a folder's run was saved with and this one, one line a field.
 
-    Raises InputError where that would not continue the run: always for what is `FIXED`, for the rest unless `accept_changes`.
+    Raises InputError where that would not continue the run: always for what is `FIXED`, for the rest unless
+    `accept_changes`.
     """
     changed = [line for line in differences(saved, config) if not re.match(FREE, line)]
     fixed = [line for line in changed if re.match(FIXED, line)]

@@ -2,12 +2,12 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from squeeze_jax.config import Config
+from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.layers.splash import padded
 from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.collectives import Collective
@@ -24,25 +24,32 @@ from squeeze_jax.planning.program import (
 
 Report = dict[str, Any]
 
+PAPER_STAGES = (StageConfig(steps=25_000, references=False), StageConfig(steps=10_000, references=True))
+"""The paper's two stages."""
+
 
 def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) -> tuple[Report, Compiled]:
-    """The plan of a training run's last stage; its steps are all stages'."""
+    """The plan of a training run's last stage. Another stage's step is taken to last in proportion to its FLOPs."""
     stage = config.training.stages[-1]
     rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
     flops = step_flops(config, stage, rows, references)
     whole = compile_train_step(config, mesh, stage, references)
     estimate = step_estimate(config, mesh, chip, stage, whole, references)
-    report = described(config, mesh, chip, whole, references)
-    steps = config.total_steps
+    report = described(config, mesh, chip, whole, references if stage.references else 0)
+
+    def chip_hours(stages: Sequence[StageConfig]) -> float:
+        times = sum(one.steps * step_flops(config, one, rows, references) / flops for one in stages)
+        return times * estimate.total * mesh.size / 3600
+
     report |= {
         "what": "train",
         "examples_per_step": rows,
         "model_flops_per_step": flops,
         **reached(flops, estimate, mesh, chip),
         "examples_per_second": rows / estimate.total,
-        "steps": steps,
-        "chip_hours": steps * estimate.total * mesh.size / 3600,
-        "chip_hours_35000_steps": 35_000 * estimate.total * mesh.size / 3600,
+        "steps": config.total_steps,
+        "chip_hours": chip_hours(config.training.stages),
+        "chip_hours_25000_10000_steps": chip_hours(PAPER_STAGES),
     }
     return report, whole
 
@@ -97,7 +104,7 @@ def holds_square(text: str, tokens: int) -> bool:
     return any(shape.count(length) > 1 for shape in shapes for length in lengths)
 
 
-def reached(flops: float, estimate: Estimate, mesh: Mesh, chip: Chip) -> Report:
+def reached(flops: int, estimate: Estimate, mesh: Mesh, chip: Chip) -> Report:
     """The roofline of published peaks, and the estimate against it."""
     return {
         "roofline_seconds": {
@@ -133,7 +140,13 @@ def traffic(found: list[Collective], mesh: Mesh) -> list[Report]:
     ]
 
 
-def lines(report: Report, chip_hour: float | None = None) -> Iterator[str]:
+def priced(report: Report, chip_hour: float) -> Report:
+    """The report of training with its cost, in whatever a chip-hour is paid in."""
+    cost = {f"cost{name[10:]}": hours * chip_hour for name, hours in report.items() if name.startswith("chip_hours")}
+    return report | ({"price_of_a_chip_hour": chip_hour} | cost if cost else {})
+
+
+def lines(report: Report) -> Iterator[str]:
     """The report to read."""
     memory, capacity = report["hbm_per_chip"], report["hbm_capacity"]
     shape = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
@@ -170,8 +183,9 @@ def lines(report: Report, chip_hour: float | None = None) -> Iterator[str]:
         f"{100 * report['predicted_mfu']:.1f} % of the published peak"
     )
     if report["what"] == "train":
-        for steps, hours in ((report["steps"], report["chip_hours"]), (35_000, report["chip_hours_35000_steps"])):
-            yield f"                  {steps:,} steps: {hours:,.0f} chip-hours" + (
-                f", {hours * chip_hour:,.0f} at {chip_hour:g} an hour" if chip_hour else ""
+        for steps, name in ((f"{report['steps']:,}", ""), ("25,000 + 10,000", "_25000_10000_steps")):
+            hours, price = report[f"chip_hours{name}"], report.get("price_of_a_chip_hour")
+            yield f"                  {steps} steps: {hours:,.0f} chip-hours" + (
+                f", {report[f'cost{name}']:,.0f} at {price:g} an hour" if price else ""
             )
     yield f"compiled in       {report['compile_seconds']:.0f} s"

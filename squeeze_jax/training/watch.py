@@ -22,8 +22,8 @@ class Watch:
     """Takes in every step's metrics and gives, now and then, a row of figures.
 
     Speed covers the steps since the last row without pauses: validation, sampling, saving, and the first step of every
-    stage and shape of batch, which is compiled. Goodput is the share of wall time since the run's first start, restarts included, that went
-    into steps which still count.
+    stage and shape of batch, which is compiled. Goodput is the share of wall time since the run's first start, restarts
+    included, that went into steps which still count.
     """
 
     def __init__(self, rows: int, workdir: Path, productive_seconds: float, say: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from tiny import tiny_config
 from squeeze_jax.data import features
 from squeeze_jax.data.extract import extract
 from squeeze_jax.data.features import FeatureSource, read_metadata
-from squeeze_jax.data.storage import remove_parts, write_whole
+from squeeze_jax.data.storage import reachable, remove_parts, write_whole
 from squeeze_jax.errors import InputError
 from squeeze_jax.sharding import make_mesh
 from squeeze_jax.training.loop import batches_of
@@ -148,3 +148,14 @@ def test_a_faster_twin_that_has_tidied_up_is_no_failure(tmp_path):
     write_whole(path, overtaken)
     assert path.read_text() == "same"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_bucket_without_its_library_is_one_sentence(monkeypatch, tmp_path):
+    class Missing(Bucket):
+        def exists(self, path):
+            raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Missing(tmp_path))
+    with pytest.raises(InputError, match=r"gs://bucket/records: Please install gcsfs.*pip install 'squeeze_jax\[gcs\]'"):
+        reachable("gs://bucket/records")
+    assert reachable(tmp_path) == epath.Path(tmp_path)

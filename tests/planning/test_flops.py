@@ -86,7 +86,8 @@ def test_kernels_hide_nothing(monkeypatch, platform):
 @pytest.mark.parametrize("attention", ["joint", "cached"])
 def test_a_step_of_everything_trained_is_three_forwards_less_the_first_layers_inputs(attention):
     model = tiny_config().model
-    config = tiny_config(model=dataclasses.replace(model, dit=dataclasses.replace(model.dit, reference_attention=attention)))
+    dit = dataclasses.replace(model.dit, reference_attention=attention)
+    config = tiny_config(model=dataclasses.replace(model, dit=dit))
     forward, step = forward_flops(config, STAGE), step_flops(config, STAGE, rows=1)
     assert 2.8 * forward < step < 3 * forward
     assert step_flops(config, STAGE, rows=4) == 4 * step

@@ -5,10 +5,17 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from squeeze_jax.commands import plan
-from squeeze_jax.planning.program import too_large
+from squeeze_jax.config import load_preset
+from squeeze_jax.planning import report as report_module
+from squeeze_jax.planning.chips import CHIPS
+from squeeze_jax.planning.estimate import Estimate
+from squeeze_jax.planning.program import Compiled, step_flops, too_large
+from squeeze_jax.planning.report import PAPER_STAGES, lines, priced, train_report
+from squeeze_jax.sharding import AXES
 
 PRESET = "configs/flux_stage2.py"
 GIB = 2**30
@@ -20,12 +27,34 @@ GIB = 2**30
         (["--topology", "v9:2x2"], "no chip 'v9'; choose one of v4, v5e, v5p, v6e"),
         (["--topology", "v5p:2x2x1", "--mesh", "fsdp:4"], "write data=1,fsdp=8,tensor=1"),
         (["--topology", "v5p:2x2x1", "--mesh", "model=4"], "--mesh has no axis model"),
+        (["--topology", "v5p:2x2x1", "--search", "--mesh", "fsdp=4"], "leave --mesh out, or --search"),
+        (["--topology", "v5p:2x2x1", "--search", "--what", "sample"], "--search looks for ways to train"),
+        (["--topology", "v5p:2x2x1", "--chip-hour", "0"], "--chip-hour 0 must be above 0"),
     ],
 )
 def test_what_cannot_be_planned_is_named(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert plan.main([PRESET, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_hours_and_cost_count_each_stage_for_what_it_computes():
+    """Stage 1 has no references: fewer tokens, shorter steps."""
+    config = load_preset(PRESET)
+    mesh, chip = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1]), CHIPS["v5p"]
+    nothing = Compiled(0, 0, 0, 0, 0.0, 0.0, 0.0, 0, [], "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module, "compile_train_step", lambda *given: nothing)
+        patch.setattr(report_module, "step_estimate", lambda *given: Estimate(3600.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+        report = priced(train_report(config, mesh, chip)[0], 2.0)
+    one, two = (step_flops(config, stage, 1) for stage in PAPER_STAGES)
+    assert 0.5 < one / two < 0.7
+    assert report["chip_hours_25000_10000_steps"] == pytest.approx(25_000 * one / two + 10_000)
+    assert report["chip_hours"] == pytest.approx(config.total_steps)  # a preset of stage 2 alone
+    assert report["cost_25000_10000_steps"] == 2 * report["chip_hours_25000_10000_steps"]
+    assert report["cost"] == 2 * report["chip_hours"] and report["price_of_a_chip_hour"] == 2
+    assert any(line.endswith(f"chip-hours, {report['cost']:,.0f} at 2 an hour") for line in lines(report))
+    assert "price_of_a_chip_hour" not in priced({"what": "sample"}, 2.0)
 
 
 def run(out, *arguments, **options):
@@ -56,7 +85,7 @@ def test_a_mesh_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     command = [sys.executable, "-m", "squeeze_jax", "plan", PRESET, "--topology", "v5p:2x2x1", "--json", out]
     ended = subprocess.run([*command, "--mesh", "fsdp=3"], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
-    assert "needs 3 chips, there are 4; nearest that fit: data=1,fsdp=4,tensor=1" in ended.stderr
+    assert "needs 3 devices, there are 4. The nearest that work: data=1,fsdp=4,tensor=1" in ended.stderr
     assert not out.exists()
 
 

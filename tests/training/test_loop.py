@@ -199,7 +199,10 @@ def test_some_checkpoints_stay_and_chosen_steps_are_traced(features, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-@pytest.mark.parametrize("error", [MemoryError("devices"), OSError(5, "Input/output error"), jax.errors.JaxRuntimeError("full")])
+NOT_NOW = [MemoryError("devices"), OSError(5, "Input/output error"), jax.errors.JaxRuntimeError("full")]
+
+
+@pytest.mark.parametrize("error", NOT_NOW, ids=lambda error: type(error).__name__)
 def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(whole, features, monkeypatch, error):
     workdir, _ = whole
 
@@ -207,7 +210,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(whole, fe
         raise error
 
     monkeypatch.setattr(Checkpoints, "restore", restore)
-    with pytest.raises((InputError, type(error)), match="cannot be read now|devices|full"):
+    with pytest.raises((InputError, type(error)), match=r"cannot be read now|devices|full"):
         train(BOTH, workdir, features, say=lambda text: None)
     assert (workdir / CHECKPOINTS / "4").is_dir()
     assert not (workdir / "damaged").exists()
