@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: App) -> None:
     from squeeze_jax.errors import InputError
 
+    if not 1 <= given.port <= 65535:
+        raise InputError(f"--port {given.port} must be from 1 to 65535")
     signal.signal(signal.SIGTERM, ended)  # without it the folder below would stay
     with tempfile.TemporaryDirectory(prefix="squeeze_jax-") as folder:  # uploads and pictures: gone with the page
         folder = str(Path(folder).resolve())
@@ -47,10 +49,11 @@ def run(given: App) -> None:
 
         print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)
         studio = drawing.Studio(Pipeline.load(given.checkpoint), str(given.checkpoint or "demo"), Path(folder))
+        host = f"[{given.host}]" if ":" in given.host else given.host  # IPv6
         blocks = page.build(studio).queue(max_size=16, api_open=False)
         try:
             _, url, _ = blocks.launch(
-                server_name=given.host, server_port=given.port, prevent_thread_lock=True, quiet=True, footer_links=[],
+                server_name=host, server_port=given.port, prevent_thread_lock=True, quiet=True, footer_links=[],
                 share=False, inbrowser=False, ssr_mode=False, pwa=False, mcp_server=False,
                 max_file_size=8 * drawing.MAX_BYTES,  # what is smaller reaches `drawing`, which says more
                 theme=page.THEME, css=page.STYLE + strip.STYLE,

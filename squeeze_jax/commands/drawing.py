@@ -3,9 +3,10 @@
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,8 @@ class Studio:
     pipeline: Pipeline
     checkpoint: str
     folder: Path
+    lock: Lock = field(default_factory=Lock)
+    """Held while something is computed: a run that was stopped goes on to the end of what it is at."""
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -105,8 +108,10 @@ def accept(uploads: Sequence[Upload], folder: Path) -> tuple[list[Upload], list[
 
 def read_reference(upload: Upload) -> Image.Image:
     """The picture of an upload. Raises InputError, naming the file as its owner does."""
+    if not upload.path.exists():
+        raise InputError(f"{upload.name}: it is not kept here any more; add it again")
     try:
-        size = upload.path.stat().st_size if upload.path.exists() else 0
+        size = upload.path.stat().st_size
         if size > MAX_BYTES:
             raise InputError(f"{upload.path}: {size / 2**20:.0f} MB are more than the limit of {MAX_BYTES // 2**20} MB")
         return load_image(upload.path, MAX_PIXELS)
@@ -117,8 +122,6 @@ def read_reference(upload: Upload) -> Image.Image:
 def plan(studio: Studio, settings: Settings, references: bool, done: int = 0) -> str:
     """The strip of a run. Raises InputError where there is no such run."""
     resolved = studio.pipeline.resolved(settings)
-    if resolved.tau2 > resolved.tau1:
-        raise InputError(f"τ2 {resolved.tau2:g} is larger than τ1 {resolved.tau1:g}; it must not be")
     used = references and studio.pipeline.uses_references
     return strip(stages_of_steps(studio.pipeline.config, resolved, used), done)
 
@@ -137,14 +140,19 @@ def draw(studio: Studio, prompt: str, uploads: Sequence[Upload], settings: Setti
     yield View(None, plan(studio, settings, shown), said)
     images = [read_reference(upload) for upload in uploads]
     pictures = np.zeros(0)
-    for progress in pipeline.stream(prompt, images, settings, every=-(-resolved.steps // PREVIEWS)):
-        pictures = to_uint8(pipeline.decode(progress.tokens, settings))
+    stream = pipeline.stream(prompt, images, settings, every=-(-resolved.steps // PREVIEWS))
+    while True:
+        with studio.lock:
+            progress = next(stream, None)
+            if progress is None:
+                break
+            pictures = to_uint8(pipeline.decode(progress.tokens, settings))
         said = f"Step {progress.step} of {progress.steps}: {progress.stage}"
         yield View(list(pictures), plan(studio, settings, shown, progress.step), said)
     references = [Reference(upload.name, image.height, image.width) for upload, image in zip(uploads, images)]
     files, folder = [], Path(mkdtemp(dir=studio.folder))
     for i, picture in enumerate(pictures):
-        files.append(folder / f"{file_stem(prompt)}-{resolved.seed + i}.png")
+        files.append(folder / f"{file_stem(prompt)}-{resolved.seeds[i]}.png")
         save_png(files[-1], picture, text_of(prompt, references, studio.checkpoint, pipeline.step, resolved, i))
     count = "1 picture" if len(files) == 1 else f"{len(files)} pictures"
     said = f"{count} in {time.perf_counter() - started:.1f} s"
@@ -161,6 +169,7 @@ def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, int | float], 
     values, notes = {}, []
     for name, (low, high, _) in studio.ranges.items():
         value = getattr(picture.settings, name)
+        value = picture.settings.seeds[0] if name == "seed" else value
         if isinstance(value, tuple):
             notes.append(f"{name} is one number a stage there, {value}; this page has one for all.")
         elif low <= value <= high:
@@ -185,7 +194,17 @@ def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, int | float], 
     return values, notes
 
 
-def settings_of(values: dict[str, int | float]) -> Settings:
-    """Settings from what the sliders say."""
-    whole = {name: value if name in ("tau1", "tau2", "cfg_scale") else int(value) for name, value in values.items()}
-    return Settings(**whole)  # pyright: ignore[reportArgumentType]
+def settings_of(values: dict[str, int | float | None]) -> Settings:
+    """Settings from what the sliders say. Raises InputError for an emptied one."""
+    given: dict[str, int | float] = {}
+    for name, value in values.items():
+        if value is None:
+            raise InputError(f"{name} is empty; give a number")
+        given[name] = value if name in ("tau1", "tau2", "cfg_scale") else int(value)
+    return Settings(**given)  # pyright: ignore[reportArgumentType]
+
+
+def carried(studio: Studio, height: int, width: int) -> tuple[float, float]:
+    """The checkpoint's τ1 and τ2 at a size: where it says so, they move with it (`sampling.tau_tokens`)."""
+    resolved = studio.pipeline.resolved(Settings(height, width))
+    return resolved.tau1, resolved.tau2

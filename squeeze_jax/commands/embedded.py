@@ -44,7 +44,7 @@ def text_of(
         "checkpoint": checkpoint,
         "checkpoint_step": checkpoint_step,
         **vars(settings),
-        "seed": settings.seed + i,
+        "seed": settings.seeds[i],
         "num_images": 1,
     }
 
@@ -68,7 +68,9 @@ def read(path: str | Path) -> Embedded:
             Reference(*(_checked(row[name], kind, name) for name, kind in kinds)) for row in json.loads(text["references"])
         )
         step = _checked(json.loads(text["checkpoint_step"]), int | None, "checkpoint_step")
-        return Embedded(text["prompt"], references, text["checkpoint"], step, Resolved(**values))
+        settings = Resolved(**values)
+        _ = settings.cheaper  # refuses what does not go together
+        return Embedded(text["prompt"], references, text["checkpoint"], step, settings)
     except KeyError as error:
         raise InputError(
             f"{path.name}: no settings of squeeze_jax inside (no {error.args[0]!r}); "

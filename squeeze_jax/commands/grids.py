@@ -1,8 +1,8 @@
 """Pictures and scores of a system in training: what `train` hands to the loop, and what it prints at the end."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,7 +20,8 @@ from squeeze_jax.data.sources import CritterRows
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside, write_json
 from squeeze_jax.processes import is_main
-from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut, mesh_of, places_of
+from squeeze_jax.sampling.pipeline import Pipeline, Ready, Settings, alike, mesh_of, places_of
+from squeeze_jax.sharding import make_mesh
 from squeeze_jax.training.loop import Result, SampleFunction
 from squeeze_jax.training.metrics import progress_bar
 from squeeze_jax.training.state import Leaves, Split
@@ -37,7 +38,10 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
         print(f"no sample grids: the records in {features} come without their pictures")
         return None
     examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
-    encoders = FrozenEncoders.of(config)
+    encoders, parallel = FrozenEncoders.of(config), config.parallel
+    mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
+    encoded = list(encode_examples(encoders, config, examples, places_of(mesh)))
+    encoders.forget_reader()  # the MLLM makes room for training
     pipelines: list[Pipeline] = []
 
     def sample(split: Split, leaves: Leaves, step: int) -> None:
@@ -45,7 +49,7 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
         if not pipelines:
             pipelines.append(Pipeline.of(split.merge(leaves), config, encoders))
         pipelines[0].leaves = (system_leaves,)
-        drawn = sample_examples(pipelines[0], examples, Settings())
+        drawn = draw_examples(pipelines[0], encoded, Settings())
         size = (config.data.height, config.data.width)
         grid = np.concatenate(
             [
@@ -71,19 +75,49 @@ def sample_examples(
 
     `done` is called with the number of pictures after every chunk.
     """
-    pieces = evenly_cut(range(len(examples)), CHUNK, places_of(mesh_of(pipeline.leaves)))
+    places = places_of(mesh_of(pipeline.leaves))
+    return draw_examples(pipeline, encode_examples(pipeline.encoders, pipeline.config, examples, places), settings, done)
 
-    def batches() -> Iterator[tuple[HiddenStates, list[list[np.ndarray]], list[int]]]:
-        for piece in pieces:
-            some = [examples[i] for i in piece]
-            states = pipeline.encoders.read([e.prompt for e in some], [e.references for e in some])
-            yield states, reference_latents(pipeline.encoders, pipeline.config, some), piece
+
+class Encoded(NamedTuple):
+    """Some examples, as the frozen encoders give them."""
+
+    numbers: list[int]
+    """Which they are; the last one may come several times."""
+    states: HiddenStates
+    latents: list[list[np.ndarray]]
+
+
+def encode_examples(
+    encoders: FrozenEncoders, config: Config, examples: Sequence[Example], places: int
+) -> Iterator[Encoded]:
+    """Examples in pieces that are drawn together, filling so many places of a mesh."""
+    for piece in alike([e.references for e in examples], CHUNK, places):
+        some = [examples[i] for i in piece]
+        states = encoders.read([e.prompt for e in some], [e.references for e in some])
+        yield Encoded(piece, states, reference_latents(encoders, config, some))
+
+
+def draw_examples(
+    pipeline: Pipeline,
+    encoded: Iterable[Encoded],
+    settings: Settings,
+    done: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """`sample_examples` of what `encode_examples` made."""
+    pieces: list[list[int]] = []
+
+    def batches() -> Iterator[tuple[Ready, list[int]]]:
+        for numbers, states, latents in encoded:
+            pieces.append(numbers)
+            yield pipeline.ready(states, latents, settings), numbers
 
     pictures: dict[int, np.ndarray] = {}
-    for piece, drawn in zip(pieces, pipeline.draw(batches(), settings)):
+    for drawn in pipeline.draw(batches()):
+        piece = pieces.pop(0)
         pictures |= zip(piece, to_uint8(drawn))
         done(len(set(piece)))
-    return np.stack([pictures[i] for i in range(len(examples))])
+    return np.stack([pictures[i] for i in sorted(pictures)])
 
 
 def reference_latents(

@@ -29,6 +29,8 @@ LABELS = {
     "seed": "Seed (of the first image)",
 }
 THEME = gr.themes.Default(primary_hue="blue")  # pyright: ignore[reportPrivateImportUsage]
+KEPT = 24 * 3600
+"""Seconds that uploads and pictures stay."""
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1160px !important; margin: 0 auto !important; }
 #pictures { min-height: 280px; }
@@ -68,21 +70,33 @@ def build(studio: Studio) -> gr.Blocks:
         good, wrong = drawing.accept(held(gallery), studio.folder)
         return [(str(upload.path), upload.name) for upload in good], notice(wrong, wrong=True)
 
-    def preview_plan(gallery: Any, *values: int | float) -> str | gr.HTML:
+    def preview_plan(gallery: Any, *values: int | float | None) -> str | gr.HTML:
         try:
             return drawing.plan(studio, drawing.settings_of(dict(zip(LABELS, values))), bool(gallery))
         except InputError as error:
             return notice(str(error), wrong=True)
 
-    def run(prompt: str, gallery: Any, *values: int | float) -> Iterator[tuple[Any, ...]]:
+    def run(prompt: str, gallery: Any, *values: int | float | None) -> Iterator[tuple[Any, ...]]:
         # Each update is whole: of several that come at once, the browser shows the last alone.
-        settings = drawing.settings_of(dict(zip(LABELS, values)))
         try:
+            settings = drawing.settings_of(dict(zip(LABELS, values)))
             for view in drawing.draw(studio, prompt, held(gallery), settings):
                 pictures = gr.skip() if view.pictures is None else shown(view.pictures)
                 yield pictures, view.strip, notice(view.said), gr.Button(interactive=not view.finished)
         except InputError as error:
             yield gr.skip(), gr.skip(), notice(str(error), wrong=True), gr.Button(interactive=False)
+
+    def waiting() -> tuple[Any, ...]:
+        return notice("Waiting for its turn …"), gr.Button(interactive=True)
+
+    def carry(height: float | None, width: float | None, tau1: float, tau2: float, before: list[float]) -> list[Any]:
+        """τ at another size; what the user has moved stays."""
+        try:
+            after = drawing.carried(studio, int(height or 0), int(width or 0))
+        except InputError:
+            return [gr.skip(), gr.skip(), before]
+        moved = [abs(value - own) > 0.005 for value, own in zip((tau1, tau2), before)]
+        return [*(gr.skip() if stays else own for stays, own in zip(moved, after)), list(after)]
 
     def stopped() -> tuple[Any, ...]:
         return notice("Stopped; what is shown is unfinished."), gr.Button(interactive=False)
@@ -92,12 +106,12 @@ def build(studio: Studio) -> gr.Blocks:
             return [gr.skip() for _ in range(len(LABELS) + 1)] + [notice("")]
         try:
             picture = embedded.read(path)
+            values, notes = drawing.restore(studio, picture)
         except InputError as error:
             return [gr.skip() for _ in range(len(LABELS) + 1)] + [notice(str(error), wrong=True)]
-        values, notes = drawing.restore(studio, picture)
         return [picture.prompt, *(values.get(name, gr.skip()) for name in LABELS), notice(["Settings restored.", *notes])]
 
-    with gr.Blocks(title="squeeze_jax", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+    with gr.Blocks(title="squeeze_jax", analytics_enabled=False, delete_cache=(3600, KEPT), fill_width=True) as page:
         gr.Markdown(f"# squeeze_jax\nPictures of a subject, and a sentence about what it does. Checkpoint: {checkpoint}")
         with gr.Row(equal_height=False):
             with gr.Column(scale=9):
@@ -136,12 +150,20 @@ def build(studio: Studio) -> gr.Blocks:
                 restored = gr.HTML(visible=False, elem_id="restored", padding=False)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         references.upload(take, references, [references, about_references], **quiet)
-        drawing_now = gr.on(
-            [go.click, prompt.submit], run, [prompt, references, *sliders], [pictures, strip, status, stop],
-            concurrency_limit=1, **quiet,
-        )  # fmt: skip
+        asked = gr.on([go.click, prompt.submit], waiting, None, [status, stop], queue=False, **quiet)
+        drawing_now = asked.then(
+            run, [prompt, references, *sliders], [pictures, strip, status, stop], concurrency_limit=1, **quiet
+        )
         stop.click(stopped, None, [status, stop], cancels=[drawing_now], **quiet)
         picture.change(bring_back, picture, [prompt, *sliders, restored], **quiet)
+        if studio.pipeline.config.sampling.tau_tokens:
+            by_name = dict(zip(LABELS, sliders))
+            sizes, taus = [by_name["height"], by_name["width"]], [by_name["tau1"], by_name["tau2"]]
+            before = gr.State([own["tau1"], own["tau2"]])
+            gr.on(
+                [slider.change for slider in sizes], carry, [*sizes, *taus, before], [*taus, before],
+                trigger_mode="always_last", queue=False, **quiet,
+            )  # fmt: skip
         gr.on(
             [slider.change for slider in sliders] + [references.change],
             preview_plan, [references, *sliders], strip, trigger_mode="always_last", queue=False, **quiet,

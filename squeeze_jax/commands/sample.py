@@ -1,5 +1,6 @@
 """`sample`: a prompt and reference pictures to new pictures."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from squeeze_jax.commands.run import guarded, setup
+
+AT_ONCE = 16
+"""Images drawn together, as when a `Pipeline` is called."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ def run(given: Sample) -> None:
         raise InputError(f"--num-images is {given.num_images}; it must be at least 1")
     if given.out.suffix.lower() != ".png":
         raise InputError(f"--out {given.out} must end in .png")
+    there = next(folder for folder in given.out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {given.out}: nothing can be written into {there}; choose another place")
     if given.tau1 is not None and given.tau2 is not None and given.tau2 > given.tau1:
         raise InputError(f"--tau2 {given.tau2} is larger than --tau1 {given.tau1}; it must not be")
     if given.cfg_scale is not None and len(given.cfg_scale) not in (1, 3):
@@ -77,8 +84,13 @@ def run(given: Sample) -> None:
     setup()
     from squeeze_jax.commands.embedded import Reference, text_of
     from squeeze_jax.commands.strip import counts, stages_of_steps
-    from squeeze_jax.sampling.pipeline import Pipeline, Settings
+    from squeeze_jax.sampling.cheaper import Cheaper
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut
+    from squeeze_jax.sampling.sampler import MAX_STEPS
 
+    if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
+        raise InputError(f"--steps is {given.steps}; it must be from 1 to {MAX_STEPS}")
+    Cheaper(given.solver, given.cache_interval, given.max_order, given.first_block_threshold)  # refuses what cannot be
     pipeline = Pipeline.load(given.checkpoint)
     if given.int8:
         pipeline = pipeline.quantised()
@@ -96,16 +108,19 @@ def run(given: Sample) -> None:
         print(f"{why}: the MLLM stays on throughout")
     stages = stages_of_steps(pipeline.config, resolved, bool(used))
     print("stages: " + ", ".join(f"{name} {number} steps" for name, number in counts(stages)))
-    tokens: Any = None
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("reading", total=resolved.steps)
-        for state in pipeline.stream(given.prompt, references, settings):
-            tokens = state.tokens.block_until_ready()
-            bar.update(task, completed=state.step, description=state.stage)
-    pictures = to_uint8(pipeline.decode(tokens, settings))
     kept = [Reference(str(path), image.height, image.width) for path, image in zip(given.reference, references)]
-    for i, picture in enumerate(pictures):
-        path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
-        save_png(path, picture, text_of(given.prompt, kept, str(given.checkpoint or "demo"), pipeline.step, resolved, i))
-        print(f"picture: {path}")
+    pieces = evenly_cut(range(given.num_images), AT_ONCE)
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("reading", total=resolved.steps * len(pieces))
+        ready = pipeline.ready(*pipeline.encode([given.prompt], [references]), settings)
+        for number, piece in enumerate(pieces):
+            tokens: Any = None
+            for state in pipeline.stream_ready(ready, [resolved.seeds[i] for i in piece]):
+                tokens = state.tokens.block_until_ready()
+                bar.update(task, completed=number * resolved.steps + state.step, description=state.stage)
+            for i, picture in zip(dict.fromkeys(piece), to_uint8(pipeline.decode(tokens, settings))):
+                path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
+                text = text_of(given.prompt, kept, str(given.checkpoint or "demo"), pipeline.step, resolved, i)
+                save_png(path, picture, text)
+                bar.console.print(f"picture: {path}", markup=False, highlight=False, soft_wrap=True)
     print(f"done in {time.perf_counter() - started:.1f} s")

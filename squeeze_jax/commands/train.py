@@ -68,6 +68,7 @@ def take_number(arguments: list[str], flag: str) -> int | None:
 def run(arguments: list[str]) -> None:
     setup()
     import jax
+
     from squeeze_jax.processes import is_main, join, meet
 
     others = (
@@ -95,8 +96,8 @@ def run(arguments: list[str]) -> None:
     config = override(preset, arguments[1:], f"train.py {arguments[0]}")
     if workdir and "://" in workdir:
         raise InputError(
-            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount it (docs/pods.md says which "
-            "buckets will do) and give its path. Records may lie in a bucket as they are (--data.features)"
+            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the bucket (docs/pods.md "
+            "says which will do) and give its path. Records may lie in a bucket as they are (--data.features)"
         )
     if start_from is not None and start_of(Path(start_from)) == "transformer" and config.lora is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=start_from))

@@ -28,7 +28,8 @@ class FrozenEncoders:
     """The MLLM and the autoencoder of a config."""
 
     def __init__(self, reader: Reader, autoencoder: Autoencoder, settings: dict[str, Any]) -> None:
-        self.reader, self.autoencoder, self.settings = reader, autoencoder, settings
+        self._reader: Reader | None = reader
+        self.autoencoder, self.settings = autoencoder, settings
         self._encode = _compiled(autoencoder, lambda module, x: module.encode(x))
         self._decode = _compiled(autoencoder, lambda module, x: module.decode(x))
 
@@ -59,6 +60,17 @@ class FrozenEncoders:
         # What decides the features: digests of both folders' weights, and how the MLLM is spoken to.
         digests = {name: digest(folder) for name, folder in zip(("autoencoder", "mllm"), folders)}
         return cls(reader, autoencoder, reader.settings | digests)
+
+    def forget_reader(self) -> None:
+        """Frees the MLLM's memory; no prompt can be read any more."""
+        self._reader = None
+
+    @property
+    def reader(self) -> Reader:
+        """The MLLM with its tokenizer and processor."""
+        if self._reader is None:
+            raise RuntimeError("the MLLM is gone: forget_reader was called")
+        return self._reader
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states of prompts with their references, padded. Raises InputError for an empty or too long prompt."""

@@ -17,7 +17,7 @@ from PIL import Image
 from squeeze_jax.batch import HiddenStates, References
 from squeeze_jax.config import Config
 from squeeze_jax.data.encoders import FrozenEncoders
-from squeeze_jax.data.images import parse_size, resize_for_reference
+from squeeze_jax.data.images import parse_size, resize_for_reference, to_rgb
 from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
 from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
@@ -28,7 +28,7 @@ from squeeze_jax.layers.stack import apart, is_apart
 from squeeze_jax.models.dit import STACKS
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
-from squeeze_jax.sampling.cheaper import Cheaper, Solver, State
+from squeeze_jax.sampling.cheaper import PLAIN, Cheaper, Solver, State
 from squeeze_jax.sampling.sampler import MAX_STEPS, Sampler, Schedule, begun, make_sampler, make_schedule, noise_for
 from squeeze_jax.sharding import batch_sharding
 
@@ -81,7 +81,14 @@ class Resolved:
 
     @property
     def cheaper(self) -> Cheaper:
-        return Cheaper(cast(Solver, self.solver), self.cache_interval, self.max_order, self.first_block_threshold)
+        asked = Cheaper(cast(Solver, self.solver), self.cache_interval, self.max_order, self.first_block_threshold)
+        # Where all is evaluated, nothing is expanded: one program, whatever the order.
+        return asked if asked.cache_interval > 1 else dataclasses.replace(asked, max_order=PLAIN.max_order)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of each of a prompt's images, from 0 to 2³² − 1."""
+        return [(self.seed + i) % 2**32 for i in range(self.num_images)]
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -99,6 +106,17 @@ class Progress(NamedTuple):
     """What the last step saw: one of `STAGE_NAMES`."""
     tokens: jax.Array
     """Latent tokens [images, N, c], noisy before the last step."""
+
+
+class Ready(NamedTuple):
+    """Prompts of which images can be drawn: all that is made once for them."""
+
+    sampler: Sampler
+    prepared: Any
+    """A row a prompt."""
+    schedule: Schedule
+    scales: jax.Array
+    settings: Resolved
 
 
 class Run(NamedTuple):
@@ -178,7 +196,7 @@ class Pipeline:
                 return given
             return carry_tau(default, own.tau_tokens, rows * columns) if own.tau_tokens else default
 
-        return Resolved(
+        resolved = Resolved(
             height=height,
             width=width,
             steps=steps,
@@ -193,6 +211,13 @@ class Pipeline:
             first_block_threshold=settings.first_block_threshold,
             int8=self.int8,
         )
+        for name in ("tau1", "tau2"):
+            if not 0 <= getattr(resolved, name) <= 1:
+                raise InputError(f"{name} is {getattr(resolved, name):g}; it must be from 0 to 1")
+        if resolved.tau2 > resolved.tau1:
+            raise InputError(f"tau2 {resolved.tau2:g} is larger than tau1 {resolved.tau1:g}; it must not be")
+        _ = resolved.cheaper  # refuses what does not go together
+        return resolved
 
     def __call__(
         self,
@@ -218,33 +243,29 @@ class Pipeline:
         resolved, places = self.resolved(settings), places_of(mesh_of(self.leaves))
         images, at_once = range(resolved.num_images), max(at_once, places)
         together = max(1, at_once // resolved.num_images)
-        pieces: list[tuple[list[int], Sequence[int]]] = []  # prompts and images of each batch
-        for some in (True, False):  # the stages of prompts with and without references differ
-            rows = [i for i, pictures in enumerate(shown) if bool(pictures) == some]
-            share = places // math.gcd(places, len(images))  # prompts whose images fill the places
-            parts, some_images = evenly_cut(rows, together, share), evenly_cut(images, at_once)
-            pieces += [(part, few) for part in parts for few in some_images]
+        share = places // math.gcd(places, len(images))  # prompts whose images fill the places
+        parts, fews = alike(shown, together, share), evenly_cut(images, at_once)
 
-        def batches() -> Iterator[tuple[HiddenStates, list[list[np.ndarray]], list[int]]]:
-            for part, few in pieces:
-                states, latents = self.encode([prompts[i] for i in part], [shown[i] for i in part])
-                yield states, latents, [resolved.seed + i for i in few] * len(part)
+        def batches() -> Iterator[tuple[Ready, list[int]]]:
+            for part in parts:
+                ready = self.ready(*self.encode([prompts[i] for i in part], [shown[i] for i in part]), settings)
+                for few in fews:
+                    yield ready, [resolved.seeds[i] for i in few] * len(part)
 
         drawn: dict[tuple[int, int], np.ndarray] = {}
-        for (part, few), pictures in zip(pieces, self.draw(batches(), settings)):
+        pieces = [(part, few) for part in parts for few in fews]
+        for (part, few), pictures in zip(pieces, self.draw(batches())):
             drawn |= zip(((row, image) for row in part for image in few), pictures)
         return np.stack([drawn[row, image] for row in range(len(prompts)) for image in images])
 
-    def draw(
-        self, batches: Iterable[tuple[HiddenStates, Sequence[Sequence[np.ndarray]], Sequence[int]]], settings: Settings
-    ) -> Iterator[np.ndarray]:
-        """Pictures of one batch of hidden states, reference latents and seeds after the other: see `sample`.
+    def draw(self, batches: Iterable[tuple[Ready, Sequence[int]]]) -> Iterator[np.ndarray]:
+        """Pictures of one batch of prompts and seeds after the other: see `sample`.
 
         A batch's pictures are fetched, and whatever the caller does with them done, when the next one is under way.
         """
         before = None
-        for states, latents, seeds in batches:
-            drawn = self.decode_later(self.sample(states, latents, seeds, settings), settings)
+        for ready, seeds in batches:
+            drawn = self.decode_later(self._all_steps(self.begin(ready, seeds)), ready.settings)
             if before is not None:
                 yield before()
             before = drawn
@@ -254,27 +275,34 @@ class Pipeline:
     def stream(
         self, prompt: str, references: Sequence[Image.Image] = (), settings: Settings = Settings(), every: int = 1
     ) -> Iterator[Progress]:
-        """Draws one prompt's images, and says where it stands after every `every` steps and at the end."""
+        """Draws one prompt's images, all at once, and says where it stands after every `every` steps and at the end.
+
+        Raises InputError as a call does.
+        """
         resolved = self.resolved(settings)
-        states, latents = self.encode([prompt], [references])
-        run = self.run(states, latents, [resolved.seed + i for i in range(resolved.num_images)], settings)
+        ready = self.ready(*self.encode([prompt], [references]), settings)
+        yield from self.stream_ready(ready, resolved.seeds, every)
+
+    def stream_ready(self, ready: Ready, seeds: Sequence[int], every: int = 1) -> Iterator[Progress]:
+        """`stream` of images of prompts that are `ready`."""
+        if every < 1:
+            raise InputError(f"every is {every}; it must be at least 1")
+        run, steps = self.begin(ready, seeds), ready.settings.steps
         state, borders = run.state, run.schedule.borders
-        for start in range(0, resolved.steps, every):
-            end = min(start + every, resolved.steps)
+        for start in range(0, steps, every):
+            end = min(start + every, steps)
             span = np.array([start, end], np.int32)
             state = run.sampler.advance(self.leaves, state, run.prepared, run.schedule, run.scales, span)
             stage = STAGE_NAMES[int(np.searchsorted(borders, end - 1, side="right"))]
-            yield Progress(end, resolved.steps, stage, state[0])
+            yield Progress(end, steps, stage, state[0])
 
     def encode(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
     ) -> tuple[HiddenStates, list[list[np.ndarray]]]:
         """What the frozen encoders make of prompts and their references: once, whatever is drawn from it."""
-        longest = self.config.data.reference_long_side
-        latents = [
-            [self.encoders.latents([resize_for_reference(image, longest)])[0] for image in row] for row in references
-        ]
-        return self.encoders.read(list(prompts), [list(row) for row in references]), latents
+        longest, upright = self.config.data.reference_long_side, [[to_rgb(image) for image in row] for row in references]
+        latents = [[self.encoders.latents([resize_for_reference(image, longest)])[0] for image in row] for row in upright]
+        return self.encoders.read(list(prompts), upright), latents
 
     def sample(
         self,
@@ -285,7 +313,9 @@ class Pipeline:
     ) -> jax.Array:
         """Latent tokens [len(seeds), N, c] from hidden states and reference latents of as many prompts as divide the seeds:
         each prompt's images stand in a row."""
-        run = self.run(states, latents, seeds, settings)
+        return self._all_steps(self.run(states, latents, seeds, settings))
+
+    def _all_steps(self, run: Run) -> jax.Array:
         whole = np.array([0, MAX_STEPS], np.int32)
         return run.sampler.advance(self.leaves, run.state, run.prepared, run.schedule, run.scales, whole)[0]
 
@@ -296,13 +326,25 @@ class Pipeline:
         seeds: Sequence[int],
         settings: Settings = Settings(),
     ) -> Run:
-        """Everything that is made once before the steps of `sample`."""
+        """Everything that comes before the steps of `sample`."""
+        return self.begin(self.ready(states, latents, settings), seeds)
+
+    def ready(
+        self, states: HiddenStates, latents: Sequence[Sequence[np.ndarray]], settings: Settings = Settings()
+    ) -> Ready:
+        """What is made once for prompts, however many images are then drawn: the context, the references as the
+        transformer sees them, all modulation.
+
+        Raises InputError for prompts with references beside others without: their stages differ.
+        """
         resolved = self.resolved(settings)
         grid = self.config.grid(resolved.height, resolved.width)
         references = reference_tokens(latents, grid)
         # A system trained on the MLLM alone has never seen reference tokens (AMENDMENTS): it samples without them.
         if not self.uses_references:
             references = None
+        elif len({bool(row) for row in latents}) > 1:
+            raise InputError("some prompts have references and some have none: draw them apart, since their stages differ")
         schedule = make_schedule(
             resolved.steps, grid[0] * grid[1], resolved.tau1, resolved.tau2,
             references=references is not None, shifted=self.config.sampling.shifted,
@@ -316,25 +358,41 @@ class Pipeline:
                 self.graph, target_grid=grid, guided=key[1], guidance=guidance, cheaper=resolved.cheaper, mesh=mesh
             )
             self._programs[key] = sampler
-        noise = noise_for(list(seeds), grid[0] * grid[1], self.config.model.dit.in_channels)
-        noise, states, references = beside(mesh, (noise, states, references))
+        states, references = beside(mesh, (states, references))
         prepared = sampler.prepare(self.leaves, states, references, schedule)
-        state = begun(noise, prepared, resolved.cheaper)
+        return Ready(sampler, prepared, schedule, jnp.asarray(resolved.scales, jnp.float32), resolved)
+
+    def begin(self, ready: Ready, seeds: Sequence[int]) -> Run:
+        """A run of as many images as there are seeds, each prompt's in a row."""
+        mesh, (rows, columns) = mesh_of(self.leaves), self.config.grid(ready.settings.height, ready.settings.width)
+        prompts = ready.prepared.context.mask.shape[0]
+        if not seeds or len(seeds) % prompts:
+            raise InputError(f"{len(seeds)} seeds for {prompts} prompts; give each prompt as many")
+        noise = beside(mesh, noise_for(list(seeds), rows * columns, self.config.model.dit.in_channels))
+        state = begun(noise, ready.prepared, ready.settings.cheaper)
         if mesh is None:  # said where it lies, as every later state is: the first step is then no program of its own
-            state = jax.device_put(state, next(iter(jax.tree.leaves(prepared)[0].devices())))
-        scales = jnp.asarray(resolved.scales, jnp.float32)
-        return Run(sampler, state, prepared, schedule, scales)
+            state = jax.device_put(state, next(iter(jax.tree.leaves(ready.prepared)[0].devices())))
+        return Run(ready.sampler, state, ready.prepared, ready.schedule, ready.scales)
 
     def decode(self, tokens: jax.Array, settings: Settings = Settings()) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
         return self.decode_later(tokens, settings)()
 
-    def decode_later(self, tokens: jax.Array, settings: Settings) -> Callable[[], np.ndarray]:
+    def decode_later(self, tokens: jax.Array, settings: Settings | Resolved) -> Callable[[], np.ndarray]:
         """`decode` begun; what is returned waits for its end."""
-        resolved, spread = self.resolved(settings), isinstance(tokens, jax.Array) and len(tokens.devices()) > 1
+        resolved = settings if isinstance(settings, Resolved) else self.resolved(settings)
+        spread = isinstance(tokens, jax.Array) and len(tokens.devices()) > 1
         latents = unpack(whole(tokens) if spread else tokens, self.config.grid(resolved.height, resolved.width))
         pictures = self.encoders.decode_later(latents)
         return lambda: np.clip(pictures(), -1.0, 1.0)
+
+
+def alike(references: Sequence[Sequence[Any]], most: int, multiple: int = 1) -> list[list[int]]:
+    """Numbers of prompts in pieces (`evenly_cut`) in which all have references or none has: their stages differ."""
+    pieces: list[list[int]] = []
+    for some in (True, False):
+        pieces += evenly_cut([i for i, pictures in enumerate(references) if bool(pictures) == some], most, multiple)
+    return pieces
 
 
 def evenly_cut(items: Sequence[int], most: int, multiple: int = 1) -> list[list[int]]:

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,8 @@ def test_what_is_written_is_read_back(tmp_path):
         ({"references": 3}, "cannot be read"),
         ({"references": [{"path": 3, "height": 1, "width": 1}]}, "cannot be read"),
         ({"references": [{"height": 1, "width": 1}]}, "path"),
+        ({"solver": "heun", "cache_interval": 2}, "heun evaluates twice"),
+        ({"first_block_threshold": -1.0}, "first_block_threshold"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_one_sentence(tmp_path, change, words):
@@ -180,7 +183,7 @@ def test_a_run_shows_its_steps_and_ends_in_files_with_their_own_seeds(studio, tm
 
 @pytest.mark.parametrize(
     ("prompt", "settings", "words"),
-    [(" ", OWN, "empty"), ("a", Settings(tau1=0.2, tau2=0.4), "τ2 0.4 is larger"), ("a", Settings(height=33), "33x32")],
+    [(" ", OWN, "empty"), ("a", Settings(tau1=0.2, tau2=0.4), "tau2 0.4 is larger"), ("a", Settings(height=33), "33x32")],
 )
 def test_what_cannot_be_drawn_is_one_sentence(studio, prompt, settings, words):
     with pytest.raises(InputError, match=words):
@@ -194,7 +197,11 @@ def test_restoring_takes_what_fits_and_names_what_does_not(studio):
     values, notes = drawing.restore(studio, picture)
     assert values == {k: v for k, v in vars(settings).items() if k in studio.ranges and k != "height"}
     assert [word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
-    assert drawing.restore(studio, Embedded("p", (), "tiny", 12, RESOLVED))[1] == []
+    for settings in (RESOLVED, dataclasses.replace(RESOLVED, max_order=2)):  # an order that nothing is expanded to
+        assert drawing.restore(studio, Embedded("p", (), "tiny", 12, settings))[1] == []
+    late = dataclasses.replace(RESOLVED, seed=2**32)  # as an older version wrote the image after the last seed
+    values, notes = drawing.restore(studio, Embedded("p", (), "tiny", 12, late))
+    assert (values["seed"], notes) == (0, [])
 
 
 def test_guidance_of_each_stage_survives_in_a_picture_and_the_page_names_it(studio, tmp_path):
@@ -214,7 +221,53 @@ def test_settings_from_sliders_are_whole_where_they_must_be(studio):
     assert Resolved(**vars(settings)) == RESOLVED and type(settings.steps) is int
 
 
+def test_an_emptied_field_is_one_sentence():
+    with pytest.raises(InputError, match="seed is empty; give a number"):
+        drawing.settings_of({"steps": 5, "seed": None})
+
+
+def test_thresholds_move_with_the_size_where_the_checkpoint_says_so(studio):
+    own = studio.pipeline.resolved(OWN)
+    assert drawing.carried(studio, 64, 64) == (own.tau1, own.tau2)
+    sampling = dataclasses.replace(studio.pipeline.config.sampling, tau_tokens=4)
+    studio.pipeline.config = dataclasses.replace(studio.pipeline.config, sampling=sampling)
+    assert drawing.carried(studio, 32, 32) == (own.tau1, own.tau2)
+    assert drawing.carried(studio, 64, 64)[1] == pytest.approx(2 / 3)  # odds 1 at four times the tokens: odds 2
+
+
+def test_a_reference_that_is_gone_is_named(studio, tmp_path):
+    with pytest.raises(InputError, match=r"my cat\.png: it is not kept here any more; add it again"):
+        list(drawing.draw(studio, "a", [Upload(tmp_path / "gone" / "reference.png", "my cat.png")], OWN))
+
+
+def test_two_runs_never_compute_at_once(studio, monkeypatch):
+    """Not even when the first was stopped, whose thread goes on to the end of its step."""
+    running, most, stream = [], [], Painter.stream
+
+    def slow(self, *given, **options):
+        for progress in stream(self, *given, **options):
+            running.append(1)
+            most.append(len(running))
+            time.sleep(0.02)
+            running.pop()
+            yield progress
+
+    monkeypatch.setattr(Painter, "stream", slow)
+    threads = [threading.Thread(target=lambda: list(drawing.draw(studio, "a", [], Settings(steps=10)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 30 and max(most) == 1
+
+
 # The command
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "70000"])
+def test_ports_that_are_none_are_refused_before_anything_is_loaded(capsys, port):
+    assert app.main(["--port", port]) == 2
+    assert f"--port {port} must be from 1 to 65535" in capsys.readouterr().err
 
 
 def test_without_gradio_it_says_how_to_get_it(monkeypatch, capsys):
@@ -266,10 +319,13 @@ def try_the_page(browser, url, folder, wait):
     page.locator("#references .caption-label", has_text="cat.png").wait_for()
     page.fill("#prompt textarea", "a small critter running in the snow")
     fill("tau2", "0.95")
-    says("strip", "is larger than τ1")
+    says("strip", "is larger than tau1")
     fill("tau2", "0.45")
     fill("steps", "6")
     fill("num_images", "2")
+    fill("seed", "")
+    page.click("#draw")
+    says("status", "seed is empty")
     fill("seed", "40")
     page.wait_for_function("document.querySelectorAll('#strip .strip span').length == 6")
     page.click("#draw")

@@ -41,6 +41,11 @@ def refused(capsys, main, arguments, *words):
         (["--size", "250x130"], ["250x130", "256x128"]),
         (["--size", "0"], ["0"]),
         (["--tau1", "0.5", "--tau2", "0.9"], ["0.9", "0.5"]),
+        (["--tau2", "0.9"], ["tau2 0.9 is larger than tau1 0.83"]),
+        (["--tau1", "1.5"], ["tau1 is 1.5; it must be from 0 to 1"]),
+        (["--steps", "101"], ["--steps is 101", "100"]),
+        (["--solver", "heun", "--cache-interval", "2"], ["heun"]),
+        (["--max-order", "3"], ["max_order 3"]),
         (["--num-images", "0"], ["--num-images"]),
         (["--out", "picture.jpg"], [".png"]),
         (["--reference", "absent.png"], ["absent.png"]),
@@ -51,6 +56,10 @@ def test_sample_refuses(capsys, tmp_path, picture, changes, words):
     arguments = ["--prompt", "a cat", "--out", tmp_path / "out.png", "--reference", picture, *changes]
     refused(capsys, sample.main, arguments, *words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cat.png"]
+
+
+def test_sample_refuses_a_place_that_it_cannot_write_to_before_it_draws(capsys, tmp_path, picture):
+    refused(capsys, sample.main, ["--prompt", "a", "--out", picture / "out.png"], "nothing can be written into", "cat.png")
 
 
 def test_a_truncated_jpeg_is_named(capsys, tmp_path):

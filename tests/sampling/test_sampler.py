@@ -17,8 +17,10 @@ from PIL import Image
 from tiny import row, tiny_batch, tiny_config
 
 from squeeze_jax.batch import Context
+from squeeze_jax.commands.grids import Encoded, draw_examples
 from squeeze_jax.config import StageConfig, TrainingConfig
 from squeeze_jax.data.encoders import FrozenEncoders
+from squeeze_jax.data.images import load_image
 from squeeze_jax.diffusion.flow import schedule_shift
 from squeeze_jax.diffusion.latents import pack, reference_positions
 from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
@@ -330,7 +332,10 @@ def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
     batch = tiny_batch(mixed=False)
     rows = {"one": (0, some_latents((4, 6), (2, 2))), "two": (1, some_latents((8, 8), seed=1)), "three": (1, [])}
 
+    calls = []
+
     def encode(self, prompts, references):
+        calls.append(prompts)
         picked = jnp.array([rows[prompt][0] for prompt in prompts])
         return jax.tree.map(lambda x: x[picked], batch.hidden_states), [rows[prompt][1] for prompt in prompts]
 
@@ -340,7 +345,9 @@ def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
     shown = {prompt: [Image.new("RGB", (8, 8))] * len(latents) for prompt, (_, latents) in rows.items()}
     together = pipeline(list(rows), list(shown.values()), settings)
     for at_once in (3, 1):  # in batches of a prompt's two images, and of one
+        calls.clear()
         assert relative_error(pipeline(list(rows), list(shown.values()), settings, at_once=at_once), together) < 1e-5
+        assert calls == [["one"], ["two"], ["three"]], "whatever number of images"
     with pytest.raises(InputError, match="at_once 0"):
         pipeline("one", [], settings, at_once=0)
     with pytest.raises(InputError, match="0 prompts"):
@@ -353,6 +360,57 @@ def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
         pipeline(list(rows), [[]], settings)
 
 
+def test_prompts_with_and_without_references_are_not_drawn_as_one_batch(pipeline):
+    """Their stages differ. The sample grids of training sort them, as a call does."""
+    states, latents = tiny_batch(rows=2, mixed=False).hidden_states, [some_latents((4, 6)), []]
+    with pytest.raises(InputError, match="some prompts have references and some have none"):
+        pipeline.sample(states, latents, [5, 6])
+    with pytest.raises(InputError, match="3 seeds for 2 prompts"):
+        pipeline.sample(states, [[], []], [5, 6, 7])
+    encoded = [Encoded([i], row(states, i), [latents[i]]) for i in (0, 1)]
+    together = draw_examples(painted(pipeline), encoded[::-1], Settings())
+    for i in (0, 1):
+        alone = draw_examples(painted(pipeline), [encoded[i]], Settings())
+        np.testing.assert_array_equal(together[i], alone[0])
+
+
+def painted(pipeline):
+    """The pipeline with an autoencoder whose pictures are the first three channels of latents."""
+    encoders = object.__new__(FrozenEncoders)
+    encoders.decode_later = lambda latents: lambda: np.asarray(latents)[..., :3]
+    return dataclasses.replace(pipeline, encoders=encoders)
+
+
+def test_references_are_laid_upright_and_made_rgb(pipeline, tmp_path):
+    """As the commands read them: whatever Pillow opens."""
+    noise, exif = np.random.default_rng(0).integers(0, 255, (32, 16, 4), np.uint8), Image.Exif()
+    Image.fromarray(noise).save(tmp_path / "clear.png")
+    Image.fromarray(noise[..., 0]).save(tmp_path / "grey.png")
+    exif[0x0112] = 6
+    Image.fromarray(noise[..., :3]).save(tmp_path / "phone.png", exif=exif)
+    seen = []
+
+    class Encoders(FrozenEncoders):
+        def __init__(self):
+            pass
+
+        def latents(self, images):
+            return [image[::8, ::8] for image in images]
+
+        def read(self, prompts, images):
+            seen.extend(images)
+            return row(tiny_batch().hidden_states, 0)
+
+    paths = [tmp_path / name for name in ("clear.png", "grey.png", "phone.png")]
+    asked = dataclasses.replace(pipeline, encoders=Encoders())
+    _, [latents] = asked.encode(["a"], [[Image.open(path) for path in paths]])
+    _, [wanted] = asked.encode(["a"], [[load_image(path) for path in paths]])
+    assert [latent.shape for latent in latents] == [(4, 2, 3), (4, 2, 3), (2, 4, 3)]
+    for one, other in zip(latents, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [image.mode for row in seen for image in row] == ["RGB"] * 6
+
+
 def test_a_batch_is_waited_for_when_the_next_is_under_way(pipeline, monkeypatch):
     seen = []
 
@@ -362,7 +420,8 @@ def test_a_batch_is_waited_for_when_the_next_is_under_way(pipeline, monkeypatch)
 
     monkeypatch.setattr(Pipeline, "decode_later", decode_later)
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
-    drawn = list(pipeline.draw([(states, latents, [seed]) for seed in (5, 6, 7)], Settings(cfg_scale=1.0)))
+    ready = pipeline.ready(states, latents, Settings(cfg_scale=1.0))
+    drawn = list(pipeline.draw([(ready, [seed]) for seed in (5, 6, 7)]))
     assert seen == ["begun", "begun", "waited for", "begun", "waited for", "waited for"]
     assert relative_error(drawn[1], pipeline.sample(states, latents, [6], Settings(cfg_scale=1.0))) < 1e-5
     assert evenly_cut([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4, 4]]
@@ -501,6 +560,9 @@ def test_impossible_settings_are_refused(steps, tau1, tau2, message):
         (Settings(height=250, width=130), "the nearest size is 256x128"),
         (Settings(height=0), "nearest size is 16x32"),
         (Settings(num_images=0), "num_images is 0"),
+        (Settings(tau2=0.95), "tau2 0.95 is larger than tau1 0.9"),
+        (Settings(tau1=float("nan")), "tau1 is nan; it must be from 0 to 1"),
+        (Settings(solver="heun", cache_interval=2), "heun evaluates twice"),
     ],
 )
 def test_impossible_pictures_are_refused(pipeline, settings, message):
