@@ -1,7 +1,7 @@
 """A training run of the tiny system as a program of its own: `tiny_run.py WORKDIR FEATURES '{"settings": …}'`.
 
 Settings: devices, address (HOST:PORT), count, index, steps, mesh, batch_per_chip, limit (bytes a file may have), slow
-(seconds that a step takes at least), seen (file for the records of every batch), samples (draws at the end).
+(seconds that a step takes at least), seen (file for the records of every batch).
 """
 
 import dataclasses
