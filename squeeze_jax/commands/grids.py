@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -40,7 +41,10 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
     examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
     encoders, parallel = FrozenEncoders.of(config), config.parallel
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
-    encoded = list(encode_examples(encoders, config, examples, places_of(mesh)))
+    encoded = [
+        piece._replace(states=jax.tree.map(np.asarray, piece.states))
+        for piece in encode_examples(encoders, config, examples, places_of(mesh))
+    ]
     encoders.forget_reader()  # the MLLM makes room for training
     pipelines: list[Pipeline] = []
 

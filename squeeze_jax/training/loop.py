@@ -134,7 +134,8 @@ def train(
         saved = Saved(config, base, watch.productive_seconds)
         checkpoints.save(step, state._asdict(), data.get_state(), saved)
 
-    validation, step, end = float("nan"), int(state.step), 0
+    begun = int(state.step)
+    validation, step, end = float("nan"), begun, 0
     profile = Profile(config.log.profile, workdir)
     with (
         closing(data), closing(checkpoints), closing(writer), closing(profile),
@@ -191,14 +192,14 @@ def train(
                         save()
                     if sample and (last or (config.training.sample_every and step % config.training.sample_every == 0)):
                         sample(split, weights(), step)
-        if np.isnan(validation):  # stopped after the last step, or done before
+        if step == begun:  # nothing was left to train; was it stopped before validation?
             validation = of_main(writer.last("validation_loss", step))
-        if np.isnan(validation):
-            validate = make_validation(split, config, config.training.stages[-1], mesh)
-            validation = mean_validation(validate, weights(), frozen, held_out)
-            writer.write(step, validation_loss=validation)
-            if sample:
-                sample(split, weights(), step)
+            if np.isnan(validation):
+                validate = make_validation(split, config, config.training.stages[-1], mesh)
+                validation = mean_validation(validate, weights(), frozen, held_out)
+                writer.write(step, validation_loss=validation)
+                if sample:
+                    sample(split, weights(), step)
         checkpoints.wait()
     if int(state.skipped):
         say(f"{int(state.skipped)} steps had a non-finite loss or gradient and were skipped")
