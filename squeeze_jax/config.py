@@ -78,6 +78,8 @@ class DataConfig:
     """References keep their aspect ratio and are at most this long (our decision)."""
     held_out: int = 16
     """Rows of a manifest kept for validation: the last ones, at most a tenth of it."""
+    skip_bad: bool = False
+    """Leaves rows of a manifest out that cannot be used, and lists them, instead of refusing it."""
     batch_per_chip: int = 1
     """Examples a step on each device; the global batch is this times the devices."""
     codec: Literal["bf16", "int8"] = "bf16"
@@ -270,6 +272,10 @@ def _impossible(config: Config):
             yield f"data.buckets has {size[0]}x{size[1]}; both sides must be positive multiples of 16"
     if len(set(data.buckets)) != len(data.buckets):
         yield "data.buckets names a size twice"
+    if data.held_out < 1:
+        yield f"data.held_out is {data.held_out}; it must be at least 1"
+    if config.log.grid < 0:
+        yield f"log.grid is {config.log.grid}; it must be at least 0 (0: no pictures)"
     if data.buckets and data.critters is not None:
         yield "data.buckets is for pictures of several sizes; data.critters are all drawn at one"
     if config.model.latent_pixels not in (1, 2, 4, 8):
@@ -364,8 +370,11 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`; unknown and missing fields raise InputError."""
-    return _build(Config, json.loads(text), "config")
+    """The inverse of `to_json`; a missing field has its default. Raises InputError for what is no config."""
+    try:
+        return _build(Config, json.loads(text), "config")
+    except (TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"not a config ({error})") from error
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -38,4 +38,7 @@ def run(given: Evaluate) -> None:
     pipeline = Pipeline.load(given.checkpoint)
     if pipeline.config.data.critters is None:
         raise InputError("this checkpoint was not trained on critters: --suite critters cannot score it")
-    score_critters(pipeline, given.out, given.pairs)
+    most = pipeline.config.data.critters.held_out
+    if not 1 <= given.pairs <= most:
+        raise InputError(f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this checkpoint's data")
+    score_critters(pipeline, given.out, given.pairs, checkpoint=str(given.checkpoint or "demo"))

@@ -1,7 +1,7 @@
 """`extract`: a manifest to feature records."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +23,8 @@ class Extract:
     """Preset whose encoders and sizes to use."""
     shard: str = "0/1"
     """i/n: this process does every n-th shard from i."""
+    skip_bad: bool = False
+    """Leave rows out that cannot be used, and list them, instead of refusing the manifest."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,5 +42,7 @@ def run(given: Extract) -> None:
         part, parts = (int(number) for number in given.shard.split("/"))
     except ValueError:
         raise InputError(f"--shard {given.shard!r} must be i/n, such as 0/4") from None
-    extract_features(load_preset(given.config), given.out, manifest=given.manifest, shard=(part, parts))
+    config = load_preset(given.config)
+    config = replace(config, data=replace(config.data, skip_bad=given.skip_bad or config.data.skip_bad))
+    extract_features(config, given.out, manifest=given.manifest, shard=(part, parts))
     print(f"records: {given.out}")

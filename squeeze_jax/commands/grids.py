@@ -1,5 +1,6 @@
 """Pictures and scores of a system in training: what `train` hands to the loop, and what it prints at the end."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from squeeze_jax.config import Config
 from squeeze_jax.data.critters import Pair
 from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.data.extract import Example
+from squeeze_jax.data.features import read_metadata
 from squeeze_jax.data.images import resize_for_reference, resize_for_target, to_uint8
 from squeeze_jax.data.sources import CritterRows
 from squeeze_jax.errors import InputError
@@ -33,13 +35,16 @@ CHUNK = 64
 
 def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> SampleFunction | None:
     """A function that draws held-out examples: a row of references, of samples, of true targets."""
-    try:
-        rows = row_sources(config)["held_out"]
-    except InputError:
+    if config.log.grid == 0:
+        return None
+    if config.data.manifest is None and config.data.critters is None:
         print(f"no sample grids: the records in {features} come without their pictures")
         return None
+    rows = row_sources(config, check_images=False)["held_out"]
     examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
     encoders, parallel = FrozenEncoders.of(config), config.parallel
+    if not config.data.online:
+        check_encoders(encoders, epath.Path(features))
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     encoded = [
         piece._replace(states=jax.tree.map(np.asarray, piece.states))
@@ -67,6 +72,16 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
             write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
 
     return sample
+
+
+def check_encoders(encoders: FrozenEncoders, features: epath.Path) -> None:
+    """Raises InputError where records were made by other encoders: those that sampling would use."""
+    for split in ("train", "held_out"):
+        there = read_metadata(features / split).settings.get("encoders", {})
+        wanted = json.loads(json.dumps(encoders.settings))
+        if differing := [name for name in there | wanted if there.get(name) != wanted.get(name)]:
+            listed = ", ".join(f"{name} {there.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
+            raise InputError(f"{features / split}: made by other encoders ({listed}); extract with this config")
 
 
 def sample_examples(
@@ -142,13 +157,15 @@ def reference_latents(
 def critter_scores(config: Config, result: Result, folder: Path, count: int) -> None:
     """Scores held-out critters by retrieval, prints the table and writes scores.json."""
     pipeline = Pipeline.of(result.split.merge(result.leaves), config, FrozenEncoders.of(config), result.step)
-    score_critters(pipeline, folder / "scores.json", count, ("demo",))
+    score_critters(pipeline, folder / "scores.json", count, ("demo",), str(folder))
 
 
 SETTINGS = ("demo", "mllm", "both", "withheld")
 
 
-def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence[str] = SETTINGS) -> None:
+def score_critters(
+    pipeline: Pipeline, out: Path, count: int, settings: Sequence[str] = SETTINGS, checkpoint: str = "demo"
+) -> None:
     """Retrieval scores of `count` held-out pairs beside chance, pasted references and the autoencoder's ceiling.
 
     settings: `demo` (the checkpoint's τ), `mllm` (τ = 0, 0: the MLLM alone throughout), `both` (τ = 1, 0: both
@@ -184,10 +201,11 @@ def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence
         for label, some, how in (ways[name] for name in settings):
             task = bar.add_task(label, total=count, figures="")
             images[label] = sample_examples(pipeline, some, how, done=lambda n, task=task: bar.advance(task, n))
-    targets = true_targets(pairs)
+    size = pipeline.config.data.critters.size
+    targets = true_targets(pairs, size)
     padded = np.concatenate([targets, targets[-1:].repeat(-count % CHUNK, 0)]).astype(np.float32) / 255
     ceiling = np.concatenate([codec(padded[i : i + CHUNK]) for i in range(0, len(padded), CHUNK)])[:count]
-    images |= {"reference pasted": references_pasted(pairs), "true target through the autoencoder": ceiling}
+    images |= {"reference pasted": references_pasted(pairs, size), "true target through the autoencoder": ceiling}
     scores = score_settings(images, pairs, seed=0, codec=codec)
     if not is_main():
         return
@@ -195,8 +213,11 @@ def score_critters(pipeline: Pipeline, out: Path, count: int, settings: Sequence
     print(render(scores))
     report = {
         "pairs": count,
+        "checkpoint": checkpoint,
         "step": pipeline.step,
-        "sampling": vars(pipeline.resolved(Settings())),
+        "encoders": pipeline.encoders.settings,
+        "critters": vars(pipeline.config.data.critters),
+        "sampling": {label: vars(pipeline.resolved(how)) for label, _, how in (ways[name] for name in settings)},
         "scores": {name: score.to_json() for name, score in scores.items()},
     }
     if {"demo", "mllm"} <= set(settings):

@@ -15,8 +15,7 @@ from jaxtyping import Float, Float32, Int32
 from PIL import Image
 
 from squeeze_jax.data.features import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
-from squeeze_jax.data.images import load_image, nearest_size, resize_for_reference, resize_for_target
-from squeeze_jax.data.manifest import Row
+from squeeze_jax.data.images import nearest_size, resize_for_reference, resize_for_target
 from squeeze_jax.data.storage import write_json
 from squeeze_jax.errors import InputError
 
@@ -35,29 +34,11 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-    """Examples by number, so that an extraction can go on where it was killed: `ManifestRows`, or a list."""
+    """Examples by number, so that an extraction can go on where it was killed: those of `sources.py`, or a list."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
-
-
-class ManifestRows:
-    """The rows of a manifest as examples, decoded when asked for. Raises InputError for a row without a target."""
-
-    def __init__(self, rows: Sequence[Row]):
-        for row in rows:
-            if row.target is None:
-                raise InputError(f'row {row.number}: "image_tgt_path" is missing; training needs the picture to learn')
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        row = self.rows[index]
-        assert row.target is not None
-        return Example(row.prompt, [load_image(path) for path in row.references], load_image(row.target))
 
 
 class EncodedPrompt(NamedTuple):
@@ -119,17 +100,8 @@ def extract(
     if len(rows) == 0:
         raise InputError("nothing to extract: there are no rows")
     folder = epath.Path(out_dir)
-    settings = {
-        "rows": len(rows),
-        "source": source,
-        "target_size": [list(size) for size in buckets] if buckets else list(target_size),
-        "reference_long_side": reference_long_side,
-        "examples_per_shard": examples_per_shard,
-        "encoders": encoders.settings,
-    }
-    # Only where they are not the default: extractions from before there was a choice go on being continued.
-    settings |= {"codec": codec} if codec != "bf16" else {}
-    settings |= {"layers": list(layers)} if layers is not None else {}
+    noted = {"rows": len(rows), "source": source, "examples_per_shard": examples_per_shard, "encoders": encoders.settings}
+    settings = noted | sizes_and_codec(target_size, buckets, reference_long_side, codec, layers)
     _claim(folder, settings)
 
     shards = -(-len(rows) // examples_per_shard)
@@ -146,6 +118,23 @@ def extract(
     if any(shard_summary(folder, number, shards) is None for number in range(shards)):
         return None
     return write_metadata(folder, shards, settings, codec, layers)
+
+
+def sizes_and_codec(
+    target_size: tuple[int, int],
+    buckets: Sequence[tuple[int, int]],
+    reference_long_side: int,
+    codec: str = "bf16",
+    layers: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """What a folder notes of these arguments of `extract`."""
+    noted: dict[str, Any] = {
+        "target_size": [list(size) for size in buckets] if buckets else list(target_size),
+        "reference_long_side": reference_long_side,
+    }
+    # Only where they are not the default: extractions from before there was a choice go on being continued.
+    noted |= {"codec": codec} if codec != "bf16" else {}
+    return noted | ({"layers": list(layers)} if layers is not None else {})
 
 
 def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:

@@ -352,8 +352,8 @@ class FeatureSource:
 
     Threads may share it; a pickled copy opens its files anew. layers: which of the MLLM's hidden states to read; None:
     those that the records hold.
-    Opening checks that every shard is there, has its number of records and that its last record can be read
-    (a truncated shard cannot); raises InputError naming the shard, or the hidden states that are not held.
+    Opening checks that every shard is there, whole, and has its number of records; a record is checked when it is read.
+    Both raise InputError naming the shard; opening also where hidden states are not held.
     """
 
     def __init__(self, folder: epath.PathLike, layers: Sequence[int] | None = None):
@@ -381,7 +381,12 @@ class FeatureSource:
             # One by one: TFDS's batched read starts a thread a shard every time, which costs more than it saves.
             return decode(self._records[index], index, CODECS[self.metadata.codec], self._rows)
         except RuntimeError as error:
-            raise InputError(f"{self.folder}: record {index} cannot be read ({error}); extract again") from error
+            counts = self.metadata.shards
+            shard = int(np.searchsorted(np.cumsum(counts), index, side="right"))
+            path = shard_path(self.folder, shard, len(counts))
+            raise InputError(
+                f"{path}: record {index} cannot be read ({error}); delete this file and run the same extract command again"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, made for a worker, reads by number and has no use for the sizes of them all.
@@ -401,15 +406,13 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def check_shard(path: epath.Path, count: int) -> None:
-    """Raises InputError unless the shard is there, holds `count` records and its last record can be read."""
+    """Raises InputError unless the shard is there, whole (its index stands at its end), and holds `count` records."""
     remedy = "run the same extract command again to replace it"
     if not path.exists():
         raise InputError(f"{path}: the shard is missing; {remedy}")
     reader = array_record_module.ArrayRecordReader(str(path))
     try:
         found = reader.num_records()
-        if found:
-            reader.read([found - 1])
         reader.close()  # reports what went wrong on opening
     except RuntimeError as error:
         raise InputError(f"{path}: the shard is damaged or truncated ({error}); {remedy}") from error

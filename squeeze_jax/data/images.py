@@ -70,6 +70,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise InputError("a picture of floating-point values has no known range; save it with 8 or 16 bits")
+    if image.mode == "I" and np.asarray(image).max(initial=0) > 65535:
+        raise InputError("a picture of 32-bit values has no known range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # `convert` would clip at 255 and turn the ramp white
         grey = np.clip(np.asarray(image, np.float32) / 257.0, 0, 255)
         return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")

@@ -39,7 +39,7 @@ class Manifest(NamedTuple):
     warnings: list[str]
     """What is allowed but probably not meant, and rows that were skipped; for the command to print."""
     digest: str
-    """SHA-256 of the file."""
+    """SHA-256 of the file and of its pictures' sizes in bytes: a picture that was replaced is another data set."""
 
 
 def read_manifest(
@@ -57,6 +57,7 @@ def read_manifest(
     warnings: list[str] = []
     problems: list[str] = []
     decoded: dict[Path, str | None] = {}
+    seen: dict[Any, int] = {}
     values = _rows(path, content)
     for number, value in enumerate(values, 1):
         row, bad = _row(number, value, path.parent, need_targets)
@@ -66,6 +67,10 @@ def read_manifest(
             problems += [f"row {number}: {problem}" for problem in bad]
             continue
         rows.append(row)
+        same = (row.prompt, row.references, row.target)
+        if same in seen:
+            warnings.append(f"row {number}: the same as row {seen[same]}; the last rows are held out of training")
+        seen.setdefault(same, number)
         if row.target is not None and any(_same_bytes(r, row.target) for r in row.references):
             warnings.append(
                 f"row {number}: reference and target are the same picture ({row.target.name}); such pairs teach copying"
@@ -76,7 +81,15 @@ def read_manifest(
     if problems:
         warnings.append(f"skipped {len(values) - len(rows)} of {len(values)} rows")
         warnings += [f"skipped {problem}" for problem in problems]
-    return Manifest(path, rows, warnings, hashlib.sha256(content).hexdigest())
+    return Manifest(path, rows, warnings, _digest(content, rows))
+
+
+def _digest(content: bytes, rows: list[Row]) -> str:
+    digest = hashlib.sha256(content)
+    for row in rows:
+        for path in [*row.references, *([row.target] if row.target else [])]:
+            digest.update(path.stat().st_size.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def _content(path: Path) -> bytes:

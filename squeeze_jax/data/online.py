@@ -53,9 +53,13 @@ class ReadRaw:
         if first is None:
             raise InputError("no example has a reference; on-line extraction is for examples with references")
         size = resize_for_reference(self.rows[first].references[0], self.data.reference_long_side).shape[:2]
-        prompts = {self.rows.prompt(i) for i in range(len(self.rows))}
-        images = [self.per_tile] * max(counts)
-        text = max(len(self._ids(prompt, images)) for prompt in prompts) - sum(images)
+        asked = {(self.rows.prompt(i), count): i for i, count in enumerate(counts)}
+        text = 0
+        for (prompt, count), row in asked.items():
+            try:
+                text = max(text, len(self._ids(prompt, [self.per_tile] * count)) - count * self.per_tile)
+            except InputError as error:
+                raise InputError(f"{self.rows.name(row)}: {error}") from None
         return RawShape(max(counts), (size[0], size[1]), bucket(text))
 
     def _ids(self, prompt: str, images: Sequence[int]) -> list[int]:
@@ -90,8 +94,8 @@ class ReadRaw:
         if pixels.shape[:2] != self.shape.reference_size:
             here, there = ("x".join(map(str, size)) for size in (pixels.shape[:2], self.shape.reference_size))
             raise InputError(
-                f"row {number}: a reference becomes {here} pixels, others {there}; on-line extraction wants one size: "
-                "cut the references to one aspect ratio, or extract records (data.online false)"
+                f"{self.rows.name(number)}: a reference becomes {here} pixels, others {there}; on-line extraction wants "
+                "one size: cut the references to one aspect ratio, or extract records (data.online false)"
             )
         return pixels
 

@@ -53,6 +53,10 @@ class Reader(Protocol):
         """JSON values besides the weights that decide what comes out."""
         ...
 
+    def check(self, prompt: str, references: int) -> None:
+        """Raises InputError, before anything is read, for a prompt that `read` would refuse with so many references."""
+        ...
+
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states of prompts, each with its references; InputError for an empty or too long prompt."""
         ...
@@ -81,6 +85,10 @@ class InternVLReader:
     def settings(self) -> dict[str, Any]:
         # One tile is left out: records from before there was a choice go on being continued.
         return {"system_text": self.system_text} | ({"max_tiles": self.max_tiles} if self.max_tiles > 1 else {})
+
+    def check(self, prompt: str, references: int) -> None:
+        """A picture's tiles, however many, stand between one pair of text tokens."""
+        build_input(self.tokenizer, prompt, [self.mllm.config.image_tokens] * references, self.system_text)
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states padded to buckets of static shape."""
@@ -161,6 +169,10 @@ class TransformersReader:
     @property
     def settings(self) -> dict[str, Any]:
         return {"system_text": self.system_text, "source": "transformers"}
+
+    def check(self, prompt: str, references: int) -> None:
+        """All but its length, which the model's own template decides."""
+        self._conversation(prompt, [])
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states; InputError also where a prompt spells one of the tokenizer's special tokens."""

@@ -10,6 +10,7 @@ from squeeze_jax.data.critters import Pair, Split, draw_reference, draw_scene, p
 from squeeze_jax.data.extract import Example
 from squeeze_jax.data.images import load_image
 from squeeze_jax.data.manifest import Row
+from squeeze_jax.errors import InputError
 
 
 @runtime_checkable
@@ -29,6 +30,10 @@ class Examples(Protocol):
 
     def references(self, index: int, /) -> int:
         """How many an example has."""
+        ...
+
+    def name(self, index: int, /) -> str:
+        """What a message calls an example."""
         ...
 
 
@@ -58,6 +63,10 @@ class CritterRows:
         """How many an example has."""
         return 1
 
+    def name(self, index: int) -> str:
+        """What a message calls it."""
+        return f"critter {index} of {self.split}"
+
     @property
     def source(self) -> str:
         """What makes these rows these rows."""
@@ -65,9 +74,15 @@ class CritterRows:
 
 
 class ManifestRows:
-    """Rows of a checked manifest; pictures are read when they are asked for."""
+    """Rows of a checked manifest; pictures are read when they are asked for.
+
+    Raises InputError for a row without a target.
+    """
 
     def __init__(self, rows: Sequence[Row], source: str) -> None:
+        for row in rows:
+            if row.target is None:
+                raise InputError(f'row {row.number}: "image_tgt_path" is missing; training needs the picture to learn')
         self.rows, self.source = rows, source
 
     def __len__(self) -> int:
@@ -75,7 +90,7 @@ class ManifestRows:
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
-        assert row.target is not None  # the manifest was read with need_targets=True
+        assert row.target is not None
         return Example(row.prompt, [load_image(path) for path in row.references], load_image(row.target))
 
     def prompt(self, index: int) -> str:
@@ -84,3 +99,7 @@ class ManifestRows:
     def references(self, index: int) -> int:
         """How many an example has."""
         return len(self.rows[index].references)
+
+    def name(self, index: int) -> str:
+        """What a message calls it: its place in the manifest, from 1."""
+        return f"row {self.rows[index].number}"

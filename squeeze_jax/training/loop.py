@@ -263,8 +263,19 @@ def newest(
 
 
 def check_records(folder: epath.Path, config: Config) -> None:
-    """Raises InputError unless the records fit the config's transformer and aggregator's width."""
+    """Raises InputError unless the records fit the config's transformer and aggregator, and were made as it says."""
     metadata = read_metadata(folder)
+    data, noted = config.data, metadata.settings
+    reader = noted.get("encoders", {})
+    for name, theirs, ours in (
+        ("reference_long_side", noted.get("reference_long_side", data.reference_long_side), data.reference_long_side),
+        ("system_text", reader.get("system_text", data.system_text), data.system_text),
+        ("max_tiles", reader.get("max_tiles", 1), data.max_tiles),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"{folder}: made with data.{name} {theirs!r}, this config has {ours!r}; extract with this config"
+            )
     channels = config.model.dit.in_channels // 4
     wanted = [(2 * rows, 2 * columns, channels) for rows, columns in config.training_grids]
     for what, theirs, ours in (
@@ -299,7 +310,8 @@ def batches_of(
     if examples is None:
         if not (features / "held_out").is_dir():
             raise InputError(f"{features / 'held_out'}: no held-out records; extract them too")
-        check_records(features / "train", config)
+        for split in ("train", "held_out"):
+            check_records(features / split, config)
     data = batches("train", rows, config.training.seed, config.data.workers)
     fewer = rows // config.optimizer.accumulate
     with closing(batches("held_out", fewer, 0, 0)) as held_out:

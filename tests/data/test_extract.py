@@ -9,10 +9,11 @@ import pytest
 from fake_encoders import FakeEncoders, some_examples
 from PIL import Image
 
-from squeeze_jax.data.extract import ManifestRows, extract
+from squeeze_jax.data.extract import extract
 from squeeze_jax.data.features import METADATA_FILE, FeatureSource
 from squeeze_jax.data.images import resize_for_reference, resize_for_target
 from squeeze_jax.data.manifest import read_manifest
+from squeeze_jax.data.sources import ManifestRows
 from squeeze_jax.errors import InputError
 
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4, "batch": 3}
@@ -167,11 +168,11 @@ def test_from_a_manifest_of_phone_photographs(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps(rows))
     manifest = read_manifest(tmp_path / "m.json", need_targets=True)
     out = tmp_path / "out"
-    extract(ManifestRows(manifest.rows), FakeEncoders(), out, source=manifest.digest, **OPTIONS)
+    extract(ManifestRows(manifest.rows, manifest.digest), FakeEncoders(), out, source=manifest.digest, **OPTIONS)
     record = FeatureSource(out)[0]
     assert record.references[0].shape == (8, 4, 16), "upright: 64 high, 32 wide"
     np.testing.assert_allclose(record.target, 1.0)
 
     (tmp_path / "m.json").write_text(json.dumps([{"prompt": "a cat", "image_paths": ["phone.jpg"]}]))
     with pytest.raises(InputError, match=r"row 1: .*training needs"):
-        ManifestRows(read_manifest(tmp_path / "m.json", need_targets=False).rows)
+        ManifestRows(read_manifest(tmp_path / "m.json", need_targets=False).rows, "")

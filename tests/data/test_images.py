@@ -106,6 +106,12 @@ def test_cmyk_and_grey_and_black_and_white(tmp_path):
         assert load_image(tmp_path / "g.png").getpixel((4, 4)) == (255, 255, 255)
 
 
+def test_values_of_32_bits_have_no_known_range(tmp_path):
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="32-bit values has no known range"):
+        load_image(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
 def test_an_animation_gives_its_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]

@@ -128,6 +128,12 @@ def test_the_same_picture_twice_is_a_warning(folder):
     assert "teach copying" in warnings[0]
 
 
+def test_the_same_row_again_is_noticed(folder):
+    warnings = read_manifest(write(folder, [row(), row(prompt="another"), row()]), need_targets=True).warnings
+    assert [warning for warning in warnings if "the same as row 1" in warning and warning.startswith("row 3: ")]
+    assert len([warning for warning in warnings if "the same as" in warning]) == 1
+
+
 def test_a_truncated_picture_is_found_by_decoding(folder):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(folder / "cut.jpg")

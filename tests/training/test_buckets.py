@@ -16,10 +16,11 @@ from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
 from squeeze_jax.data.buckets import Padding, shapes
-from squeeze_jax.data.extract import ManifestRows, extract
+from squeeze_jax.data.extract import extract
 from squeeze_jax.data.features import FeatureSource
 from squeeze_jax.data.manifest import read_manifest
 from squeeze_jax.data.pipeline import collate, make_dataset, to_batch
+from squeeze_jax.data.sources import ManifestRows
 from squeeze_jax.diffusion.flow import schedule_shift, shift_time
 from squeeze_jax.errors import InputError
 from squeeze_jax.models.aggregator import AggregatorConfig
@@ -62,7 +63,7 @@ def photographs(tmp_path_factory):
     manifest = read_manifest(folder / "pairs.json", need_targets=True)
     # Validation on squares alone: a shape less to compile.
     for split, some in (("train", manifest.rows[:18]), ("held_out", manifest.rows[19::3])):
-        extract(ManifestRows(some), FakeEncoders(), folder / split, source=split, **OPTIONS)
+        extract(ManifestRows(some, split), FakeEncoders(), folder / split, source=split, **OPTIONS)
     return folder
 
 

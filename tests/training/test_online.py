@@ -50,6 +50,9 @@ class Listed(list):
     def references(self, index):
         return len(self[index].references)
 
+    def name(self, index):
+        return f"row {index + 1}"
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _optax_promotes():
@@ -170,7 +173,7 @@ def test_step_and_validation_trace_the_encoders_on_their_mesh(batches, monkeypat
 def test_references_of_several_sizes_are_refused_by_row(examples):
     wide = Listed([*examples[:2], examples[2]._replace(references=[Image.new("RGB", (128, 64))])])
     batches = make_online(wide, CONFIG, batch=3, seed=0)
-    with pytest.raises(InputError, match="row 2: a reference becomes 32x64 pixels, others 64x64"):
+    with pytest.raises(InputError, match="row 3: a reference becomes 32x64 pixels, others 64x64"):
         next(batches)
     batches.close()
     with pytest.raises(InputError, match="no example has a reference"):
