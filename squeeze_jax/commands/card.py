@@ -9,8 +9,10 @@ from squeeze_jax.interop.exported import LORA, TRANSFORMER
 from squeeze_jax.interop.tensors import read_json
 from squeeze_jax.models.dit import DiTConfig
 
-FLUX = "black-forest-labs/FLUX.1-dev"
-INTERNVL = "OpenGVLab/InternVL3-8B-hf"
+FLUX, INTERNVL = "black-forest-labs", "OpenGVLab/InternVL3-8B-hf"
+DEV = "FLUX.1-dev Non-Commercial License"
+PUBLISHED = {"FLUX.1-dev": DEV, "FLUX.1-Krea-dev": DEV, "FLUX.1-Kontext-dev": DEV, "FLUX.1-schnell": "Apache-2.0"}
+"""Names of bases on the hub, and their licences (their model cards)."""
 
 
 def write_card(folder: Path, config: Config, about: dict[str, Any], report: dict[str, Any] | None) -> None:
@@ -27,20 +29,32 @@ def write_card(folder: Path, config: Config, about: dict[str, Any], report: dict
     (folder / "README.md").write_text("\n".join(section for section in sections if section))
 
 
-def is_flux(config: Config) -> bool:
-    """Whether the transformer has the sizes of FLUX.1-dev."""
-    return config.model.dit == DiTConfig()
+def published(place: str | None) -> str | None:
+    """Which published base a folder of weights is, by the name of a folder on its path; None: unknown."""
+    return next((part for part in Path(place or "").parts if part in PUBLISHED), None)
+
+
+def hub(place: str | None) -> str:
+    """Where users find what a run read from `place`: its name on the hub, or else that very place."""
+    if (base := published(place)) is not None:
+        return f"{FLUX}/{base}"
+    if Path(place or "").name == INTERNVL.split("/")[1]:
+        return INTERNVL
+    return str(place)
 
 
 def _front(config: Config) -> str:
     lines = ["library_name: diffusers", "pipeline_tag: image-to-image"]
-    if is_flux(config):
+    base = published(config.model.dit_weights)
+    if base is not None and PUBLISHED[base] == DEV:
         lines += [
             "license: other",
             "license_name: flux-1-dev-non-commercial-license",
-            f"license_link: https://huggingface.co/{FLUX}/blob/main/LICENSE.md",
-            f"base_model: {FLUX}",
+            f"license_link: https://huggingface.co/{FLUX}/{base}/blob/main/LICENSE.md",
         ]
+    elif base is not None:
+        lines.append(f"license: {PUBLISHED[base].lower()}")
+    lines += [f"base_model: {FLUX}/{base}"] if base is not None else []
     lines += ["tags:", "- subject-driven", *(["- lora"] if config.lora is not None else [])]
     return "---\n" + "\n".join(lines) + "\n---\n"
 
@@ -81,14 +95,10 @@ def _what(folder: Path, config: Config, about: dict[str, Any]) -> str:
 
 
 def _usage(folder: Path, config: Config) -> str:
-    flux = is_flux(config)
-    needs = {
-        TRANSFORMER: FLUX if flux else config.model.dit_weights,
-        "vae": FLUX if flux else config.model.autoencoder,
-        "mllm": INTERNVL if flux else config.model.mllm,
-    }
-    given = [f'{name}="{place}"' for name, place in needs.items() if not (folder / name).is_dir()]
-    arguments = ", ".join(['"."', *given, *([] if flux else ["torch_dtype=torch.float32"])])
+    needs = {TRANSFORMER: config.model.dit_weights, "vae": config.model.autoencoder, "mllm": config.model.mllm}
+    given = [f'{name}="{hub(place)}"' for name, place in needs.items() if not (folder / name).is_dir()]
+    small = config.model.dit.width < DiTConfig().width  # float32 costs nothing
+    arguments = ", ".join(['"."', *given, *(["torch_dtype=torch.float32"] if small else [])])
     pip = 'torch "diffusers>=0.42" "transformers>=5.4" safetensors accelerate'
     pip += " peft" if config.lora is not None else ""
     text = f"""## Usage
@@ -126,14 +136,18 @@ def _prompt(config: Config) -> str:
 
 
 def _licences(folder: Path, config: Config) -> str:
-    base = (
-        f"FLUX.1-dev's: [FLUX.1-dev Non-Commercial License](https://huggingface.co/{FLUX}/blob/main/LICENSE.md), not for "
-        "commercial use. Accept it on its page first"
-        if is_flux(config)
-        else "that of its publisher"
-    )
+    def licence(place: str | None) -> str:
+        base = published(place)
+        if base is None:
+            return "that of its publisher; FILL IN"
+        if PUBLISHED[base] != DEV:
+            return f"{base}'s: {PUBLISHED[base]}"
+        link = f"https://huggingface.co/{FLUX}/{base}/blob/main/LICENSE.md"
+        return f"{base}'s: [{DEV}]({link}), not for commercial use. Accept it on its page first"
+
+    base = licence(config.model.dit_weights)
     if config.lora is not None:
-        own = "derived from the base: what its licence says of derivatives holds, with FLUX.1-dev no commercial use"
+        own = "derived from the base: what its licence says of derivatives holds, with FLUX.1-dev's no commercial use"
     elif config.model.dit_weights is not None:
         own = base
     else:
@@ -144,11 +158,11 @@ def _licences(folder: Path, config: Config) -> str:
         ("LoRA" if config.lora is not None else "Transformer", own),
         ("Aggregator", "the trainer's own; Apache-2.0 unless said otherwise here"),
     ]
-    for what, published, place in (
-        ("Autoencoder", base, config.model.autoencoder),
+    for what, theirs, place in (
+        ("Autoencoder", licence(config.model.autoencoder), config.model.autoencoder),
         ("Multimodal LLM", "that of its publisher (InternVL3-8B: see its model card)", config.model.mllm),
     ):
-        rows.append((what, "Apache-2.0; the miniature's, in this folder" if place == "demo" else published))
+        rows.append((what, "Apache-2.0; the miniature's, in this folder" if place == "demo" else theirs))
     drawn = "drawn by squeeze_jax's own code, Apache-2.0"
     rows.append(("Training data", drawn if config.data.critters is not None else "not in this folder; FILL IN"))
     lines = [f"| {what} | {licence} |" for what, licence in rows]

@@ -33,8 +33,10 @@ def run(given: Evaluate) -> None:
     setup()
     from squeeze_jax.commands.grids import score_critters
     from squeeze_jax.errors import InputError
+    from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.sampling.pipeline import Pipeline
 
+    check_writable(given.out, "--out")
     pipeline = Pipeline.load(given.checkpoint)
     if pipeline.config.data.critters is None:
         raise InputError("this checkpoint was not trained on critters: --suite critters cannot score it")

@@ -129,7 +129,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when all went well; else nothing is left. Raises OutputError where a file
     cannot be written.
     """
-    from squeeze_jax.errors import OutputError
+    from squeeze_jax.errors import InputError, OutputError
 
     part = out.with_name(out.name + ".part")
     try:
@@ -139,8 +139,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
             yield part
             part.rename(out)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{out} cannot be written ({reason}); make room or give another --out") from error
+        if error.errno is None:  # a library's own word on what it was to read
+            raise InputError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise OutputError(f"{out} cannot be written ({error.strerror}); make room or give another --out") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -1,6 +1,5 @@
 """`sample`: a prompt and reference pictures to new pictures."""
 
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -62,6 +61,7 @@ def run(given: Sample) -> None:
 
     from squeeze_jax.data.images import load_image, parse_size, save_png, to_uint8
     from squeeze_jax.errors import InputError
+    from squeeze_jax.interop.tensors import check_writable
 
     started = time.perf_counter()
     # Everything that the user may have got wrong is looked at before anything is loaded.
@@ -71,9 +71,7 @@ def run(given: Sample) -> None:
         raise InputError(f"--num-images is {given.num_images}; it must be at least 1")
     if given.out.suffix.lower() != ".png":
         raise InputError(f"--out {given.out} must end in .png")
-    there = next(folder for folder in given.out.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--out {given.out}: nothing can be written into {there}; choose another place")
+    check_writable(given.out, "--out")
     if given.tau1 is not None and given.tau2 is not None and given.tau2 > given.tau1:
         raise InputError(f"--tau2 {given.tau2} is larger than --tau1 {given.tau1}; it must not be")
     if given.cfg_scale is not None and len(given.cfg_scale) not in (1, 3):

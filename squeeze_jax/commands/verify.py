@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: Verify) -> None:
     setup()
     from squeeze_jax.errors import InputError
-    from squeeze_jax.interop.tensors import write_json
+    from squeeze_jax.interop.tensors import check_writable, write_json
     from squeeze_jax.interop.verify import TOLERANCE, Row, verify
 
     def show(row: Row) -> None:
@@ -39,6 +39,7 @@ def run(given: Verify) -> None:
             judged = f"{row.error:.1e}  {'pass' if row.passed else 'FAIL'}"
         print(f"  {row.part:40}{judged}", flush=True)
 
+    check_writable(given.json, "--json")
     report = verify(given.folder, given.kind, progress=show)
     write_json(given.json, report.to_json())
     print(f"{report.folder}: {report.kind} in the layout of {report.layout}, {report.parameters:,} values")
@@ -51,7 +52,7 @@ def run(given: Verify) -> None:
             f"{report.folder}: some parts differ by more than {TOLERANCE:g} or are not finite; see {given.json}"
         )
     if report.rows[0].error is None:
-        print("names, shapes and types fit; PyTorch is not installed, so compare the digests with another machine's")
+        print("names, shapes and types fit; there was no twin in PyTorch, so compare the digests with another machine's")
     else:
         print("passed")
     print(f"report: {given.json}")

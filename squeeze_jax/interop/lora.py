@@ -120,7 +120,7 @@ ROLES = {
     "lora_B.weight": "B", "lora_B.default.weight": "B", "lora_up.weight": "B", "up.weight": "B",
     "alpha": "alpha",
 }  # fmt: skip
-TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoder(_\d)?\.).*")
+TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoder(_\d)?\.|text_encoders\.).*")
 REFUSED = (
     (r".*(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)", "DoRA (magnitudes beside the low-rank pair)"),
     (r".*\.lokr_w\d.*", "LoKr (Kronecker products)"),
@@ -166,8 +166,6 @@ def load_lora(dit: DiT, file: str | Path) -> LoRAReport:
     the file holds something else than low-rank pairs.
     """
     dialect, pairs, skipped = read_pairs(file, dit)
-    if skipped:
-        warnings.warn(f"{file}: {len(skipped)} keys for text encoders are skipped ({skipped[0]} …)", stacklevel=2)
     attach_pairs(dit, pairs)
     return LoRAReport(dialect, len(pairs), tuple(skipped))
 
@@ -175,9 +173,11 @@ def load_lora(dit: DiT, file: str | Path) -> LoRAReport:
 def read_pairs(
     file: str | Path, dit: DiT
 ) -> tuple[DialectName, dict[tuple[str, int | None], list[Pair]], list[str]]:
-    """The dialect of a LoRA file, its pairs for each (path, layer) of ours, and the keys that were skipped."""
+    """The dialect of a LoRA file, its pairs for each (path, layer) of ours, and the keys that were skipped, aloud."""
     tensors = TensorFolder(file)
     skipped = [key for key in tensors.names() if TEXT_ENCODERS.fullmatch(key)]
+    if skipped:
+        warnings.warn(f"{file}: {len(skipped)} keys for text encoders are skipped ({skipped[0]} …)", stacklevel=3)
     keys = [key for key in tensors.names() if key not in set(skipped)]
     for key in keys:
         for pattern, what in REFUSED:

@@ -174,6 +174,10 @@ def _open(file: Path) -> Any:
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
 
 
+OTHER_FORMATS = {b"PK\x03\x04": "a pickle (PyTorch)", b"\x80\x02": "a pickle (PyTorch)", b"GGUF": "a GGUF file"}
+"""First bytes of files that are taken for safetensors, and what they are."""
+
+
 def _header(file: Path) -> tuple[dict[str, Any], int]:
     """A file's header, and where its data begin. The library checks it again; this names what people meet."""
     try:
@@ -182,9 +186,14 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(head, "little")
             if head.startswith(b"version "):
                 raise InputError(f"{file}: a download pointer (git-lfs) in place of the file; fetch it with git lfs pull")
+            for beginning, kind in OTHER_FORMATS.items():
+                if head.startswith(beginning):
+                    raise InputError(f"{file}: {kind}, which is not read; take the safetensors file of the same weights")
             if len(head) < 8 or length > file.stat().st_size - 8:
                 raise InputError(f"{file}: not a whole safetensors file (its header does not end); download it again")
             header = json.loads(start.read(length), object_pairs_hook=_no_duplicates)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except OSError as error:
@@ -250,6 +259,13 @@ def _umask() -> int:
 def write_json(path: Path, value: dict) -> None:
     """Writes a JSON file beside its place and renames it."""
     write_beside(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raises InputError, naming the flag, where a file could not be made; folders on the way to it may still be missing."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{flag} {path}: nothing can be written into {there}; choose another place")
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:

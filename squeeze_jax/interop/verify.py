@@ -8,6 +8,7 @@ our own outputs are given instead: two machines that agree on them computed the 
 import dataclasses
 import gc
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -80,6 +81,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**row._asdict(), "passed": row.passed} for row in self.rows]
+        for row in rows:  # JSON has no NaN
+            row["digest"] = [value if math.isfinite(value) else None for value in map(float, row["digest"])]
+            row["error"] = row["error"] if row["error"] is None or math.isfinite(row["error"]) else None
         return {**dataclasses.asdict(self), "rows": rows, "tolerance": TOLERANCE, "passed": self.passed}
 
 

@@ -1,6 +1,7 @@
 """What `export` writes: the same pictures in PyTorch, the same leaves back, whole or not at all."""
 
 import ast
+import copy
 import dataclasses
 import json
 import os
@@ -38,7 +39,8 @@ from squeeze_jax.config import (
     load_preset,
 )
 from squeeze_jax.data.chat import IMAGE
-from squeeze_jax.data.images import resize_for_reference, to_uint8
+from squeeze_jax.data.images import resize_for_reference, to_rgb, to_uint8
+from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import tensors
 from squeeze_jax.interop.autoencoder import save_autoencoder
@@ -169,6 +171,40 @@ def test_pytorch_draws_the_same(sides, references, changes):
     assert drawn[0].std() > 5
 
 
+def test_thresholds_move_with_the_size_as_ours_do(sides):
+    theirs = sys.modules[type(sides[1]).__module__]
+    for tau in (0.0, 0.3, 0.85, 0.95, 1.0):
+        for tokens in (256, 1024, 4096):
+            assert theirs.carry_tau(tau, 1024, tokens) == pytest.approx(carry_tau(tau, 1024, tokens))
+    assert "tau_tokens" in sides[1].settings
+
+
+def test_times_and_guidance_are_told_in_float32_whatever_the_dtype(sides, monkeypatch):
+    """diffusers rounds them: in bfloat16 the times of two steps would be one."""
+    _, theirs = sides
+    rounded, told = copy.deepcopy(theirs.transformer).to(torch.bfloat16), []
+    rounded.time_text_embed.time_proj.register_forward_hook(lambda module, given, out: told.append(given[0]))
+    monkeypatch.setattr(theirs, "transformer", rounded)
+    positions, guided = torch.zeros(4, 3), rounded.config.guidance_embeds
+    with torch.no_grad():
+        theirs.velocity(torch.zeros(1, 4, 64), 0.9783, positions, torch.zeros(2, rounded.config.joint_attention_dim), None)
+    assert [value.dtype for value in told] == [torch.float32] * (1 + guided)
+    assert told[0].item() == pytest.approx(978.3, abs=1e-3)
+    assert not theirs.told
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "I;16", "I", "CMYK"])
+def test_references_of_every_kind_become_the_same_picture(sides, tmp_path, mode):
+    theirs, ramp = sys.modules[type(sides[1]).__module__], np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    image = Image.fromarray(ramp) if mode == "I;16" else Image.fromarray((ramp // 257).astype(np.uint8)).convert(mode)
+    if mode == "I":
+        image = Image.fromarray(ramp.astype(np.int32))
+    np.testing.assert_array_equal(np.asarray(theirs.to_rgb(image)), np.asarray(to_rgb(image)))
+    for unknown in (Image.fromarray(ramp.astype(np.float32)), Image.fromarray(ramp.astype(np.int32) * 2)):
+        with pytest.raises(ValueError, match="no known range"):
+            theirs.to_rgb(unknown)
+
+
 def sized(pipeline, image):
     return resize_for_reference(image, pipeline.config.data.reference_long_side)
 
@@ -248,6 +284,26 @@ def test_every_part_has_its_licence_in_the_card_of_a_real_run(tmp_path):
         assert "FLUX.1-dev" in rows[part] and "no" in rows[part] and "commercial use" in rows[part]
     assert {"Aggregator", "Multimodal LLM", "Training data"} < rows.keys()
     assert "The check was skipped" in card and 'vae="black-forest-labs/FLUX.1-dev"' in card
+
+
+@pytest.mark.parametrize(
+    ("preset", "base", "licence"),
+    [
+        ("flux_stage2", "FLUX.1-dev", "license: other"), ("flux_krea", "FLUX.1-Krea-dev", "license: other"),
+        ("flux_kontext", "FLUX.1-Kontext-dev", "license: other"), ("flux_schnell", "FLUX.1-schnell", "license: apache-2.0"),
+    ],
+)  # fmt: skip
+def test_a_card_names_the_base_that_the_lora_belongs_to(tmp_path, preset, base, licence):
+    """All but the last have the same sizes."""
+    config = load_preset(Path(__file__).parents[2] / "configs" / f"{preset}.py")
+    moved = dataclasses.replace(config.model, dit_weights=f"/mnt/{base}/transformer")
+    for one in (config, dataclasses.replace(config, model=moved)):
+        write_card(tmp_path, one, {"base": None, "dtype": "float32", "step": None}, None)
+        card = (tmp_path / "README.md").read_text()
+        front, usage = card.split("---")[1], re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+        assert licence in front and f"base_model: black-forest-labs/{base}\n" in front
+        assert f'transformer="black-forest-labs/{base}"' in usage and "float32" not in usage
+        assert 'mllm="OpenGVLab/InternVL3-8B-hf"' in usage
 
 
 # --- the LoRA ---------------------------------------------------------------------------------------------------------

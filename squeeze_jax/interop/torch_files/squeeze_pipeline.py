@@ -48,6 +48,11 @@ class SqueezePipeline(DiffusionPipeline):
             size={"height": side, "width": side}, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225),
             crop_to_patches=True, max_patches=settings["max_tiles"],
         )  # fmt: skip
+        # diffusers rounds time and guidance to the transformer's dtype; what is embedded is put back in float32.
+        self.told: list[Tensor] = []
+        transformer.time_text_embed.time_proj.register_forward_pre_hook(
+            lambda module, given: (self.told.pop(0),) if self.told else given
+        )
 
     @classmethod
     def load(
@@ -100,7 +105,13 @@ class SqueezePipeline(DiffusionPipeline):
         height, width = height or own["height"], width or own["width"]
         if height % MULTIPLE or width % MULTIPLE:
             raise ValueError(f"{height}x{width}: both must be multiples of {MULTIPLE} pixels")
-        tau1, tau2 = (own[k] if v is None else v for k, v in (("tau1", tau1), ("tau2", tau2)))
+        token = 2 * 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels along a token's side
+        grid = (height // token, width // token)
+        base, count = own.get("tau_tokens"), grid[0] * grid[1]
+        tau1, tau2 = (
+            v if v is not None else carry_tau(own[k], base, count) if base else own[k]
+            for k, v in (("tau1", tau1), ("tau2", tau2))
+        )  # fmt: skip
         scale = own["cfg_scale"] if guidance_scale is None else guidance_scale
         if not 0 <= tau2 <= tau1 <= 1:
             raise ValueError(f"tau1 is {tau1} and tau2 is {tau2}; they must satisfy 0 <= tau2 <= tau1 <= 1")
@@ -108,8 +119,6 @@ class SqueezePipeline(DiffusionPipeline):
         context = self.aggregator(*self.read(prompt, pictures))
         shown = [self.encode(image) for image in pictures] if own["references"] else []
 
-        token = 2 * 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels along a token's side
-        grid = (height // token, width // token)
         if latents is None:
             shape = (num_images, grid[0] * grid[1], self.transformer.config.in_channels)
             latents = torch.randn(shape, generator=generator, device=getattr(generator, "device", "cpu"))
@@ -139,11 +148,13 @@ class SqueezePipeline(DiffusionPipeline):
         count, model, x_device = x.shape[1], self.transformer, x.device
         tokens = x if references is None else torch.cat([x, references.to(x).expand(len(x), -1, -1)], dim=1)
         told = torch.full((len(x),), self.settings["guidance"], device=x_device) if model.config.guidance_embeds else None
+        time = torch.full((len(x),), t, device=x_device)
+        self.told = [1000.0 * value for value in (time, told) if value is not None]
         return model(
             hidden_states=tokens.to(model.dtype),
             encoder_hidden_states=context.to(model.dtype).expand(len(x), -1, -1),
             pooled_projections=x.new_zeros(len(x), model.config.pooled_projection_dim, dtype=model.dtype),
-            timestep=torch.full((len(x),), t, device=x_device),
+            timestep=time,
             guidance=told,
             img_ids=positions[: tokens.shape[1]],
             txt_ids=positions.new_zeros(len(context), 3),
@@ -224,6 +235,12 @@ def schedule(steps: int, target_tokens: int, shifted: bool) -> np.ndarray:
     return (shift * s / (shift * s + (1.0 - s))).astype(np.float32)
 
 
+def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
+    """A threshold of base_tokens at equal signal-to-noise for tokens: logit(t) moves by half the log of the ratio."""
+    odds = tau / (1.0 - tau) * math.sqrt(tokens / base_tokens) if tau < 1.0 else math.inf
+    return odds / (1.0 + odds) if odds < math.inf else 1.0
+
+
 def reference_origins(grid: tuple[int, int], references: list[Tensor]) -> list[tuple[int, int]]:
     """Where each picture's grid begins: diagonally past the target and all references before it (UNO, 2504.02160)."""
     origins = [(0, 0), grid]
@@ -245,6 +262,10 @@ def grid_positions(grid: tuple[int, int], origins: list[tuple[int, int]], refere
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB, what is transparent laid on white."""
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max(initial=0) > 65535):
+        raise ValueError("a picture of 32-bit values has no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+        image = Image.fromarray(np.rint(np.clip(np.asarray(image, np.float32) / 257.0, 0, 255)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
