@@ -79,30 +79,39 @@ def merged_config(folder: Path, config: Config) -> Config:
     return replace(config, lora=None, model=replace(config.model, dit_weights=None, frozen_dtype="float32"))
 
 
+def is_merged(folder: Path, config: Config) -> bool:
+    """Whether a config takes a folder's merged transformer in place of base and LoRA: `merged_config`."""
+    return config.lora is None and is_exported(folder) and (folder / LORA).is_file()
+
+
 def read_exported(
     folder: Path, config: Config, place: Place | None = None, fresh: np.random.Generator | None = None
 ) -> dict[str, Any]:
     """The trained leaves of a config, by dotted path, float32; NumPy arrays or, with `place`, laid out on a mesh.
 
-    fresh: see `adapters.adapter_leaves`.
+    A merged transformer, which nobody trains, stays in its files' dtype. fresh: see `adapters.adapter_leaves`.
     """
     aggregator = nnx.eval_shape(lambda: Aggregator(config.aggregator, rngs=nnx.Rngs(0)))
     table = aggregator_format.entries(config.aggregator)
     leaves = _read("aggregator", aggregator, table, TensorFolder(folder / AGGREGATOR), folder / AGGREGATOR, place)
     if config.lora is None:
-        return leaves | transformer_leaves(folder / TRANSFORMER, config, place)
+        return leaves | transformer_leaves(folder / TRANSFORMER, config, place, as_it_is=is_merged(folder, config))
     if not (folder / LORA).is_file():
         raise InputError(f"{folder}: it has no LoRA, its transformer was trained whole; set lora to None")
     return leaves | lora_leaves(folder / LORA, config, place, fresh)
 
 
-def transformer_leaves(folder: Path, config: Config, place: Place | None = None) -> dict[str, Any]:
-    """The whole transformer of a folder as trained leaves."""
+def transformer_leaves(
+    folder: Path, config: Config, place: Place | None = None, *, as_it_is: bool = False
+) -> dict[str, Any]:
+    """The whole transformer of a folder as trained leaves, float32 or in its files' dtype."""
     source = dit_source(folder)
     if source.config != config.model.dit:
         raise InputError(f"{folder} holds {source.config}, but model.dit is {config.model.dit}: make them equal")
     dit = nnx.eval_shape(lambda: DiT(source.config, rngs=nnx.Rngs(0)))
-    return _read("dit", dit, source.entries(source.config), source.tensors, folder, place)
+    entries = list(source.entries(source.config))
+    kept = source.tensors.dtype(entries[0].sources[0]) if as_it_is else np.float32
+    return _read("dit", dit, entries, source.tensors, folder, place, kept)
 
 
 def lora_leaves(
@@ -127,9 +136,11 @@ def lora_leaves(
     }
 
 
-def _read(prefix: str, module: nnx.Module, table: Any, tensors: Any, where: Path, place: Place | None) -> dict[str, Any]:
+def _read(
+    prefix: str, module: nnx.Module, table: Any, tensors: Any, where: Path, place: Place | None, dtype: Any = np.float32
+) -> dict[str, Any]:
     try:
-        load_entries(module, table, tensors, np.dtype(np.float32), place)
+        load_entries(module, table, tensors, np.dtype(dtype), place)
     except MappingError as error:
         raise InputError(f"{where}: {error}") from None
     leaves = {f"{prefix}.{path}": leaf[...] for path, leaf in parameters_by_path(module).items()}

@@ -14,7 +14,7 @@ from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.build import build_system, is_trained
 from squeeze_jax.interop.checkpoint import check_leaves, read_config, read_weights, saved_base
-from squeeze_jax.interop.exported import is_exported, lora_leaves, read_exported, transformer_leaves
+from squeeze_jax.interop.exported import is_exported, is_merged, lora_leaves, read_exported, transformer_leaves
 from squeeze_jax.interop.fingerprint import fingerprint
 from squeeze_jax.interop.lora import ROLES
 from squeeze_jax.interop.tensors import TensorFolder, read_json
@@ -51,8 +51,11 @@ def load_trained(
     trained = nnx.to_flat_state(nnx.state(system, is_trained(config)))
     variables = {".".join(map(str, path)): variable for path, variable in trained}
     check_leaves(variables, leaves, folder)
+    merged = is_merged(folder, config)
     for name, variable in variables.items():
-        variable.set_value(jax.device_put(np.asarray(leaves[name]).astype(variable.dtype)))  # compiles nothing
+        value = np.asarray(leaves.pop(name))  # so that no leaf is held twice for long
+        kept = value.dtype if merged else variable.dtype
+        variable.set_value(jax.device_put(value.astype(kept, copy=False)))  # compiles nothing
     nnx.update(system, nnx.from_flat_state(trained))
     _, _, frozen = nnx.split(system, is_trained(config), ...)
     base = fingerprint(frozen)

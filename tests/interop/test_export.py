@@ -49,6 +49,7 @@ from squeeze_jax.interop.checkpoint import CHECKPOINTS, Checkpoints, Saved, read
 from squeeze_jax.interop.exported import LORA
 from squeeze_jax.interop.load import DEMO, save_dit
 from squeeze_jax.interop.lora import load_lora, save_lora
+from squeeze_jax.interop.mapping import parameters_by_path
 from squeeze_jax.interop.merged import save_merged
 from squeeze_jax.interop.trained import load_trained, starting_leaves
 from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears
@@ -555,9 +556,11 @@ def test_a_merged_export_samples_without_its_base(home, tmp_path):
     shutil.copytree(home / "base", tmp_path / "base")
     write_weights(run, config, leaves, jnp.float32)
     out = exporting(run, tmp_path / "out", "--merge", "--no-check")
+    halved = exporting(run, tmp_path / "halved", "--merge", "--no-check", "--dtype", "bfloat16")
     with_base = load_trained(out)
     shutil.rmtree(tmp_path / "base")
     without = load_trained(out)
+    assert {str(leaf.dtype) for leaf in parameters_by_path(load_trained(halved).system.dit).values()} == {"bfloat16"}
     assert with_base.config.lora is not None and without.config.lora is None
     x = noise_for([0], 16, 64)
     context = jnp.zeros((1, 0, 40))

@@ -290,9 +290,11 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path, key, shapes, message):
 def test_keys_of_text_encoders_are_skipped_aloud(tmp_path):
     file, product = one(tmp_path)
     te = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
-    write(file, {**load_file(file), te: np.ones((2, 8)), "text_encoder.x.lora_A.weight": np.ones((2, 8))})
+    names = (te, "text_encoder.x.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight")
+    others = {name: np.ones((2, 8)) for name in names}
+    write(file, {**load_file(file), **others})
     dit = random_dit()
-    with pytest.warns(UserWarning, match="2 keys for text encoders are skipped"):
+    with pytest.warns(UserWarning, match="3 keys for text encoders are skipped"):
         report = load_lora(dit, file)
     assert te in report.skipped
     (found,) = deltas(dit).values()

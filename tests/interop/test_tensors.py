@@ -113,12 +113,15 @@ def test_a_file_that_is_broken_says_so(tmp_path, header, data, message):
         (struct.pack("<Q", 1 << 62) + b"{}", "its header does not end"),
         (b"", "its header does not end"),
         (b"<html>", "its header does not end"),
+        (b"PK\x03\x04" + bytes(60), "a pickle .PyTorch., which is not read"),
+        (b"GGUF" + bytes(60), "a GGUF file, which is not read"),
     ],
 )
 def test_what_is_no_safetensors_file_says_so(tmp_path, content, message):
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refused:
         TensorFolder(tmp_path)
+    assert str(refused.value).count("x.safetensors") == 1, "said once"
 
 
 def test_an_empty_tensor_loads(tmp_path):
