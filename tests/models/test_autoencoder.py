@@ -97,7 +97,7 @@ def test_decode_equals_diffusers(theirs, size):
     assert relative(decode(small(), latents), images.permute(0, 2, 3, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(20, 13), (8, 30), (9, 8)])
+@pytest.mark.parametrize("size", [pytest.param((20, 13), marks=pytest.mark.slow), (8, 30), (9, 8)])
 def test_tiles_equal_diffusers(theirs, size):
     import torch
 

@@ -50,7 +50,7 @@ def shorten(batch, i):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [CONFIG, CACHED], ids=["joint", "cached"])
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(CACHED, marks=pytest.mark.slow)], ids=["joint", "cached"])
 def test_a_samples_loss_in_a_mixed_padded_batch_equals_that_of_a_batch_of_one(config):
     system, batch = randomised(config), tiny_batch()
     draws = draw(jax.random.key(3), batch.target.shape, config, STAGE)
@@ -201,6 +201,7 @@ def test_validation_is_the_same_whatever_the_step():
     np.testing.assert_allclose(a[2], b[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_example_is_learnt_by_heart():
     """At fixed times and noise, which a falling training loss alone does not show."""
     stage, steps = StageConfig(steps=200, references=False), 200
