@@ -85,7 +85,7 @@ def test_a_mesh_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     command = [sys.executable, "-m", "squeeze_jax", "plan", PRESET, "--topology", "v5p:2x2x1", "--json", out]
     ended = subprocess.run([*command, "--mesh", "fsdp=3"], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
-    assert "needs 3 devices, there are 4. The nearest that work: data=1,fsdp=4,tensor=1" in ended.stderr
+    assert "needs 3 devices, there are 4. The nearest that work: data=1, fsdp=4, tensor=1; " in ended.stderr
     assert not out.exists()
 
 
