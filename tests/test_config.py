@@ -146,3 +146,17 @@ def test_the_papers_numbers_stand_in_the_presets():
     assert (two.lora.rank, two.sampling.steps, two.sampling.cfg_scale) == (512, 25, 2.5)
     assert (two.sampling.tau1, two.sampling.tau2) == (0.95, 0.85)
     assert isinstance(one, Config)
+
+
+def test_what_is_no_config_is_one_sentence():
+    for text in ("{", "[]", "{}", '{"name": "a", "data": 3}'):
+        with pytest.raises(InputError):
+            from_json(text)
+
+
+def test_validation_needs_rows_and_grids_no_negative_number():
+    config = tiny_config()
+    with pytest.raises(InputError, match=r"data\.held_out is 0"):
+        dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0))
+    with pytest.raises(InputError, match=r"log\.grid is -1"):
+        dataclasses.replace(config, log=dataclasses.replace(config.log, grid=-1))

@@ -9,7 +9,7 @@ from squeeze_jax.interop.exported import LORA, TRANSFORMER
 from squeeze_jax.interop.tensors import read_json
 from squeeze_jax.models.dit import DiTConfig
 
-FLUX, INTERNVL = "black-forest-labs", "OpenGVLab/InternVL3-8B-hf"
+PUBLISHER, INTERNVL = "black-forest-labs", "OpenGVLab/InternVL3-8B-hf"
 DEV = "FLUX.1-dev Non-Commercial License"
 PUBLISHED = {"FLUX.1-dev": DEV, "FLUX.1-Krea-dev": DEV, "FLUX.1-Kontext-dev": DEV, "FLUX.1-schnell": "Apache-2.0"}
 """Names of bases on the hub, and their licences (their model cards)."""
@@ -37,7 +37,7 @@ def published(place: str | None) -> str | None:
 def hub(place: str | None) -> str:
     """Where users find what a run read from `place`: its name on the hub, or else that very place."""
     if (base := published(place)) is not None:
-        return f"{FLUX}/{base}"
+        return f"{PUBLISHER}/{base}"
     if Path(place or "").name == INTERNVL.split("/")[1]:
         return INTERNVL
     return str(place)
@@ -50,11 +50,11 @@ def _front(config: Config) -> str:
         lines += [
             "license: other",
             "license_name: flux-1-dev-non-commercial-license",
-            f"license_link: https://huggingface.co/{FLUX}/{base}/blob/main/LICENSE.md",
+            f"license_link: https://huggingface.co/{PUBLISHER}/{base}/blob/main/LICENSE.md",
         ]
     elif base is not None:
         lines.append(f"license: {PUBLISHED[base].lower()}")
-    lines += [f"base_model: {FLUX}/{base}"] if base is not None else []
+    lines += [f"base_model: {PUBLISHER}/{base}"] if base is not None else []
     lines += ["tags:", "- subject-driven", *(["- lora"] if config.lora is not None else [])]
     return "---\n" + "\n".join(lines) + "\n---\n"
 
@@ -142,7 +142,7 @@ def _licences(folder: Path, config: Config) -> str:
             return "that of its publisher; FILL IN"
         if PUBLISHED[base] != DEV:
             return f"{base}'s: {PUBLISHED[base]}"
-        link = f"https://huggingface.co/{FLUX}/{base}/blob/main/LICENSE.md"
+        link = f"https://huggingface.co/{PUBLISHER}/{base}/blob/main/LICENSE.md"
         return f"{base}'s: [{DEV}]({link}), not for commercial use. Accept it on its page first"
 
     base = licence(config.model.dit_weights)

@@ -1,7 +1,7 @@
 """From examples to feature records: the frozen encoders run once over everything, shard by shard.
 
 Each shard is a fixed slice of the rows, written whole. A killed extraction, started again, continues at the first shard
-that is missing or damaged; several machines share the work with `shard=(i, n)`, and whoever finishes last writes the
+that is missing or cut short; several machines share the work with `shard=(i, n)`, and whoever finishes last writes the
 metadata.
 """
 

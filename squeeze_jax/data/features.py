@@ -222,7 +222,7 @@ def shard_path(folder: epath.Path, shard: int, shards: int) -> epath.Path:
 
 
 def shard_summary(folder: epath.Path, shard: int, shards: int) -> ShardSummary | None:
-    """The summary of a finished shard; None where it is unfinished, damaged or truncated."""
+    """The summary of a finished shard; None where it is unfinished or truncated."""
     path = shard_path(folder, shard, shards)
     beside = _beside(path)
     if not (beside.exists() and path.exists()):

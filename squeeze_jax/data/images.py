@@ -62,8 +62,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     The orientation in EXIF is applied; of an animation the first frame is taken; transparency (RGBA, LA, a palette's
     or a colour key) is laid on white; 16-bit grey is scaled from 0 .. 65535, so a ramp stays a ramp; CMYK, YCbCr and
-    grey are converted as Pillow does. Colour profiles are not applied. Raises InputError for floating-point pictures,
-    whose range nobody knows.
+    grey are converted as Pillow does. Colour profiles are not applied. Raises InputError for floating-point
+    pictures and for values above 65535, whose range nobody knows.
     """
     if getattr(image, "is_animated", False):
         image.seek(0)
