@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from squeeze_jax.config import Config
 from squeeze_jax.data.encoders import FrozenEncoders
 from squeeze_jax.data.extract import extract, sizes_and_codec
-from squeeze_jax.data.features import METADATA_FILE, read_metadata
+from squeeze_jax.data.features import METADATA_FILE, read_metadata, shard_summary
 from squeeze_jax.data.manifest import read_manifest
 from squeeze_jax.data.readers import Reader
 from squeeze_jax.data.sources import CritterRows, ManifestRows
@@ -90,7 +90,10 @@ def is_extracted(config: Config, sources: dict[str, CritterRows | ManifestRows],
     for split, rows in sources.items():
         if not (out / split / METADATA_FILE).exists():
             return False
-        noted = read_metadata(out / split).settings
+        metadata = read_metadata(out / split)
+        noted, shards = metadata.settings, len(metadata.shards)
+        if any(shard_summary(out / split, shard, shards) is None for shard in range(shards)):
+            return False  # one was deleted, as a damaged record's message says
         wanted = json.loads(json.dumps(own | {"rows": len(rows), "source": rows.source}))
         if wanted != {name: value for name, value in noted.items() if name not in ("encoders", "examples_per_shard")}:
             return False

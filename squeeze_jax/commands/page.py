@@ -89,13 +89,13 @@ def build(studio: Studio) -> gr.Blocks:
     def waiting() -> tuple[Any, ...]:
         return notice("Waiting for its turn …"), gr.Button(interactive=True)
 
-    def carry(height: float | None, width: float | None, tau1: float, tau2: float, before: list[float]) -> list[Any]:
+    def carry(height: float | None, width: float | None, tau1: Any, tau2: Any, before: list[float]) -> list[Any]:
         """τ at another size; what the user has moved stays."""
         try:
             after = drawing.carried(studio, int(height or 0), int(width or 0))
         except InputError:
             return [gr.skip(), gr.skip(), before]
-        moved = [abs(value - own) > 0.005 for value, own in zip((tau1, tau2), before)]
+        moved = [value is None or abs(value - own) > 0.005 for value, own in zip((tau1, tau2), before)]
         return [*(gr.skip() if stays else own for stays, own in zip(moved, after)), list(after)]
 
     def stopped() -> tuple[Any, ...]:

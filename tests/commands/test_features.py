@@ -56,6 +56,11 @@ def test_what_is_extracted_is_not_looked_at_again(photographs, tmp_path, monkeyp
     monkeypatch.setattr(manifest, "load_image", lambda path: pytest.fail("a picture was decoded"))
     extract_features(photographs, out)
     monkeypatch.undo()
+    (shard,) = (tmp_path / "out" / "train").glob("*.array_record-00000-of-00001")
+    before = shard.read_bytes()
+    shard.unlink()  # as a damaged record's message says
+    extract_features(photographs, out)
+    assert shard.read_bytes() == before
     Image.effect_noise((64, 64), 50).save(tmp_path / "1.png")  # a picture is replaced: other records
     with pytest.raises(InputError, match="holds an extraction with source"):
         extract_features(photographs, out)
