@@ -17,10 +17,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from squeeze_jax.commands.grids import encode_examples, sample_examples
-from squeeze_jax.data.sources import CritterRows
-from squeeze_jax.evaluation.critters import TASKS, paired_difference, render, score_settings
+from squeeze_jax.evaluation.grids import encode_examples, sample_examples
 from squeeze_jax.interop.tensors import write_json
+from squeeze_jax.miniature.scores import TASKS, paired_difference, render, score_settings
+from squeeze_jax.miniature.source import CritterRows
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
 IMAGES, ROUNDS = 16, 5

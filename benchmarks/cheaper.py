@@ -17,14 +17,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from squeeze_jax.commands.grids import reference_latents
 from squeeze_jax.data.images import to_uint8
-from squeeze_jax.data.sources import CritterRows
-from squeeze_jax.evaluation.critters import score_settings
+from squeeze_jax.evaluation.grids import reference_latents
 from squeeze_jax.interop.tensors import write_json
-from squeeze_jax.sampling.cheaper import EVALUATED
+from squeeze_jax.miniature.scores import score_settings
+from squeeze_jax.miniature.source import CritterRows
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.sampler import MAX_STEPS
+from squeeze_jax.sampling.solvers import EVALUATED
 
 AT_ONCE = 64
 WAYS: dict[str, Settings] = {

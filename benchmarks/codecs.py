@@ -22,11 +22,11 @@ from etils import epath
 from flax import nnx
 
 from squeeze_jax.batch import HiddenStates
-from squeeze_jax.commands.grids import sample_examples
 from squeeze_jax.data.codec import CODECS, dequantise, outliers, quantise
-from squeeze_jax.data.features import FeatureRecord, FeatureSource, write_metadata, write_shard
-from squeeze_jax.data.sources import CritterRows
-from squeeze_jax.evaluation.critters import paired_difference, render, score_settings
+from squeeze_jax.data.records import FeatureRecord, FeatureSource, write_metadata, write_shard
+from squeeze_jax.evaluation.grids import sample_examples
+from squeeze_jax.miniature.scores import paired_difference, render, score_settings
+from squeeze_jax.miniature.source import CritterRows
 from squeeze_jax.models.aggregator import Aggregator, AggregatorConfig
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 

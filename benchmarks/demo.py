@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from squeeze_jax.batch import HiddenStates, References, TrainingBatch
+from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import Config, load_preset
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.interop.build import build_system
 from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import initial_state, split_system

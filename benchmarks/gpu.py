@@ -100,7 +100,7 @@ def random_leaves(shapes, seed: int = 0):
 def train(tries: list[str], depth, rounds: int, profile: Path | None) -> None:
     import jax
 
-    from squeeze_jax.planning.program import abstract_input, abstract_system, count, step_flops
+    from squeeze_jax.planning.train_program import abstract_input, abstract_system, count, step_flops
     from squeeze_jax.sharding import make_mesh
     from squeeze_jax.training.optimizer import make_optimizer
     from squeeze_jax.training.state import make_state, state_shardings
@@ -169,8 +169,8 @@ def sample_ours(sizes: list[int], depth, rounds: int, profile: Path | None, *, u
     from squeeze_jax.models.aggregator import Aggregator
     from squeeze_jax.models.dit import STACKS, DiT
     from squeeze_jax.models.system import System
-    from squeeze_jax.planning.program import abstract_batch
-    from squeeze_jax.planning.sampling import image_flops
+    from squeeze_jax.planning.sampler_program import image_flops
+    from squeeze_jax.planning.train_program import abstract_batch
     from squeeze_jax.sampling.sampler import make_sampler, noise_for
 
     config, kinds = config_of(depth), {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
@@ -212,7 +212,7 @@ def sample_theirs(sizes: list[int], depth, rounds: int, *, compiled: bool) -> No
     import torch
 
     from squeeze_jax.interop.flux import config_to_json
-    from squeeze_jax.planning.sampling import image_flops
+    from squeeze_jax.planning.sampler_program import image_flops
 
     config = config_of(depth)
     device = "cuda" if torch.cuda.is_available() else "cpu"

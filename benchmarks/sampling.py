@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from naive_sampler import sample_naively
 
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.diffusion.latents import grid_positions, reference_positions
@@ -35,7 +36,6 @@ from squeeze_jax.models.aggregator import Aggregator, AggregatorConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
 from squeeze_jax.models.system import System
 from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.sampling.naive import sample_naively
 from squeeze_jax.sampling.sampler import STAGES, make_sampler, make_schedule, noise_for
 
 CONFIG = DiTConfig(

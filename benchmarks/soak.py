@@ -73,8 +73,8 @@ def preset(steps: int) -> Config:
 
 def live(workdir: Path, steps: int) -> int:
     """One life: trains until the end, or until it is killed; notes which records make up every batch."""
-    from squeeze_jax.commands.features import extract_features
     from squeeze_jax.commands.run import guarded, setup
+    from squeeze_jax.data.extraction import extract_features
     from squeeze_jax.data.pipeline import BatchIterator
     from squeeze_jax.training.loop import train
 

@@ -3,7 +3,7 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python train.py configs/demo_weights.py \
         --data.batch-per-chip 16 --parallel.data 2 --parallel.fsdp 1
 
-The paper's method at 64x64 pixels on drawn critters (squeeze_jax.data.critters), with the shipped frozen encoders. A
+The paper's method at 64x64 pixels on drawn critters (squeeze_jax.miniature.critters), with the shipped frozen encoders. A
 picture is 64 tokens, so the paper's thresholds (made for 1,024) are carried to equal signal-to-noise: logit(t) moves by
 half the log of the token ratio, .95 → .83 and .85 → .59. The transformer is small and trained whole (`lora=None`).
 """

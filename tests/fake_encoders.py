@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 from PIL import Image
 
-from squeeze_jax.data.extract import EncodedPrompt, Example
+from squeeze_jax.data.record_writer import EncodedPrompt, Example
 
 LAYERS, WIDTH, IMAGE_TOKENS = 3, 8, 4
 

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from parity import relative_error
 
+from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import load_preset
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.build import build_system
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears
 from squeeze_jax.sharding import (

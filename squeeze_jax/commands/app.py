@@ -44,7 +44,8 @@ def run(given: App) -> None:
         except ImportError:
             raise InputError('the page needs gradio; install it with pip install "squeeze_jax[app]"') from None
         setup()
-        from squeeze_jax.commands import drawing, page, strip
+        from squeeze_jax.app import page, strip
+        from squeeze_jax.app import session as drawing
         from squeeze_jax.sampling.pipeline import Pipeline
 
         print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import tyro
 
 from squeeze_jax.commands.run import guarded, setup
-from squeeze_jax.training.demo_autoencoder import AutoencoderTraining
-from squeeze_jax.training.demo_mllm import MLLMTraining
+from squeeze_jax.miniature.train_autoencoder import AutoencoderTraining
+from squeeze_jax.miniature.train_mllm import MLLMTraining
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ def run(given: DemoEncoders) -> None:
 
     from squeeze_jax.interop.autoencoder import save_autoencoder
     from squeeze_jax.interop.load import save_internvl
-    from squeeze_jax.training.demo_autoencoder import (
+    from squeeze_jax.miniature.train_autoencoder import (
         DEMO_AUTOENCODER,
         critter_pictures,
         measure,
         preview,
         train_autoencoder,
     )
-    from squeeze_jax.training.demo_mllm import demo_config, demo_tokenizer, train_mllm
+    from squeeze_jax.miniature.train_mllm import demo_config, demo_tokenizer, train_mllm
     from squeeze_jax.training.metrics import progress_bar
 
     started = time.perf_counter()

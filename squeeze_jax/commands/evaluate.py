@@ -31,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: Evaluate) -> None:
     setup()
-    from squeeze_jax.commands.grids import score_critters
     from squeeze_jax.errors import InputError
     from squeeze_jax.interop.tensors import check_writable
+    from squeeze_jax.miniature.evaluation import score_critters
     from squeeze_jax.sampling.pipeline import Pipeline
 
     check_writable(given.out, "--out")

@@ -1,14 +1,8 @@
 """`export`: a trained system as a folder that PyTorch's users load, with a certificate that it draws the same."""
 
-import hashlib
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,14 +46,15 @@ def run(given: Export) -> None:
     setup()
     import jax
 
-    from squeeze_jax.commands.card import write_card
+    from squeeze_jax.checkpoints.build import DTYPES
+    from squeeze_jax.checkpoints.manager import read_config
+    from squeeze_jax.checkpoints.trained import load_trained
     from squeeze_jax.errors import InputError
-    from squeeze_jax.interop.build import DTYPES
-    from squeeze_jax.interop.checkpoint import read_config
+    from squeeze_jax.export.card import write_card
+    from squeeze_jax.export.folder import digests, size_of, whole_folder
     from squeeze_jax.interop.exported import write_exported
     from squeeze_jax.interop.load import DEMO
     from squeeze_jax.interop.tensors import write_json
-    from squeeze_jax.interop.trained import load_trained
 
     started = time.perf_counter()
     checkpoint = DEMO / "system" if str(given.checkpoint) == "demo" else given.checkpoint
@@ -85,7 +80,7 @@ def run(given: Export) -> None:
             shutil.copyfile(scores, folder / "scores.json")
         report: dict[str, Any] | None = None
         if given.check and not missing:
-            from squeeze_jax.commands.parity import certificate
+            from squeeze_jax.export.certificate import certificate
 
             report = certificate(folder, trained, progress=print)
         write_card(folder, config, about, report)
@@ -122,75 +117,3 @@ def exact(config: "Config") -> "Config":
     """The config computed in float32, on a base that is not rounded to int8."""
     frozen = "bfloat16" if config.model.frozen_dtype == "int8" else config.model.frozen_dtype
     return replace(config, model=replace(config.model, dtype="float32", frozen_dtype=frozen))
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when all went well; else nothing is left. Raises OutputError where a file
-    cannot be written.
-    """
-    from squeeze_jax.errors import InputError, OutputError
-
-    part = out.with_name(out.name + ".part")
-    try:
-        with stoppable():
-            shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-            part.mkdir(parents=True)
-            yield part
-            part.rename(out)
-    except OSError as error:
-        if error.errno is None:  # a library's own word on what it was to read
-            raise InputError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
-        raise OutputError(f"{out} cannot be written ({error.strerror}); make room or give another --out") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end what runs inside. They are sent again until they do: Python drops what is raised inside a
-    callback of its garbage collector, and JAX has one.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ended, again = False, []
-
-    def stop(number: int, frame: Any) -> None:
-        if ended:
-            return
-        again.append(threading.Timer(0.5, os.kill, (os.getpid(), number)))
-        again[-1].start()
-        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-            return  # it would only print what it drops
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, stop)
-        yield
-    finally:
-        ended = True
-        for timer in again:
-            timer.cancel()
-        for timer in again:
-            timer.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder."""
-
-    def sha256(file: Path) -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: Extract) -> None:
     setup()
-    from squeeze_jax.commands.features import extract_features
     from squeeze_jax.config import load_preset
+    from squeeze_jax.data.extraction import extract_features
     from squeeze_jax.errors import InputError
 
     try:
@@ -43,6 +43,9 @@ def run(given: Extract) -> None:
     except ValueError:
         raise InputError(f"--shard {given.shard!r} must be i/n, such as 0/4") from None
     config = load_preset(given.config)
-    config = replace(config, data=replace(config.data, skip_bad=given.skip_bad or config.data.skip_bad))
-    extract_features(config, given.out, manifest=given.manifest, shard=(part, parts))
+    data = replace(
+        config.data, manifest=str(given.manifest), critters=None, skip_bad=given.skip_bad or config.data.skip_bad
+    )
+    config = replace(config, data=data)
+    extract_features(config, given.out, shard=(part, parts))
     print(f"records: {given.out}")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from squeeze_jax.config import Config
-    from squeeze_jax.planning.program import Compiled
     from squeeze_jax.planning.report import Report
+    from squeeze_jax.planning.train_program import Compiled
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -102,9 +102,9 @@ def check(given: Plan) -> None:
 
 def planned(given: Plan, config: "Config", sizes: dict[str, int]) -> "Iterator[tuple[Report, Compiled | None]]":
     """The one plan that is asked for."""
-    from squeeze_jax.planning.program import TooLargeError, topology_mesh
     from squeeze_jax.planning.report import refused, train_report
-    from squeeze_jax.planning.sampling import sample_report
+    from squeeze_jax.planning.sampler_program import sample_report
+    from squeeze_jax.planning.train_program import TooLargeError, topology_mesh
 
     mesh, chip = topology_mesh(given.topology, sizes, given.slices, config.model.dit.heads)
     try:
@@ -134,9 +134,9 @@ def asked(mesh: str | None, config: "Config") -> dict[str, int]:
 
 def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled | None]]":
     """Reports of the best ways to train that the compiler agrees fit."""
-    from squeeze_jax.planning.program import TooLargeError, topology_mesh
     from squeeze_jax.planning.report import refused, train_report
     from squeeze_jax.planning.search import candidates
+    from squeeze_jax.planning.train_program import TooLargeError, topology_mesh
     from squeeze_jax.sharding import AXES, nearest_meshes, written
 
     heads, stage = config.model.dit.heads, config.training.stages[-1]

@@ -80,11 +80,11 @@ def run(given: Sample) -> None:
     references = [load_image(path) for path in given.reference]
 
     setup()
-    from squeeze_jax.commands.embedded import Reference, text_of
-    from squeeze_jax.commands.strip import counts, stages_of_steps
-    from squeeze_jax.sampling.cheaper import Cheaper
+    from squeeze_jax.app.strip import counts, stages_of_steps
     from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut
+    from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.sampler import MAX_STEPS
+    from squeeze_jax.sampling.solvers import Cheaper
 
     if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
         raise InputError(f"--steps is {given.steps}; it must be from 1 to {MAX_STEPS}")

@@ -78,13 +78,14 @@ def run(arguments: list[str]) -> None:
     )
     if take_switch(arguments, "--distributed") or any(part is not None for part in others):
         join(*others)
-    from squeeze_jax.commands.features import extract_features, row_sources
-    from squeeze_jax.commands.grids import critter_scores, grid_sampler
+    from squeeze_jax.checkpoints.manager import write_config
+    from squeeze_jax.checkpoints.trained import start_of
     from squeeze_jax.config import load_preset, override
+    from squeeze_jax.data.extraction import extract_features
+    from squeeze_jax.data.sources import open_examples
     from squeeze_jax.data.storage import reachable
     from squeeze_jax.errors import InputError
-    from squeeze_jax.interop.checkpoint import write_config
-    from squeeze_jax.interop.trained import start_of
+    from squeeze_jax.evaluation.grids import grid_sampler
     from squeeze_jax.planning.work import step_work
     from squeeze_jax.training.loop import train
 
@@ -120,13 +121,15 @@ def run(arguments: list[str]) -> None:
         accept_changes=accept_changes,
         sample=grid_sampler(config, folder, features),
         work=lambda stage, batch: step_work(config, stage, batch),
-        examples=row_sources(config) if config.data.online else None,
+        examples=open_examples(config) if config.data.online else None,
         say=say,
     )
     write_config(folder, config)
     say(f"trained {result.step} steps, validation loss {result.validation:.4f}; {time.perf_counter() - started:.0f} s")
     if config.data.critters is not None and config.log.score:
-        critter_scores(config, result, folder, config.log.score)
+        from squeeze_jax.miniature.evaluation import score_run
+
+        score_run(config, result, folder, config.log.score)
     say(f"checkpoints: {folder / 'checkpoints'}   metrics: {folder / 'metrics.jsonl'}   pictures: {folder / 'samples'}")
     say(f"sample from it: python sample.py --checkpoint {folder} --prompt '…' --reference PICTURE --out out.png")
     say(f"done in {time.perf_counter() - started:.0f} s")

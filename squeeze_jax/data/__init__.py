@@ -1,0 +1,1 @@
+"""From pictures and prompts to batches: sources, images, the MLLM's input, records, pipeline."""

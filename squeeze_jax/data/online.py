@@ -16,8 +16,8 @@ from squeeze_jax.config import Config
 from squeeze_jax.data.buckets import Bucket, Padding
 from squeeze_jax.data.chat import build_input, load_tokenizer, pad_inputs, tile_pixels
 from squeeze_jax.data.images import resize_for_reference, resize_for_target, to_uint8
+from squeeze_jax.data.mllm import bucket
 from squeeze_jax.data.pipeline import Arrays, BatchIterator, Order
-from squeeze_jax.data.readers import bucket
 from squeeze_jax.data.sources import Examples
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder, internvl_source

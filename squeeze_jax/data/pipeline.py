@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, permutation, shapes, waste
-from squeeze_jax.data.features import FeatureRecord, FeatureSource, ShardSummary
+from squeeze_jax.data.records import FeatureRecord, FeatureSource, ShardSummary
 from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, reference_positions
 from squeeze_jax.errors import InputError
 

@@ -1,0 +1,1 @@
+"""Rectified flow, stages, latent packing: arithmetic that training and sampling share."""

@@ -1,0 +1,1 @@
+"""Samples of held-out examples, and scores."""

@@ -1,0 +1,1 @@
+"""Building blocks of models: attention, norms, LoRA, stacks of blocks."""

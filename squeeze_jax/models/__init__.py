@@ -1,0 +1,1 @@
+"""Backbone, aggregator, autoencoder, MLLM, and the system that is trained: pure modules."""

@@ -8,7 +8,7 @@ from squeeze_jax.array_types import Array, Float, Int
 from squeeze_jax.batch import Context, HiddenStates, RawBatch, References, TrainingBatch
 from squeeze_jax.models.aggregator import Aggregator
 from squeeze_jax.models.dit import CachedReferences, DiT, FirstBlock, Modulation
-from squeeze_jax.models.encoders import Encoders
+from squeeze_jax.models.online_encoders import Encoders
 
 
 class System(nnx.Module):

@@ -22,15 +22,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array
+from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import Config, StageConfig
-from squeeze_jax.interop.build import build_system
 from squeeze_jax.layers.lora import LoRAParam
 from squeeze_jax.layers.rope import rotation
 from squeeze_jax.layers.splash import padded
 from squeeze_jax.layers.stack import rematerialised
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.network import network_seconds
-from squeeze_jax.planning.program import Compiled, abstract_batch, compiled, placed, step_flops
+from squeeze_jax.planning.train_program import Compiled, abstract_batch, compiled, placed, step_flops
 from squeeze_jax.sharding import batch_sharding, compiler_options, on_mesh
 
 KERNEL_SHARE = 0.6

@@ -13,7 +13,7 @@ from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.collectives import Collective
 from squeeze_jax.planning.estimate import Estimate, sequence, step_estimate
 from squeeze_jax.planning.network import crosses_slices
-from squeeze_jax.planning.program import (
+from squeeze_jax.planning.train_program import (
     Compiled,
     TooLargeError,
     abstract_system,

@@ -22,7 +22,7 @@ from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.estimate import sequence
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.network import crosses_slices, link_rate
-from squeeze_jax.planning.program import abstract_input, abstract_system, count, loss_of, placed
+from squeeze_jax.planning.train_program import abstract_input, abstract_system, count, loss_of, placed
 from squeeze_jax.training.state import state_shardings
 
 POLICIES: tuple[Remat, ...] = ("save_products", "save_attention", "block")

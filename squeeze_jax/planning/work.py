@@ -6,7 +6,7 @@ import jax
 
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.planning.chips import CHIPS
-from squeeze_jax.planning.program import example_flops
+from squeeze_jax.planning.train_program import example_flops
 from squeeze_jax.training.step import Batch
 
 # Beginning of JAX's name for a device → peak dense bfloat16 FLOP/s (the makers' data sheets).

@@ -1,0 +1,1 @@
+"""The staged sampler: denoiser, solvers, pipeline."""

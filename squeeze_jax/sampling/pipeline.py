@@ -15,21 +15,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from squeeze_jax.batch import HiddenStates, References
+from squeeze_jax.checkpoints.trained import load_trained
 from squeeze_jax.config import Config
-from squeeze_jax.data.encoders import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FrozenEncoders
 from squeeze_jax.data.images import parse_size, resize_for_reference, to_rgb
 from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
 from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
-from squeeze_jax.interop.trained import load_trained
 from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.stack import apart, is_apart
 from squeeze_jax.models.dit import STACKS
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
-from squeeze_jax.sampling.cheaper import PLAIN, Cheaper, Solver, State
 from squeeze_jax.sampling.sampler import MAX_STEPS, Sampler, Schedule, begun, make_sampler, make_schedule, noise_for
+from squeeze_jax.sampling.solvers import PLAIN, Cheaper, Solver, State
 from squeeze_jax.sharding import batch_sharding
 
 REFERENCE_BUCKET = 16
@@ -57,7 +57,7 @@ class Settings:
     cache_interval: int = 1
     max_order: int = 1
     first_block_threshold: float = 0.0
-    """Cheaper steps, each at a loss: see `sampling.cheaper`."""
+    """Cheaper steps, each at a loss: see `sampling.solvers`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
 from squeeze_jax.models.dit import CachedReferences, FirstBlock, Modulation
 from squeeze_jax.models.system import System
-from squeeze_jax.sampling.cheaper import PLAIN, Cheaper, FirstBlocks, State, first_state, step
+from squeeze_jax.sampling.solvers import PLAIN, Cheaper, FirstBlocks, State, first_state, step
 from squeeze_jax.sharding import compiler_options, on_mesh
 
 MAX_STEPS = 100

@@ -12,13 +12,8 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from squeeze_jax.config import Config, StageConfig
-from squeeze_jax.data.features import read_metadata
-from squeeze_jax.data.online import make_online
-from squeeze_jax.data.pipeline import BatchIterator, make_dataset
-from squeeze_jax.data.sources import Examples
-from squeeze_jax.errors import InputError, Preempted
-from squeeze_jax.interop.checkpoint import (
+from squeeze_jax.checkpoints.fingerprint import fingerprint
+from squeeze_jax.checkpoints.manager import (
     Checkpoints,
     Saved,
     check_leaves,
@@ -26,8 +21,13 @@ from squeeze_jax.interop.checkpoint import (
     first_line,
     write_config,
 )
-from squeeze_jax.interop.fingerprint import fingerprint
-from squeeze_jax.interop.trained import start_of, starting_leaves
+from squeeze_jax.checkpoints.trained import start_of, starting_leaves
+from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.data.online import make_online
+from squeeze_jax.data.pipeline import BatchIterator, make_dataset
+from squeeze_jax.data.records import read_metadata
+from squeeze_jax.data.sources import Examples
+from squeeze_jax.errors import InputError, Preempted
 from squeeze_jax.processes import is_main, local_rows, of_main, place, place_rows
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.interruption import Interruption
@@ -86,7 +86,7 @@ def train(
     With `data.online` it reads `examples` of these two names instead, and no records.
 
     Killed at any moment and started again with the same arguments, it ends with the same weights bit for bit.
-    `start_from` is what the run begins with (`interop.trained.starting_leaves`; stage 2: stage 1's). `accept_changes`
+    `start_from` is what the run begins with (`checkpoints.trained.starting_leaves`; stage 2: stage 1's). `accept_changes`
     continues a run whose config differs. Several processes call it alike (`processes.join`).
     Raises InputError for what cannot be trained or continued, OutputError where a checkpoint cannot be written, and
     Preempted after SIGTERM, when the state is saved.

@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array, Int
+from squeeze_jax.checkpoints.build import build_system, is_trained, load_base, load_encoders
 from squeeze_jax.config import Config
-from squeeze_jax.interop.build import build_system, is_trained, load_base, load_encoders
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec, shardings
 

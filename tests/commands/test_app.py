@@ -17,13 +17,15 @@ import pytest
 from PIL import Image
 from tiny import tiny_config
 
-from squeeze_jax.commands import app, drawing, embedded
-from squeeze_jax.commands.drawing import MAX_BYTES, MAX_REFERENCES, Studio, Upload
-from squeeze_jax.commands.embedded import Embedded, Reference, text_of
-from squeeze_jax.commands.strip import PAINT, counts, stages_of_steps, strip
+from squeeze_jax.app import session as drawing
+from squeeze_jax.app.session import MAX_BYTES, MAX_REFERENCES, Studio, Upload
+from squeeze_jax.app.strip import PAINT, counts, stages_of_steps, strip
+from squeeze_jax.commands import app
 from squeeze_jax.data.images import save_png
 from squeeze_jax.errors import InputError
+from squeeze_jax.sampling import png_metadata as embedded
 from squeeze_jax.sampling.pipeline import Pipeline, Progress, Resolved, Settings
+from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = Path("/usr/bin/chromium")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from squeeze_jax.checkpoints.manager import check_leaves, read_weights
 from squeeze_jax.commands import extract, sample, train
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.checkpoint import check_leaves, read_weights
 from squeeze_jax.interop.tensors import TensorFolder
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from squeeze_jax.commands import embedded, sample
+from squeeze_jax.commands import sample
+from squeeze_jax.sampling import png_metadata as embedded
 from squeeze_jax.sampling.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[2]

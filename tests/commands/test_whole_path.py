@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from squeeze_jax.commands import sample
-from squeeze_jax.data.features import read_metadata
+from squeeze_jax.data.records import read_metadata
 
 ROOT = Path(__file__).parents[2]
 PRESET = """

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from squeeze_jax.data.buckets import Sizes, Turns, make_buckets, shapes, waste
-from squeeze_jax.data.extract import extract
-from squeeze_jax.data.features import FeatureSource
 from squeeze_jax.data.images import nearest_size
 from squeeze_jax.data.pipeline import make_dataset
+from squeeze_jax.data.record_writer import extract
+from squeeze_jax.data.records import FeatureSource
 from squeeze_jax.diffusion.latents import grid_positions, pack, reference_positions
 from squeeze_jax.errors import InputError
 

@@ -25,8 +25,8 @@ from squeeze_jax.data.chat import (
     preprocess_image,
     tile_grid,
 )
-from squeeze_jax.data.demo_tokenizer import build_demo_tokenizer
 from squeeze_jax.errors import InputError
+from squeeze_jax.miniature.tokenizer import build_demo_tokenizer
 
 
 @pytest.fixture(scope="module", params=["qwen-like", "demo"])

@@ -8,9 +8,9 @@ import pytest
 from fake_encoders import FakeEncoders, some_examples
 
 from squeeze_jax.data.codec import dequantise, outliers, quantise
-from squeeze_jax.data.extract import extract
-from squeeze_jax.data.features import METADATA_FILE, FeatureSource, read_metadata
 from squeeze_jax.data.pipeline import make_dataset
+from squeeze_jax.data.record_writer import extract
+from squeeze_jax.data.records import METADATA_FILE, FeatureSource, read_metadata
 from squeeze_jax.errors import InputError
 
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4}

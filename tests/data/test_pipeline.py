@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from squeeze_jax.batch import TrainingBatch
-from squeeze_jax.data.extract import extract
-from squeeze_jax.data.features import FeatureSource
 from squeeze_jax.data.pipeline import buckets_of, collate, make_dataset, to_batch
+from squeeze_jax.data.record_writer import extract
+from squeeze_jax.data.records import FeatureSource
 from squeeze_jax.diffusion.latents import pack, reference_positions
 from squeeze_jax.errors import InputError
 

@@ -9,9 +9,9 @@ from etils.epath import backend, gpath
 from fake_encoders import FakeEncoders, some_examples
 from tiny import tiny_config
 
-from squeeze_jax.data import features
-from squeeze_jax.data.extract import extract
-from squeeze_jax.data.features import FeatureSource, read_metadata
+from squeeze_jax.data import records as features
+from squeeze_jax.data.record_writer import extract
+from squeeze_jax.data.records import FeatureSource, read_metadata
 from squeeze_jax.data.storage import reachable, remove_parts, write_whole
 from squeeze_jax.errors import InputError
 from squeeze_jax.sharding import make_mesh
@@ -94,7 +94,7 @@ def test_records_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
 
 def test_the_command_and_the_training_keep_a_buckets_name(bucket, monkeypatch, capsys):
     from squeeze_jax.commands import extract as command
-    from squeeze_jax.commands import features as of_commands
+    from squeeze_jax.data import extraction as of_commands
 
     asked = []
     monkeypatch.setattr(of_commands, "extract_features", lambda config, out, **how: asked.append(str(out)))

@@ -26,9 +26,10 @@ from small_dit import CONFIG as DIT
 from small_dit import inputs, random_dit, run, run_twin
 from small_internvl import INTERNVL, randomly, write_internvl
 
+from squeeze_jax.checkpoints.build import build_system, is_trained
+from squeeze_jax.checkpoints.manager import CHECKPOINTS, Checkpoints, Saved, read_weights, write_config, write_weights
+from squeeze_jax.checkpoints.trained import load_trained, starting_leaves
 from squeeze_jax.commands import export, sample
-from squeeze_jax.commands.card import write_card
-from squeeze_jax.commands.parity import relative_error, torch_pipeline
 from squeeze_jax.config import (
     Config,
     DataConfig,
@@ -42,16 +43,15 @@ from squeeze_jax.data.chat import IMAGE
 from squeeze_jax.data.images import resize_for_reference, to_rgb, to_uint8
 from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
+from squeeze_jax.export.card import write_card
+from squeeze_jax.export.certificate import relative_error, torch_pipeline
 from squeeze_jax.interop import tensors
 from squeeze_jax.interop.autoencoder import save_autoencoder
-from squeeze_jax.interop.build import build_system, is_trained
-from squeeze_jax.interop.checkpoint import CHECKPOINTS, Checkpoints, Saved, read_weights, write_config, write_weights
 from squeeze_jax.interop.exported import LORA
 from squeeze_jax.interop.load import DEMO, save_dit
 from squeeze_jax.interop.lora import load_lora, save_lora
 from squeeze_jax.interop.mapping import parameters_by_path
 from squeeze_jax.interop.merged import save_merged
-from squeeze_jax.interop.trained import load_trained, starting_leaves
 from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig

@@ -12,9 +12,9 @@ from parity import relative_error
 from small_dit import inputs, random_dit, run
 from tiny import tiny_config
 
+from squeeze_jax.checkpoints.build import build_system, load_base
 from squeeze_jax.config import from_json, to_json
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.build import build_system, load_base
 from squeeze_jax.interop.load import save_dit
 from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.linear import Linear

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit, run_twin, torch_twin
 from tiny import tiny_config
 
+from squeeze_jax.checkpoints.build import build_system, is_trained
 from squeeze_jax.config import Config, load_preset
-from squeeze_jax.interop.build import build_system, is_trained
 from squeeze_jax.interop.flux import diffusers_entries
 from squeeze_jax.interop.load import save_dit
 from squeeze_jax.interop.mapping import export_entries

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from squeeze_jax.data.tiles import decode_tiles
 from squeeze_jax.interop.autoencoder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -22,6 +21,7 @@ from squeeze_jax.interop.autoencoder import (
 from squeeze_jax.interop.mapping import export_entries, load_entries, parameters_by_path
 from squeeze_jax.models import autoencoder as model
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from squeeze_jax.models.tiled_decoding import decode_tiles
 
 CHECKPOINTS = Path(__file__).parents[1] / "interop" / "checkpoints"
 SMALL = AutoencoderConfig(

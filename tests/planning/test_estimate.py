@@ -16,9 +16,9 @@ from squeeze_jax.layers.attention import plain_attention
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.planning.estimate import KERNEL_SHARE, Estimate, Kernel, block_program
 from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.planning.program import compiled, topology_mesh
 from squeeze_jax.planning.report import holds_square
 from squeeze_jax.planning.search import traced
+from squeeze_jax.planning.train_program import compiled, topology_mesh
 
 
 def attention(q, k, v):

@@ -13,7 +13,7 @@ from squeeze_jax.config import load_preset
 from squeeze_jax.layers import cudnn, splash
 from squeeze_jax.models.dit import DiT, DiTConfig
 from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.planning.program import forward_flops, step_flops
+from squeeze_jax.planning.train_program import forward_flops, step_flops
 
 
 def shape(*sizes):

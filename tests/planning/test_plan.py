@@ -13,8 +13,8 @@ from squeeze_jax.config import load_preset
 from squeeze_jax.planning import report as report_module
 from squeeze_jax.planning.chips import CHIPS
 from squeeze_jax.planning.estimate import Estimate
-from squeeze_jax.planning.program import Compiled, step_flops, too_large
 from squeeze_jax.planning.report import PAPER_STAGES, lines, priced, train_report
+from squeeze_jax.planning.train_program import Compiled, step_flops, too_large
 from squeeze_jax.sharding import AXES
 
 PRESET = "configs/flux_stage2.py"

@@ -12,24 +12,24 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from naive_sampler import sample_naively
 from parity import relative_error
 from PIL import Image
 from tiny import row, tiny_batch, tiny_config
 
 from squeeze_jax.batch import Context
-from squeeze_jax.commands.grids import Encoded, draw_examples
+from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import StageConfig, TrainingConfig
-from squeeze_jax.data.encoders import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FrozenEncoders
 from squeeze_jax.data.images import load_image
 from squeeze_jax.diffusion.flow import schedule_shift
 from squeeze_jax.diffusion.latents import pack, reference_positions
 from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.build import build_system
+from squeeze_jax.evaluation.grids import Encoded, draw_examples
 from squeeze_jax.models import dit
 from squeeze_jax.models.dit import Modulation
 from squeeze_jax.models.system import System
-from squeeze_jax.sampling.naive import sample_naively
 from squeeze_jax.sampling.pipeline import (
     REFERENCE_BUCKET,
     STAGE_NAMES,

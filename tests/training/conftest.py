@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_encoders import FakeEncoders, some_examples
 
-from squeeze_jax.data.extract import extract
+from squeeze_jax.data.record_writer import extract
 
 HERE = Path(__file__).parent
 

@@ -16,10 +16,10 @@ from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
 from squeeze_jax.data.buckets import Padding, shapes
-from squeeze_jax.data.extract import extract
-from squeeze_jax.data.features import FeatureSource
 from squeeze_jax.data.manifest import read_manifest
 from squeeze_jax.data.pipeline import collate, make_dataset, to_batch
+from squeeze_jax.data.record_writer import extract
+from squeeze_jax.data.records import FeatureSource
 from squeeze_jax.data.sources import ManifestRows
 from squeeze_jax.diffusion.flow import schedule_shift, shift_time
 from squeeze_jax.errors import InputError

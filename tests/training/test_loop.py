@@ -13,10 +13,7 @@ import pytest
 from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
 from tiny import tiny_config
 
-from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
-from squeeze_jax.data.extract import extract
-from squeeze_jax.errors import InputError
-from squeeze_jax.interop.checkpoint import (
+from squeeze_jax.checkpoints.manager import (
     CHECKPOINTS,
     Checkpoints,
     check_same_run,
@@ -24,6 +21,9 @@ from squeeze_jax.interop.checkpoint import (
     write_config,
     write_weights,
 )
+from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
+from squeeze_jax.data.record_writer import extract
+from squeeze_jax.errors import InputError
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training import loop
 from squeeze_jax.training.loop import train
@@ -141,7 +141,7 @@ def test_what_eight_devices_saved_is_read_on_one(whole):
     assert len(jax.devices()) == 8
     script = f"""
 import json, sys, pathlib, jax
-from squeeze_jax.interop.checkpoint import read_weights
+from squeeze_jax.checkpoints.manager import read_weights
 assert jax.device_count() == 1
 _, leaves, _ = read_weights(pathlib.Path({str(workdir)!r}))
 json.dump({{name: leaf.ravel().tolist() for name, leaf in leaves.items()}}, sys.stdout)

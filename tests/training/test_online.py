@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from squeeze_jax.config import Config, CrittersConfig, DataConfig, ModelConfig, OptimizerConfig, StageConfig, TrainingConfig
-from squeeze_jax.data.encoders import FrozenEncoders
-from squeeze_jax.data.extract import Example, extract
+from squeeze_jax.data.feature_extractor import FrozenEncoders
 from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import make_dataset
+from squeeze_jax.data.record_writer import Example, extract
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers import attention
 from squeeze_jax.models.aggregator import AggregatorConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from squeeze_jax.interop.fingerprint import fingerprint
+from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.sharding import make_mesh, parameter_spec
 from squeeze_jax.training.optimizer import make_optimizer

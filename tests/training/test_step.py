@@ -10,8 +10,8 @@ import pytest
 from tiny import STAGE, randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.batch import Context, HiddenStates, References
+from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import OptimizerConfig, StageConfig
-from squeeze_jax.interop.build import build_system
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
 from squeeze_jax.training.state import initial_state, split_system

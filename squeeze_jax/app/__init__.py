@@ -1,0 +1,1 @@
+"""The page: a Gradio front end around `sampling.Pipeline`."""

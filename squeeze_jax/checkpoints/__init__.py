@@ -1,0 +1,1 @@
+"""Our own checkpoints: Orbax, resuming, fingerprints, and the system that a config describes."""

@@ -1,0 +1,204 @@
+"""From examples to feature records: the frozen encoders run once over everything, shard by shard.
+
+Each shard is a fixed slice of the rows, written whole. A killed extraction, started again, continues at the first shard
+that is missing or cut short; several machines share the work with `shard=(i, n)`, and whoever finishes last writes the
+metadata.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Float32, Int32
+from PIL import Image
+
+from squeeze_jax.data.images import nearest_size, resize_for_reference, resize_for_target
+from squeeze_jax.data.records import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
+from squeeze_jax.data.storage import write_json
+from squeeze_jax.errors import InputError
+
+SETTINGS_FILE = "extraction.json"
+Progress = Callable[[int, int], None]
+"""Called with the rows done so far and the rows in all."""
+
+
+class Example(NamedTuple):
+    """One row: RGB pictures, the references in the order the prompt speaks of them."""
+
+    prompt: str
+    references: list[Image.Image]
+    target: Image.Image
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Examples by number, so that an extraction can go on where it was killed: those of `sources.py`, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class EncodedPrompt(NamedTuple):
+    """What the MLLM makes of one sample; floats are float32 or bf16."""
+
+    text: Float[np.ndarray, "M Lt C"]
+    text_positions: Int32[np.ndarray, " Lt"]
+    image: Float[np.ndarray, "M Li C"]
+    image_positions: Int32[np.ndarray, " Li"]
+
+
+@runtime_checkable
+class Encoders(Protocol):
+    """The frozen encoders as extraction needs them."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values that decide what comes out: names, digests of the weights, chat-template settings."""
+        ...
+
+    def hidden_states(self, prompts: list[str], images: list[list[Image.Image]]) -> list[EncodedPrompt]:
+        """One result a sample, from its prompt and its references as they are (not yet resized)."""
+        ...
+
+    def latents(self, images: list[Float32[np.ndarray, "height width 3"]]) -> list[np.ndarray]:
+        """Latents [h, w, c] after shift and scale of pictures in [-1, 1], all of one size."""
+        ...
+
+
+def extract(
+    rows: Rows,
+    encoders: Encoders,
+    out_dir: epath.PathLike,
+    *,
+    target_size: tuple[int, int],
+    buckets: Sequence[tuple[int, int]] = (),
+    reference_long_side: int,
+    examples_per_shard: int = 1024,
+    batch: int = 32,
+    shard: tuple[int, int] = (0, 1),
+    source: str = "",
+    codec: str = "bf16",
+    layers: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Metadata | None:
+    """Writes the feature records of all rows into `out_dir`.
+
+    target_size: (height, width) of every target in pixels. buckets: several of them instead; a target gets the one that is
+    nearest in aspect ratio (`nearest_size`), and batches go by size and number of references (`buckets.py`).
+    codec: how hidden states are kept, of `codec.CODECS`. layers: the MLLM's hidden states to keep, ascending; None keeps
+    all. source: a fingerprint of the rows (a manifest's digest, a generator's seed), kept so that a folder is never
+    continued with other rows. shard: (i, n) does every n-th shard from i. Returns the metadata, or None while other parts
+    are missing.
+    Raises InputError where `out_dir` holds an extraction of other rows or other settings.
+    """
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise InputError(f"shard {part}/{parts}: the first number must be from 0 to {parts - 1}")
+    if len(rows) == 0:
+        raise InputError("nothing to extract: there are no rows")
+    folder = epath.Path(out_dir)
+    noted = {"rows": len(rows), "source": source, "examples_per_shard": examples_per_shard, "encoders": encoders.settings}
+    settings = noted | sizes_and_codec(target_size, buckets, reference_long_side, codec, layers)
+    _claim(folder, settings)
+
+    shards = -(-len(rows) // examples_per_shard)
+    done = 0
+    for number in range(part, shards, parts):
+        first, last = number * examples_per_shard, min((number + 1) * examples_per_shard, len(rows))
+        if shard_summary(folder, number, shards) is None:
+            sizes = list(buckets) or [target_size]
+            records = _records(rows, range(first, last), encoders, sizes, reference_long_side, batch, layers)
+            write_shard(folder, number, shards, _counted(records, done, len(rows), progress), codec, bool(buckets))
+        done += last - first
+        if progress:
+            progress(done, len(rows))
+    if any(shard_summary(folder, number, shards) is None for number in range(shards)):
+        return None
+    return write_metadata(folder, shards, settings, codec, layers)
+
+
+def sizes_and_codec(
+    target_size: tuple[int, int],
+    buckets: Sequence[tuple[int, int]],
+    reference_long_side: int,
+    codec: str = "bf16",
+    layers: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """What a folder notes of these arguments of `extract`."""
+    noted: dict[str, Any] = {
+        "target_size": [list(size) for size in buckets] if buckets else list(target_size),
+        "reference_long_side": reference_long_side,
+    }
+    # Only where they are not the default: extractions from before there was a choice go on being continued.
+    noted |= {"codec": codec} if codec != "bf16" else {}
+    return noted | ({"layers": list(layers)} if layers is not None else {})
+
+
+def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in a new folder, or checks that they are those of the extraction it holds."""
+    path = folder / SETTINGS_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_json(path, settings)
+        return
+    there, wanted = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    differing = [key for key in there | wanted if there.get(key) != wanted.get(key)]
+    if differing:
+        listed = ", ".join(f"{key} {there.get(key)!r} there and {wanted.get(key)!r} now" for key in differing)
+        raise InputError(f"{folder} holds an extraction with {listed}; choose another folder or delete it")
+
+
+def _records(
+    rows: Rows,
+    numbers: range,
+    encoders: Encoders,
+    target_sizes: Sequence[tuple[int, int]],
+    reference_long_side: int,
+    batch: int,
+    layers: Sequence[int] | None,
+) -> Iterator[FeatureRecord]:
+    kept = slice(None) if layers is None else list(layers)
+    for start in range(0, len(numbers), batch):
+        examples = [rows[number] for number in numbers[start : start + batch]]
+        references = [list(example.references) for example in examples]
+        encoded = encoders.hidden_states([example.prompt for example in examples], references)
+        targets = [example.target for example in examples]
+        pictures = [resize_for_target(t, *nearest_size(t.height, t.width, target_sizes)) for t in targets]
+        pictures += [resize_for_reference(r, reference_long_side) for sample in references for r in sample]
+        latents = _latents(encoders, pictures, batch)
+        of_references = iter(latents[len(examples) :])
+        for example, prompt, target, sample in zip(examples, encoded, latents, references):
+            yield FeatureRecord(
+                prompt=example.prompt,
+                text=prompt.text[kept],
+                text_positions=prompt.text_positions,
+                image=prompt.image[kept],
+                image_positions=prompt.image_positions,
+                target=target,
+                references=tuple(next(of_references) for _ in sample),
+            )
+
+
+def _latents(encoders: Encoders, pictures: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
+    """Latents of pictures of any sizes, in order: those of one size together, at most `batch` at once."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for place, picture in enumerate(pictures):
+        by_size.setdefault(picture.shape, []).append(place)
+    latents: dict[int, np.ndarray] = {}
+    for places in by_size.values():
+        for start in range(0, len(places), batch):
+            some = places[start : start + batch]
+            latents.update(zip(some, encoders.latents([pictures[place] for place in some]), strict=True))
+    return [latents[place] for place in range(len(pictures))]
+
+
+def _counted(
+    records: Iterator[FeatureRecord], done: int, total: int, progress: Progress | None
+) -> Iterator[FeatureRecord]:
+    for count, record in enumerate(records, 1):
+        yield record
+        if progress:
+            progress(done + count, total)

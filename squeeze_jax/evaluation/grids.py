@@ -1,0 +1,164 @@
+"""Pictures of held-out examples: sample grids during training, and the samples that suites score."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from PIL import Image
+
+from squeeze_jax.batch import HiddenStates
+from squeeze_jax.config import Config
+from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.images import resize_for_reference, resize_for_target, to_uint8
+from squeeze_jax.data.record_writer import Example
+from squeeze_jax.data.records import read_metadata
+from squeeze_jax.data.sources import open_examples, source_of
+from squeeze_jax.errors import InputError
+from squeeze_jax.interop.tensors import write_beside
+from squeeze_jax.processes import is_main
+from squeeze_jax.sampling.pipeline import Pipeline, Ready, Settings, alike, mesh_of, places_of
+from squeeze_jax.sharding import make_mesh
+from squeeze_jax.training.loop import SampleFunction
+from squeeze_jax.training.state import Leaves, Split
+
+CHUNK = 64
+"""Pictures sampled at once."""
+
+
+def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> SampleFunction | None:
+    """A function that draws held-out examples: a row of references, of samples, of true targets."""
+    if config.log.grid == 0:
+        return None
+    if source_of(config) is None:
+        print(f"no sample grids: the records in {features} come without their pictures")
+        return None
+    rows = open_examples(config, check_images=False)["held_out"]
+    examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
+    encoders, parallel = FrozenEncoders.of(config), config.parallel
+    if not config.data.online:
+        check_encoders(encoders, epath.Path(features))
+    mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
+    encoded = [
+        piece._replace(states=jax.tree.map(np.asarray, piece.states))
+        for piece in encode_examples(encoders, config, examples, places_of(mesh))
+    ]
+    encoders.forget_reader()  # the MLLM makes room for training
+    pipelines: list[Pipeline] = []
+
+    def sample(split: Split, leaves: Leaves, step: int) -> None:
+        system_leaves = nnx.split(split.merge(leaves))[1]
+        if not pipelines:
+            pipelines.append(Pipeline.of(split.merge(leaves), config, encoders))
+        pipelines[0].leaves = (system_leaves,)
+        drawn = draw_examples(pipelines[0], encoded, Settings())
+        size = (config.data.height, config.data.width)
+        grid = np.concatenate(
+            [
+                np.concatenate([_shown(e.references[0], size) if e.references else _blank(size) for e in examples], 1),
+                np.concatenate(list(drawn), 1),
+                np.concatenate([to_uint8(resize_for_target(e.target, *size)) for e in examples], 1),
+            ]
+        )
+        path = folder / "samples" / f"{step:06d}.png"
+        if is_main():
+            write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
+
+    return sample
+
+
+def check_encoders(encoders: FrozenEncoders, features: epath.Path) -> None:
+    """Raises InputError where records were made by other encoders: those that sampling would use."""
+    for split in ("train", "held_out"):
+        there = read_metadata(features / split).settings.get("encoders", {})
+        wanted = json.loads(json.dumps(encoders.settings))
+        if differing := [name for name in there | wanted if there.get(name) != wanted.get(name)]:
+            listed = ", ".join(f"{name} {there.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
+            raise InputError(f"{features / split}: made by other encoders ({listed}); extract with this config")
+
+
+def sample_examples(
+    pipeline: Pipeline,
+    examples: Sequence[Example],
+    settings: Settings,
+    done: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """uint8 pictures [n, height, width, 3], one an example, each from its own prompt, references and seed (its number).
+
+    `done` is called with the number of pictures after every chunk.
+    """
+    places = places_of(mesh_of(pipeline.leaves))
+    return draw_examples(pipeline, encode_examples(pipeline.encoders, pipeline.config, examples, places), settings, done)
+
+
+class Encoded(NamedTuple):
+    """Some examples, as the frozen encoders give them."""
+
+    numbers: list[int]
+    """Which they are; the last one may come several times."""
+    states: HiddenStates
+    latents: list[list[np.ndarray]]
+
+
+def encode_examples(
+    encoders: FrozenEncoders, config: Config, examples: Sequence[Example], places: int
+) -> Iterator[Encoded]:
+    """Examples in pieces that are drawn together, filling so many places of a mesh."""
+    for piece in alike([e.references for e in examples], CHUNK, places):
+        some = [examples[i] for i in piece]
+        states = encoders.read([e.prompt for e in some], [e.references for e in some])
+        yield Encoded(piece, states, reference_latents(encoders, config, some))
+
+
+def draw_examples(
+    pipeline: Pipeline,
+    encoded: Iterable[Encoded],
+    settings: Settings,
+    done: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """`sample_examples` of what `encode_examples` made."""
+    pieces: list[list[int]] = []
+
+    def batches() -> Iterator[tuple[Ready, list[int]]]:
+        for numbers, states, latents in encoded:
+            pieces.append(numbers)
+            yield pipeline.ready(states, latents, settings), numbers
+
+    pictures: dict[int, np.ndarray] = {}
+    for drawn in pipeline.draw(batches()):
+        piece = pieces.pop(0)
+        pictures |= zip(piece, to_uint8(drawn))
+        done(len(set(piece)))
+    return np.stack([pictures[i] for i in sorted(pictures)])
+
+
+def reference_latents(
+    encoders: FrozenEncoders, config: Config, examples: Sequence[Example]
+) -> list[list[np.ndarray]]:
+    """Latents of every example's references, those of one size encoded together."""
+    pictures = [
+        [resize_for_reference(image, config.data.reference_long_side) for image in e.references] for e in examples
+    ]
+    by_size: dict[Any, list[np.ndarray]] = {}
+    for row in pictures:
+        for picture in row:
+            by_size.setdefault(picture.shape, []).append(picture)
+    encoded: dict[Any, Iterator[np.ndarray]] = {size: iter(encoders.latents(some)) for size, some in by_size.items()}
+    return [[next(encoded[picture.shape]) for picture in row] for row in pictures]
+
+
+def _shown(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A reference fitted into a cell, on white."""
+    cell = Image.new("RGB", (size[1], size[0]), "white")
+    fitted = image.copy()
+    fitted.thumbnail((size[1], size[0]))
+    cell.paste(fitted, ((size[1] - fitted.width) // 2, (size[0] - fitted.height) // 2))
+    return np.asarray(cell)
+
+
+def _blank(size: tuple[int, int]) -> np.ndarray:
+    return np.full((*size, 3), 255, np.uint8)
