@@ -22,14 +22,13 @@ from squeeze_jax.evaluation.grids import reference_latents
 from squeeze_jax.interop.tensors import write_json
 from squeeze_jax.miniature.scores import score_settings
 from squeeze_jax.miniature.source import CritterRows
+from squeeze_jax.sampling.caching import ALWAYS_EVALUATED
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
-from squeeze_jax.sampling.sampler import MAX_STEPS
-from squeeze_jax.sampling.solvers import EVALUATED
+from squeeze_jax.sampling.schedule import MAX_STEPS
 
 AT_ONCE = 64
 WAYS: dict[str, Settings] = {
     **{f"Euler, {steps} steps": Settings(steps=steps) for steps in (25, 16, 12, 10, 8, 6)},
-    **{f"Heun, {steps} steps": Settings(steps=steps, solver="heun") for steps in (8, 6, 4)},
     **{f"multistep, {steps} steps": Settings(steps=steps, solver="multistep") for steps in (25, 12, 8, 6)},
     **{
         f"25 steps, TaylorSeer {interval}, order {order}": Settings(steps=25, cache_interval=interval, max_order=order)
@@ -67,7 +66,7 @@ def main() -> None:
             run = pipeline.run(*batch, Settings(steps=fine * settings.steps, solver="multistep"))
             schedule = run.schedule._replace(borders=fine * borders)
             every = np.array([0, MAX_STEPS], np.int32)
-            some.append(run.sampler.advance(pipeline.leaves, run.state, run.prepared, schedule, run.scales, every)[0])
+            some.append(run.sampler.denoise(pipeline.params, run.state, run.prepared, schedule, run.scales, every)[0])
         return np.concatenate(some)
 
     truths = {steps: finely(Settings(steps=steps)) for steps in {settings.steps for settings in WAYS.values()}}
@@ -101,10 +100,8 @@ def evaluations(pipeline: Pipeline, batches: list, settings: Settings) -> float:
     steps, run = pipeline.resolved(settings).steps, pipeline.run(*batches[0], settings)
     borders = [0, *(int(border) for border in run.schedule.borders)]
     begins = [max(b for b in borders if b <= i) for i in range(steps)]
-    if settings.solver == "heun":
-        return 2 * steps - 1
     if settings.cache_interval > 1:
-        return sum((i - begin) % settings.cache_interval == 0 or i < EVALUATED for i, begin in enumerate(begins))
+        return sum((i - begin) % settings.cache_interval == 0 or i < ALWAYS_EVALUATED for i, begin in enumerate(begins))
     if not settings.first_block_threshold:
         return steps
     runs = 0
@@ -113,8 +110,8 @@ def evaluations(pipeline: Pipeline, batches: list, settings: Settings) -> float:
         state = run.state
         for i in range(steps):
             span = np.array([i, i + 1], np.int32)
-            after = run.sampler.advance(pipeline.leaves, state, run.prepared, run.schedule, run.scales, span)
-            runs += sum(not np.array_equal(a.rest, b.rest) for a, b in zip(after[1], state[1], strict=True))
+            after = run.sampler.denoise(pipeline.params, state, run.prepared, run.schedule, run.scales, span)
+            runs += sum(not np.array_equal(a.rest, b.rest) for a, b in zip(after.cache, state.cache, strict=True))
             state = jax.block_until_ready(after)
     return runs / 2 / len(batches)
 

@@ -169,9 +169,9 @@ def main() -> None:
         return hidden
 
     exact = read(prompts[:64], pictures[:64])
-    system = nnx.merge(pipeline.graph, *pipeline.leaves)
-    context = jax.jit(lambda x: system.context(x).tokens)
-    valid = np.asarray(system.context(exact).mask)
+    system = nnx.merge(pipeline.graphdef, *pipeline.params)
+    context = jax.jit(lambda x: system.aggregate(x).tokens)
+    valid = np.asarray(system.aggregate(exact).mask)
     wanted = np.asarray(context(exact))[valid]
     print("\n| demo | hidden states | DLA's output |\n|---|---|---|")
     for name in CODECS:

@@ -18,7 +18,8 @@ from squeeze_jax.batch import HiddenStates, References, TrainingBatch
 from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import Config, load_preset
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.sampling.sampler import make_sampler, make_schedule, noise_for
+from squeeze_jax.sampling.sampler import make_sampler
+from squeeze_jax.sampling.schedule import make_schedule, noise_for
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import initial_state, split_system
 from squeeze_jax.training.step import make_train_step

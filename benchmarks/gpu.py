@@ -152,7 +152,7 @@ def train(tries: list[str], depth, rounds: int, profile: Path | None) -> None:
 
 def stages_of(side: int):
     """The schedule, and (conditions, steps) of each stage."""
-    from squeeze_jax.sampling.sampler import STAGES, make_schedule
+    from squeeze_jax.sampling.schedule import STAGES, make_schedule
 
     schedule = make_schedule(STEPS, side * side, *TAU, references=True)
     return schedule, [(kind, int(b - a)) for kind, (a, b) in zip(STAGES, pairwise([0, *schedule.borders]))]
@@ -165,13 +165,14 @@ def sample_ours(sizes: list[int], depth, rounds: int, profile: Path | None, *, u
     from flax import nnx
 
     from squeeze_jax.diffusion.latents import reference_positions
-    from squeeze_jax.layers.stack import apart
+    from squeeze_jax.layers.stack import unstack
     from squeeze_jax.models.aggregator import Aggregator
-    from squeeze_jax.models.dit import STACKS, DiT
+    from squeeze_jax.models.dit import BLOCK_STACKS, DiT
     from squeeze_jax.models.system import System
     from squeeze_jax.planning.sampler_program import image_flops
     from squeeze_jax.planning.train_program import abstract_batch
-    from squeeze_jax.sampling.sampler import make_sampler, noise_for
+    from squeeze_jax.sampling.sampler import make_sampler
+    from squeeze_jax.sampling.schedule import noise_for
 
     config, kinds = config_of(depth), {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 
@@ -182,7 +183,7 @@ def sample_ours(sizes: list[int], depth, rounds: int, profile: Path | None, *, u
     graph, shapes = nnx.split(nnx.eval_shape(build))
     leaves, device = random_leaves(shapes), jax.devices()[0]
     if unrolled:
-        leaves = apart(leaves, STACKS, donate=True)
+        leaves = unstack(leaves, BLOCK_STACKS, donate=True)
     for size in sizes:
         side = size // 16
         data = dataclasses.replace(config.data, height=size, width=size, reference_long_side=16 * REFERENCE)

@@ -36,7 +36,8 @@ from squeeze_jax.models.aggregator import Aggregator, AggregatorConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
 from squeeze_jax.models.system import System
 from squeeze_jax.planning.flops import matmul_flops
-from squeeze_jax.sampling.sampler import STAGES, make_sampler, make_schedule, noise_for
+from squeeze_jax.sampling.sampler import make_sampler
+from squeeze_jax.sampling.schedule import STAGES, make_schedule, noise_for
 
 CONFIG = DiTConfig(
     context_width=256, pooled_width=64, heads=4, head_width=64, double_blocks=2, single_blocks=4, rope_axes=(16, 24, 24)
@@ -94,17 +95,17 @@ def counted(system: System, states: HiddenStates, references: References, schedu
     def velocity(state, x, mllm: bool, vae: bool, modulation):
         system = nnx.merge(graph, state)
         nothing = Context(jnp.zeros((1, 0, CONFIG.context_width)), jnp.zeros((1, 0), bool))
-        context = system.context(states) if mllm else nothing
-        shown = system.shown(references) if vae else None
+        context = system.aggregate(states) if mllm else nothing
+        shown = system.prepare_references(references) if vae else None
         return system.velocity(x, GRID, jnp.ones(1), context, shown, modulation=modulation)
 
     def once(state, mllm=True, vae=True):
         system = nnx.merge(graph, state)
-        return system.context(states) if mllm else (), system.shown(references) if vae else ()
+        return system.aggregate(states) if mllm else (), system.prepare_references(references) if vae else ()
 
     x = jnp.zeros((1, TARGET, CONFIG.in_channels))
     times = jnp.asarray(schedule.times[: STEPS + 1])
-    modulation = jax.eval_shape(lambda state: nnx.merge(graph, state).modulation(times), state)
+    modulation = jax.eval_shape(lambda state: nnx.merge(graph, state).make_modulation(times), state)
 
     def cost(mllm: bool, vae: bool) -> int:
         run = lambda state, x, m: velocity(state, x, mllm, vae, m.at(0))  # noqa: E731
@@ -113,7 +114,7 @@ def counted(system: System, states: HiddenStates, references: References, schedu
     if way == "naive":
         anew = lambda state, x: velocity(state, x, True, True, None)  # noqa: E731
         return 2 * STEPS * matmul_flops(anew, state, x)
-    before = matmul_flops(once, state) + matmul_flops(lambda s: nnx.merge(graph, s).modulation(times), state)
+    before = matmul_flops(once, state) + matmul_flops(lambda s: nnx.merge(graph, s).make_modulation(times), state)
     return before + STEPS * cost(False, False) + sum(steps * cost(*kind) for kind, steps in stages(schedule))
 
 

@@ -19,7 +19,7 @@ from squeeze_jax.commands import export
 from squeeze_jax.data.images import load_image, to_uint8
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
-from squeeze_jax.sampling.sampler import noise_for
+from squeeze_jax.sampling.schedule import noise_for
 
 CASES = [
     (0, "a big critter jumping on the beach at sunset, with a red balloon, on the left"),

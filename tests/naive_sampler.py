@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from squeeze_jax.array_types import Array, Float
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.models.system import System
-from squeeze_jax.sampling.sampler import Schedule
+from squeeze_jax.sampling.schedule import Schedule
 
 
 def sample_naively(
@@ -29,7 +29,7 @@ def sample_naively(
         t = jnp.full((x.shape[0],), times[i])
 
         def velocity(mllm: jax.Array, vae: jax.Array) -> jax.Array:
-            context = system.context(states)
+            context = system.aggregate(states)
             context = Context(context.tokens, context.mask & mllm)
             shown = References(references.tokens, references.mask & vae, references.positions)
             return system.velocity(x, target_grid, t, context, shown, guidance)

@@ -17,8 +17,8 @@ from squeeze_jax.data.images import MULTIPLE, load_image, save_png, to_uint8
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
-from squeeze_jax.sampling.sampler import MAX_STEPS
-from squeeze_jax.sampling.solvers import PLAIN
+from squeeze_jax.sampling.schedule import MAX_STEPS
+from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER
 
 MAX_BYTES, MAX_PIXELS, MAX_REFERENCES = 25 * 2**20, 50_000_000, 4
 LIMITS = f"up to {MAX_REFERENCES} pictures of {MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} megapixels"
@@ -176,8 +176,8 @@ def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, int | float], 
             values[name] = value
         else:
             notes.append(f"{name} {value:g} is left out: this page goes from {low:g} to {high:g}.")
-    if picture.settings.cheaper != PLAIN:
-        notes.append(f"It was drawn with cheaper steps ({picture.settings.cheaper}); this page evaluates every step.")
+    if picture.settings.solver_config != DEFAULT_SOLVER:
+        notes.append(f"It was drawn with cheaper steps ({picture.settings.solver_config}); this page evaluates every step.")
     if picture.settings.int8:
         notes.append("It was drawn with weights in 8 bits; this page has the checkpoint's own.")
     if picture.references:

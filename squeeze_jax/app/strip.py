@@ -6,7 +6,7 @@ from itertools import groupby
 from squeeze_jax.config import Config
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.sampling.pipeline import STAGE_NAMES, Resolved
-from squeeze_jax.sampling.sampler import STAGES
+from squeeze_jax.sampling.schedule import STAGES
 
 BLUE, ORANGE = "#4c7fb8", "#f0933a"
 PAINT = {

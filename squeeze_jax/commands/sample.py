@@ -39,8 +39,8 @@ class Sample:
     seed: int = 0
     num_images: int = 1
     """Image i is what seed + i alone gives."""
-    solver: Literal["euler", "heun", "multistep"] = "euler"
-    """heun: two evaluations a step; multistep: second order with one."""
+    solver: Literal["euler", "multistep"] = "euler"
+    """multistep: second order, one evaluation a step."""
     cache_interval: int = 1
     """TaylorSeer: of so many steps in a row one is evaluated, the others are foretold; 1 evaluates all."""
     max_order: int = 1
@@ -83,12 +83,12 @@ def run(given: Sample) -> None:
     from squeeze_jax.app.strip import counts, stages_of_steps
     from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut
     from squeeze_jax.sampling.png_metadata import Reference, text_of
-    from squeeze_jax.sampling.sampler import MAX_STEPS
-    from squeeze_jax.sampling.solvers import Cheaper
+    from squeeze_jax.sampling.schedule import MAX_STEPS
+    from squeeze_jax.sampling.solver_config import SolverConfig
 
     if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
         raise InputError(f"--steps is {given.steps}; it must be from 1 to {MAX_STEPS}")
-    Cheaper(given.solver, given.cache_interval, given.max_order, given.first_block_threshold)  # refuses what cannot be
+    SolverConfig(given.solver, given.cache_interval, given.max_order, given.first_block_threshold)  # refuses what cannot be
     pipeline = Pipeline.load(given.checkpoint)
     if given.int8:
         pipeline = pipeline.quantised()

@@ -54,7 +54,7 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
         system_leaves = nnx.split(split.merge(leaves))[1]
         if not pipelines:
             pipelines.append(Pipeline.of(split.merge(leaves), config, encoders))
-        pipelines[0].leaves = (system_leaves,)
+        pipelines[0].params = (system_leaves,)
         drawn = draw_examples(pipelines[0], encoded, Settings())
         size = (config.data.height, config.data.width)
         grid = np.concatenate(
@@ -91,7 +91,7 @@ def sample_examples(
 
     `done` is called with the number of pictures after every chunk.
     """
-    places = places_of(mesh_of(pipeline.leaves))
+    places = places_of(mesh_of(pipeline.params))
     return draw_examples(pipeline, encode_examples(pipeline.encoders, pipeline.config, examples, places), settings, done)
 
 

@@ -30,7 +30,7 @@ from squeeze_jax.interop.load import (
     save_internvl,
 )
 from squeeze_jax.sampling.pipeline import Pipeline, Settings, reference_tokens
-from squeeze_jax.sampling.sampler import noise_for
+from squeeze_jax.sampling.schedule import noise_for
 
 TOLERANCE = {"part": 1e-4, "latents": 1e-4, "pixels": 1e-3}
 """Largest relative error of a part and of the latents, and share of values off by more than one grey level (float32)."""
@@ -102,10 +102,10 @@ def _parts(
     """Relative error of each part, every one on the inputs that ours gets; and the transformer's, to measure again."""
     import torch
 
-    system, config = nnx.merge(pipeline.graph, *pipeline.leaves), pipeline.config
+    system, config = nnx.merge(pipeline.graphdef, *pipeline.params), pipeline.config
     sequence, is_image = in_order(states)
     rows = {"MLLM, hidden states": relative_error(theirs.read(PROMPT, pictures)[0].numpy(), sequence)}
-    context = nnx.jit(lambda system, states: system.context(states))(system, states)
+    context = nnx.jit(lambda system, states: system.aggregate(states))(system, states)
     ours = np.array(context.tokens)[0, np.asarray(context.mask)[0]]
     rows["aggregator"] = relative_error(theirs.aggregator(torch.tensor(sequence), torch.tensor(is_image)).numpy(), ours)
     encoded = torch.cat([theirs.encode(picture).flatten() for picture in pictures])

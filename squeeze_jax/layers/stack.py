@@ -34,9 +34,9 @@ def scan_blocks(
     *,
     remat: Remat = "none",
     unroll: int | bool = 1,
-    among: range | None = None,
+    block_range: range | None = None,
 ) -> tuple[Any, Any]:
-    """Runs `apply(block, carry, per_block[i]) -> (carry, output)` over the blocks in order, or over those `among` them.
+    """Runs `apply(block, carry, per_block[i]) -> (carry, output)` over the blocks in order, or over those in `block_range`.
 
     Returns the last carry and the outputs stacked on a leading axis [depth]. Everything else that a block needs
     (masks, positions, modulation input) is closed over by `apply`. `remat` names what a backward pass keeps:
@@ -55,37 +55,37 @@ def scan_blocks(
         parameters, inputs = leaves
         return apply(nnx.merge(graph, parameters), carry, inputs)
 
-    if (depth := depth_apart(parameters)) is not None:
-        body, outputs = rematerialised(body, remat, alone=True), []
-        for i in range(depth) if among is None else among:
-            own = jax.tree.map(lambda parts: parts[i], parameters, is_leaf=is_apart)  # noqa: B023
+    if (depth := unstacked_depth(parameters)) is not None:
+        body, outputs = rematerialised(body, remat, prevent_cse=True), []
+        for i in range(depth) if block_range is None else block_range:
+            own = jax.tree.map(lambda parts: parts[i], parameters, is_leaf=is_unstacked)  # noqa: B023
             carry, output = body(carry, (own, jax.tree.map(lambda x: x[i], per_block)))  # noqa: B023
             outputs.append(output)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs) if outputs else None
-    depth = len(jax.tree.leaves(parameters)[0]) if among is None else len(among)
-    body = rematerialised(body, remat, alone=depth == 1 or unroll is True or depth <= unroll)
-    if among is None:
+    depth = len(jax.tree.leaves(parameters)[0]) if block_range is None else len(block_range)
+    body = rematerialised(body, remat, prevent_cse=depth == 1 or unroll is True or depth <= unroll)
+    if block_range is None:
         return jax.lax.scan(body, carry, (parameters, per_block), unroll=unroll)
 
     def pick(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
         return body(carry, jax.tree.map(take, (parameters, per_block)))
 
-    return jax.lax.scan(pick, carry, jnp.arange(among.start, among.stop), unroll=unroll)
+    return jax.lax.scan(pick, carry, jnp.arange(block_range.start, block_range.stop), unroll=unroll)
 
 
-def is_apart(node: Any) -> bool:
-    """Whether a leaf's value is what `apart` made of it."""
+def is_unstacked(node: Any) -> bool:
+    """Whether a leaf holds a tuple of arrays, one a block."""
     return isinstance(node, tuple)
 
 
-def depth_apart(parameters: nnx.State) -> int | None:
-    """Number of blocks of parameters that `apart` took apart; None of stacked ones."""
-    first = jax.tree.leaves(parameters, is_leaf=is_apart)[0]
-    return len(first) if is_apart(first) else None
+def unstacked_depth(parameters: nnx.State) -> int | None:
+    """Number of blocks of parameters that `unstack` took apart; None of stacked ones."""
+    first = jax.tree.leaves(parameters, is_leaf=is_unstacked)[0]
+    return len(first) if is_unstacked(first) else None
 
 
-def apart(state: nnx.State, inside: Sequence[str], *, donate: bool = False) -> nnx.State:
+def unstack(state: nnx.State, inside: Sequence[str], *, donate: bool = False) -> nnx.State:
     """A state whose leaves under a module of these names are tuples of one array a block in place of a stack of them.
 
     `scan_blocks` runs such blocks one after the other without a loop. XLA copies a block's matrices out of a stack before
@@ -94,7 +94,7 @@ def apart(state: nnx.State, inside: Sequence[str], *, donate: bool = False) -> n
     """
     flat = []
     for path, variable in nnx.to_flat_state(state):
-        if any(part in inside for part in path) and not is_apart(variable.get_value()):
+        if any(part in inside for part in path) and not is_unstacked(variable.get_value()):
             stack = variable.get_value()
             variable = variable.replace(tuple(stack[i] for i in range(len(stack))))
             if donate:
@@ -104,11 +104,12 @@ def apart(state: nnx.State, inside: Sequence[str], *, donate: bool = False) -> n
     return nnx.from_flat_state(flat)
 
 
-def rematerialised(function: Callable[..., Any], remat: Remat, *, alone: bool = False) -> Callable[..., Any]:
+def rematerialised(function: Callable[..., Any], remat: Remat, *, prevent_cse: bool = False) -> Callable[..., Any]:
     """`function` wrapped in `jax.checkpoint` under the named policy (see `scan_blocks`).
 
-    `alone` says that no loop keeps its forward and its backward apart (a loop of one step is none to the compiler):
-    without a barrier between them the compiler would see the same work twice, do it once and keep everything.
+    `prevent_cse` puts a barrier between the forward pass and its recomputation. It is needed where no loop separates
+    them (the compiler removes a loop of one step): otherwise the compiler merges the two computations and keeps every
+    intermediate result, which is what rematerialisation is to avoid.
     """
     policies = jax.checkpoint_policies
     match remat:
@@ -129,4 +130,4 @@ def rematerialised(function: Callable[..., Any], remat: Remat, *, alone: bool = 
             )
         case _:
             raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
-    return jax.checkpoint(function, policy=policy, prevent_cse=alone)
+    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)

@@ -7,7 +7,7 @@ Source: the published FLUX.1 architecture; references follow UNO (arXiv 2504.021
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,25 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
-from squeeze_jax.diffusion.latents import grid_positions, reference_origins
-from squeeze_jax.layers.attention import attention, heads_first
+from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, gated, modulate, sinusoidal
 from squeeze_jax.layers.norm import RMSNorm
-from squeeze_jax.layers.rope import Rotation, rotate, rotation
-from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stacked
+from squeeze_jax.layers.rope import Rotation, rotation
+from squeeze_jax.layers.stack import Remat, scan_blocks, stacked
+from squeeze_jax.models.backbone import (
+    BlockInputs,
+    CachedReferences,
+    KeysValues,
+    Modulated,
+    Modulation,
+    ReferenceAttention,
+    Streams,
+    join_masks,
+    joint_attention,
+    split_heads,
+    target_positions,
+)
 from squeeze_jax.sharding import constrain
 
 
@@ -44,7 +56,7 @@ class DiTConfig:
     """Channels of a head that turn with (unused index, row, column)."""
     guidance: bool = True
     """Whether the model takes the distilled guidance value (dev: yes, schnell: no)."""
-    reference_attention: Literal["joint", "cached"] = "joint"
+    reference_attention: ReferenceAttention = "joint"
     """`joint`: every token sees every token (UNO). `cached`: reference tokens see each other alone and are modulated at
     t = 0, so that their keys and values are the same in every step of sampling. Chosen before training (our decision)."""
 
@@ -59,60 +71,8 @@ class DiTConfig:
             raise ValueError(f"dit.rope_axes {self.rope_axes} must be even: channels turn in pairs")
 
 
-STACKS = ("double_blocks", "single_blocks")
+BLOCK_STACKS = ("double_blocks", "single_blocks")
 """The transformer's stacks of blocks, by their names in it."""
-Modulated = tuple[Float[Array, "*T 1 C"], ...]
-"""Shifts, scales and gates of a block at some times."""
-KeysValues = tuple[Float[Array, "*depth _ _ H D"], Float[Array, "*depth _ _ H D"]]
-"""Rotated keys, and values, of tokens in a block [B, R, H, D]; with a leading axis: in every block of a stack."""
-
-
-class Modulation(NamedTuple):
-    """What noise levels do to every block: `DiT.modulation`. All are float32."""
-
-    double: tuple[Modulated, Modulated]
-    """Of the image and the context stream, six arrays [depth, T, 1, C] each."""
-    single: Modulated
-    """Three arrays [depth, T, 1, C]."""
-    final: Modulated
-    """Two arrays [T, 1, C]."""
-
-    def at(self, i: int | Int[Array, ""]) -> "Modulation":
-        """Of time i alone, T = 1."""
-
-        def pick(axis: int) -> Any:
-            return lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
-
-        double, single = jax.tree.map(pick(1), (self.double, self.single))
-        return Modulation(double, single, jax.tree.map(pick(0), self.final))
-
-
-class CachedReferences(NamedTuple):
-    """Reference tokens as the other tokens see them under `reference_attention="cached"`: once a prompt."""
-
-    double: KeysValues
-    single: KeysValues
-    mask: Bool[Array, "B R"]
-
-
-class FirstBlock(NamedTuple):
-    """What a first-block cache keeps of the last velocity for which all blocks were run, of the target's tokens."""
-
-    residual: Float[Array, "B N C"]
-    """What the first block added."""
-    rest: Float[Array, "B N C"]
-    """What all others added."""
-    known: Bool[Array, ""]
-    """Whether there was one."""
-
-
-class _Seen(NamedTuple):
-    """What all blocks of a velocity read."""
-
-    at: Float[Array, "B C"] | Modulation
-    by: Rotation
-    mask: Bool[Array, "B S"] | None
-    cache: CachedReferences | None
 
 
 class DiT(nnx.Module):
@@ -159,197 +119,168 @@ class DiT(nnx.Module):
         value as a user gives it (3.5, say), needed where the model takes one. `pooled=None` means zeros. The context
         may have length 0.
         """
-        origins = reference_origins(target_grid, [grid for _, grid in references])
-        rows = [grid_positions(*grid, origin=origin) for (_, grid), origin in zip(references, origins)]
-        batch = None
+        packed = None
         if references:
             tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
-            positions = jnp.broadcast_to(jnp.concatenate(rows)[None], (*tokens.shape[:2], 2))
-            batch = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
-        vec = self.vector(t, guidance, pooled)
-        shown: Any = batch
-        if batch is not None and self.config.reference_attention == "cached":
-            shown = self.cached(batch, self.vector(jnp.zeros_like(t), guidance, pooled))
-        return self.velocity(target, target_grid, vec, context, context_mask, shown, references_full=True)
+            positions = jnp.asarray(reference_positions(target_grid, [grid for _, grid in references]))
+            positions = jnp.broadcast_to(positions[None], (*tokens.shape[:2], 2))
+            packed = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
+        shown: References | CachedReferences | None = packed
+        if packed is not None and self.config.reference_attention == "cached":
+            shown = self.cache_references(packed, self.embed_timestep(jnp.zeros_like(t), guidance, pooled))
+        temb = self.embed_timestep(t, guidance, pooled)
+        return self.velocity(target, target_grid, temb, context, context_mask, shown, references_full=True)
 
-    def vector(
+    def embed_timestep(
         self,
         t: Float[Array, " B"],
         guidance: Float[Array, " B"] | None = None,
         pooled: Float[Array, "B P"] | None = None,
     ) -> Float[Array, "B C"]:
-        """What modulates every block: embedded time, guidance and pooled vector, summed, in float32."""
+        """Sums the embeddings of time, guidance and pooled vector in float32: the input of every block's modulation."""
         if (guidance is None) == self.config.guidance:
             raise ValueError(
                 "this transformer takes a guidance value: pass guidance=[B]"
                 if self.config.guidance
                 else "this transformer takes no guidance value: leave guidance out"
             )
-        vec = self.time_in(sinusoidal(t))
+        temb = self.time_in(sinusoidal(t))
         if self.guidance_in is not None:
-            vec = vec + self.guidance_in(sinusoidal(guidance))
+            temb = temb + self.guidance_in(sinusoidal(guidance))
         if pooled is None:
             pooled = jnp.zeros((t.shape[0], self.config.pooled_width), jnp.float32)
-        return vec + self.vector_in(pooled)
+        return temb + self.vector_in(pooled)
 
-    def modulation(self, vec: Float[Array, "T C"]) -> Modulation:
-        """What conditioning vectors do to every block, for programs that know their times beforehand: samplers."""
-        _, double = scan_blocks(self.double_blocks, lambda block, carry, _: (carry, block.modulation(vec)), None)
-        _, single = scan_blocks(self.single_blocks, lambda block, carry, _: (carry, block.modulation(vec)), None)
-        return Modulation(double, single, self.final_layer.adaLN_modulation(vec))
+    def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation:
+        """Computes the modulation of every block, for programs that know their times beforehand: samplers."""
+        _, double = scan_blocks(self.double_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None)
+        _, single = scan_blocks(self.single_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None)
+        return Modulation(double, single, self.final_layer.adaLN_modulation(temb))
 
-    def cached(self, references: References, at: Float[Array, "B C"]) -> CachedReferences:
-        """Keys and values of reference tokens, which see each other alone; `at` is the conditioning vector of t = 0."""
-        seen = _Seen(at, self._rotation(references.positions, 0), references.mask, None)
+    def cache_references(self, references: References, temb: Float[Array, "B C"]) -> CachedReferences:
+        """Computes keys and values of reference tokens, which attend to each other alone; `temb` is that of t = 0."""
+        inputs = BlockInputs(temb, self._rope(references.positions, 0), references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
-        (_, img), double = self._double(img[:, :0], img, seen, keep=True)
-        _, single = self._single(img, seen, keep=True)
+        (_, img), double = self._apply_double((img[:, :0], img), inputs, None, return_kv=True)
+        _, single = self._apply_single(img, inputs, None, return_kv=True)
         return CachedReferences(double, single, references.mask)
 
     def velocity(
         self,
         target: Float[Array, "B N c"],
         target_grid: tuple[int, int] | Int[Array, "B 2"],
-        at: Float[Array, "B C"] | Modulation,
+        temb: Float[Array, "B C"] | Modulation,
         context: Float[Array, "B L W"],
         context_mask: Bool[Array, "B L"] | None = None,
         references: References | CachedReferences | None = None,
         *,
         references_full: bool = False,
     ) -> Float[Array, "B N c"]:
-        """The velocity with references as one padded, masked row of tokens; the form that training and sampling use.
+        """Predicts the velocity: the one forward of training, sampling and verification.
 
-        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of one number of tokens
-        may hold portraits and landscapes. `at` is the conditioning vector of each sample's time, or what `modulation` made
-        of one for all. `references_full` says that no reference token is padding, so that no mask is needed.
+        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of one number of
+        tokens may hold portraits and landscapes. `temb` is the conditioning vector of each sample's time, or what
+        `make_modulation` computed of one for all. `references_full` says that no reference token is padding, so
+        that no mask is needed.
         """
-        (txt, img), seen = self._entered(
-            target, target_grid, at, context, context_mask, references, references_full=references_full
+        # Both streams enter at the transformer's width; the target's tokens stand first in the image stream.
+        streams, inputs = self.embed_inputs(
+            target, target_grid, temb, context, context_mask, references, references_full=references_full
         )
-        return self._velocity_of(self._through(txt, img, seen, target.shape[1]), seen)
+        _, img = self.apply_blocks(streams, inputs)
+        return self.predict_velocity(img[:, : target.shape[1]], inputs)
 
-    def velocity_after_first(
+    def embed_inputs(
         self,
         target: Float[Array, "B N c"],
-        target_grid: tuple[int, int],
-        at: Float[Array, "B C"] | Modulation,
+        target_grid: tuple[int, int] | Int[Array, "B 2"],
+        temb: Float[Array, "B C"] | Modulation,
         context: Float[Array, "B L W"],
-        context_mask: Bool[Array, "B L"] | None,
-        references: References | CachedReferences | None,
-        kept: FirstBlock,
-        threshold: float,
-    ) -> tuple[Float[Array, "B N c"], FirstBlock]:
-        """`velocity`, but where the first block adds almost what it added to `kept`, the others are taken to do so, too.
-
-        Almost: mean |difference| at most `threshold` · mean |what was added then|, over all of the batch (diffusers'
-        `FirstBlockCacheConfig`, which looks at every image token; here at the target's, as references come and go).
-        """
-        (txt, img), seen = self._entered(target, target_grid, at, context, context_mask, references)
-        length, depth = target.shape[1], self.config.double_blocks
-        (txt, first), _ = self._double(txt, img, seen, range(1))
-        begun = first[:, :length].astype(jnp.float32)
-        residual = begun - img[:, :length].astype(jnp.float32)
-        change = jnp.abs(residual - kept.residual).mean() / jnp.abs(kept.residual).mean()
-        again = ~kept.known | (change > threshold)
-
-        def run() -> tuple[jax.Array, FirstBlock]:
-            x = self._through(txt, first, seen, length, range(1, depth))
-            return x, FirstBlock(residual, x.astype(jnp.float32) - begun, jnp.ones((), bool))
-
-        x, kept = jax.lax.cond(again, run, lambda: ((begun + kept.rest).astype(first.dtype), kept))
-        return self._velocity_of(x, seen), kept
-
-    def _entered(
-        self,
-        target: Array,
-        target_grid: tuple[int, int] | Array,
-        at: Any,
-        context: Array,
-        context_mask: Array | None,
-        references: References | CachedReferences | None,
+        context_mask: Bool[Array, "B L"] | None = None,
+        references: References | CachedReferences | None = None,
         *,
         references_full: bool = False,
-    ) -> tuple[tuple[jax.Array, jax.Array], _Seen]:
-        """Context and image tokens as the first block sees them."""
+    ) -> tuple[Streams, BlockInputs]:
+        """Projects context and image tokens to the transformer's width, and collects what every block reads."""
         batch, length = target.shape[0], target.shape[1]
         positions = target_positions(target_grid, length)
-        tokens, image_mask, cache = target, None, None
+        tokens, image_mask, cached_kv = target, None, None
         if isinstance(references, CachedReferences):
-            cache = references
+            cached_kv = references
         elif references is not None:
             tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
             positions = jnp.broadcast_to(positions, (batch, length, 2))
             positions = jnp.concatenate([positions, references.positions], axis=1)
         if references is not None and not references_full:
             image_mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
-        seen = tokens.shape[1] + (0 if cache is None else cache.mask.shape[1])
-        mask = _join_masks(context_mask, image_mask, (batch, context.shape[1], seen))
-        by = self._rotation(positions, context.shape[1])
+        num_keys = tokens.shape[1] + (0 if cached_kv is None else cached_kv.mask.shape[1])
+        mask = join_masks(context_mask, image_mask, (batch, context.shape[1], num_keys))
+        inputs = BlockInputs(temb, self._rope(positions, context.shape[1]), mask, cached_kv)
+        return (constrain(self.txt_in(context), "tokens"), constrain(self.img_in(tokens), "tokens")), inputs
 
-        txt, img = constrain(self.txt_in(context), "tokens"), constrain(self.img_in(tokens), "tokens")
-        return (txt, img), _Seen(at, by, mask, cache)
+    def apply_blocks(
+        self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
+    ) -> Streams:
+        """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then single blocks."""
+        double, single = self.config.double_blocks, self.config.single_blocks
+        stop = double + single if stop is None else stop
+        if start < double:
+            block_range = None if (start, stop >= double) == (0, True) else range(start, min(stop, double))
+            streams, _ = self._apply_double(streams, inputs, block_range)
+        if stop > double:
+            first, last = max(start - double, 0), stop - double
+            length = streams[0].shape[1]
+            x = jnp.concatenate(streams, axis=1)
+            x, _ = self._apply_single(x, inputs, None if (first, last) == (0, single) else range(first, last))
+            streams = x[:, :length], x[:, length:]
+        return streams
 
-    def _through(
-        self, txt: jax.Array, img: jax.Array, seen: _Seen, length: int, among: range | None = None
-    ) -> Float[Array, "B N C"]:
-        """The target's tokens after the double blocks (`among` them) and all single blocks."""
-        (txt, img), _ = self._double(txt, img, seen, among)
-        x, _ = self._single(jnp.concatenate([txt, img], axis=1), seen)
-        return x[:, txt.shape[1] : txt.shape[1] + length]
+    def predict_velocity(self, hidden: Float[Array, "B N C"], inputs: BlockInputs) -> Float[Array, "B N c"]:
+        """Applies the final layer to the target's hidden states."""
+        temb = inputs.temb
+        final = temb.final if isinstance(temb, Modulation) else self.final_layer.adaLN_modulation(temb)
+        return self.final_layer(hidden, final)
 
-    def _velocity_of(self, x: Float[Array, "B N C"], seen: _Seen) -> Float[Array, "B N c"]:
-        at = seen.at
-        return self.final_layer(x, at.final if isinstance(at, Modulation) else self.final_layer.adaLN_modulation(at))
+    def _apply_double(
+        self, streams: Streams, inputs: BlockInputs, block_range: range | None, *, return_kv: bool = False
+    ) -> tuple[Streams, KeysValues | None]:
+        """Runs double blocks (all, or `block_range`); `return_kv` also returns every block's keys and values."""
+        temb, rope, mask, cached_kv = inputs
+        known = temb.double if isinstance(temb, Modulation) else None
 
-    def _double(self, txt: Any, img: Any, seen: _Seen, among: range | None = None, *, keep: bool = False) -> Any:
-        """Both streams through all double blocks or those `among` them; `keep`: and every block's keys and values."""
-        at, by, mask, cache = seen
-        known = at.double if isinstance(at, Modulation) else None
+        def apply(block: DoubleBlock, streams: Streams, per_block: Any) -> tuple[Streams, KeysValues | None]:
+            modulation, cached = per_block
+            modulation = block.modulation(temb) if modulation is None else modulation
+            streams, kv = block(*streams, modulation, rope, mask, cached)
+            return streams, kv if return_kv else None
 
-        def apply(block: DoubleBlock, streams: Any, inputs: Any) -> Any:
-            (txt, img), (modulated, shown) = streams, inputs
-            streams, own = block(txt, img, block.modulation(at) if modulated is None else modulated, by, mask, shown)
-            return streams, own if keep else None
+        per_block = known, cached_kv and cached_kv.double
+        return scan_blocks(
+            self.double_blocks, apply, streams, per_block,
+            remat=self.remat, unroll=self.unroll, block_range=block_range,
+        )  # fmt: skip
 
-        how: Any = {"remat": self.remat, "unroll": self.unroll, "among": among}
-        return scan_blocks(self.double_blocks, apply, (txt, img), (known, cache and cache.double), **how)
+    def _apply_single(
+        self, x: Float[Array, "B T C"], inputs: BlockInputs, block_range: range | None, *, return_kv: bool = False
+    ) -> tuple[Float[Array, "B T C"], KeysValues | None]:
+        """Runs single blocks on the joint stream, as `_apply_double` does."""
+        temb, rope, mask, cached_kv = inputs
+        known = temb.single if isinstance(temb, Modulation) else None
 
-    def _single(self, x: Any, seen: _Seen, *, keep: bool = False) -> Any:
-        """The joint stream through all single blocks; `keep`: and every block's keys and values."""
-        at, by, mask, cache = seen
-        known = at.single if isinstance(at, Modulation) else None
+        def apply(block: SingleBlock, x: jax.Array, per_block: Any) -> tuple[jax.Array, KeysValues | None]:
+            modulation, cached = per_block
+            x, kv = block(x, block.modulation(temb) if modulation is None else modulation, rope, mask, cached)
+            return x, kv if return_kv else None
 
-        def apply(block: SingleBlock, x: Any, inputs: Any) -> Any:
-            modulated, shown = inputs
-            x, own = block(x, block.modulation(at) if modulated is None else modulated, by, mask, shown)
-            return x, own if keep else None
+        per_block = known, cached_kv and cached_kv.single
+        return scan_blocks(
+            self.single_blocks, apply, x, per_block, remat=self.remat, unroll=self.unroll, block_range=block_range
+        )
 
-        how: Any = {"remat": self.remat, "unroll": self.unroll}
-        return scan_blocks(self.single_blocks, apply, x, (known, cache and cache.single), **how)
-
-    def _rotation(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
+    def _rope(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
         """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""
         positions = jnp.pad(positions, ((0, 0), (context_length, 0), (1, 0)))
         return rotation(positions, self.config.rope_axes)
-
-
-def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> Int[Array, "#B N 2"]:
-    """`grid_positions` of one grid, or of one a row of the batch, each with `length` tokens."""
-    if isinstance(grid, tuple):
-        return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
-    place, columns = jnp.arange(length)[None], jnp.asarray(grid)[:, 1:]
-    return jnp.stack([place // columns, place % columns], axis=-1)
-
-
-def _join_masks(
-    context: jax.Array | None, image: jax.Array | None, sizes: tuple[int, int, int]
-) -> Bool[Array, "B S"] | None:
-    if context is None and image is None:
-        return None
-    batch, context_length, image_length = sizes
-    context = jnp.ones((batch, context_length), bool) if context is None else context
-    image = jnp.ones((batch, image_length), bool) if image is None else image
-    return jnp.concatenate([context, image], axis=1)
 
 
 class SelfAttention(nnx.Module):
@@ -408,23 +339,23 @@ class DoubleBlock(nnx.Module):
         txt: Float[Array, "B L C"],
         img: Float[Array, "B T C"],
         modulated: tuple[Modulated, Modulated],
-        by: Rotation,
+        rope: Rotation,
         mask: Bool[Array, "B keys"] | None,
-        seen: KeysValues | None = None,
+        cached_kv: KeysValues | None = None,
     ) -> tuple[tuple[Float[Array, "B L C"], Float[Array, "B T C"]], KeysValues]:
-        """Both streams, and their keys and values. `seen` are keys and values of tokens that are only looked at."""
+        """Both streams, and their keys and values. `cached_kv` are keys and values of tokens without queries here."""
         img_shift, img_scale, img_gate, img_shift_mlp, img_scale_mlp, img_gate_mlp = modulated[0]
         txt_shift, txt_scale, txt_gate, txt_shift_mlp, txt_scale_mlp, txt_gate_mlp = modulated[1]
         txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
         img_qkv = self.img_attn.project(modulate(img, img_shift, img_scale))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv))
-        mixed, own = joint_attention(q, k, v, by, mask, seen)
+        mixed, kv = joint_attention(q, k, v, rope, mask, cached_kv)
         length = txt.shape[1]
         txt = gated(txt, txt_gate, self.txt_attn.proj(mixed[:, :length]))
         img = gated(img, img_gate, self.img_attn.proj(mixed[:, length:]))
         txt = gated(txt, txt_gate_mlp, self.txt_mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
         img = gated(img, img_gate_mlp, self.img_mlp(modulate(img, img_shift_mlp, img_scale_mlp)))
-        return (constrain(txt, "tokens"), constrain(img, "tokens")), own
+        return (constrain(txt, "tokens"), constrain(img, "tokens")), kv
 
 
 class SingleBlock(nnx.Module):
@@ -443,16 +374,16 @@ class SingleBlock(nnx.Module):
         self,
         x: Float[Array, "B T C"],
         modulated: Modulated,
-        by: Rotation,
+        rope: Rotation,
         mask: Bool[Array, "B keys"] | None,
-        seen: KeysValues | None = None,
+        cached_kv: KeysValues | None = None,
     ) -> tuple[Float[Array, "B T C"], KeysValues]:
         """As `DoubleBlock`, of one stream."""
         shift, scale, gate = modulated
         qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
-        mixed, own = joint_attention(*self.norm(*split_heads(qkv, self.heads)), by, mask, seen)
+        mixed, kv = joint_attention(*self.norm(*split_heads(qkv, self.heads)), rope, mask, cached_kv)
         hidden = constrain(jax.nn.gelu(hidden, approximate=True), "hidden")
-        return constrain(gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens"), own
+        return constrain(gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens"), kv
 
 
 class FinalLayer(nnx.Module):
@@ -467,23 +398,3 @@ class FinalLayer(nnx.Module):
     def __call__(self, x: Float[Array, "B N C"], modulated: Modulated) -> Float[Array, "B N c"]:
         shift, scale = modulated
         return self.linear(modulate(x, shift, scale))
-
-
-def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Fused [q; k; v] channels as three arrays [B T H D]."""
-    shape = (*qkv.shape[:2], heads, qkv.shape[-1] // (3 * heads))  # no -1: a context may have length 0
-    q, k, v = (heads_first(part.reshape(shape)) for part in jnp.split(qkv, 3, axis=-1))
-    return q, k, v
-
-
-def joint_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, by: Rotation, mask: Bool[Array, "B keys"] | None, seen: KeysValues | None
-) -> tuple[Float[Array, "B T C"], KeysValues]:
-    """Attention of rotated q and k over the joint sequence and what is only seen, heads merged; and its keys and values."""
-    q, k, v = (constrain(x, "heads") for x in (rotate(q, by), rotate(k, by), v))
-    own = k, v
-    if seen is not None:  # one row of them may serve several images
-        spread = [jnp.repeat(x, q.shape[0] // x.shape[0], axis=0) for x in seen]
-        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, spread))
-    mixed = attention(q, k, v, mask=mask, name=ATTENTION)
-    return mixed.reshape(*mixed.shape[:2], -1), own

@@ -12,14 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import Config
-from squeeze_jax.models.dit import Modulation
+from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.estimate import KERNEL_SHARE, Estimate, Kernel, block_program, sequence
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.network import network_seconds
 from squeeze_jax.planning.report import Report, described, reached
 from squeeze_jax.planning.train_program import Compiled, abstract_batch, compiled, placed
-from squeeze_jax.sampling.sampler import MAX_STEPS, STAGES, Prepared, Schedule, advance, make_schedule, prepare
+from squeeze_jax.sampling.denoiser import Prepared
+from squeeze_jax.sampling.sampler import denoise, initial_state, prepare
+from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, Schedule, make_schedule
+from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER
 from squeeze_jax.sharding import batch_sharding, compiler_options, on_mesh
 
 Evaluation = tuple[bool, bool]
@@ -62,7 +65,8 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
         with on_mesh(mesh):
             prepared = prepare(system, states, shown, schedule, config.diffusion.guidance)
             span = jnp.array([0, MAX_STEPS])
-            return advance(system, (noise, None), config.target_grid, prepared, schedule, scales, span, guided=guided)[0]
+            state = initial_state(noise, DEFAULT_SOLVER, config.model.dit.width)
+            return denoise(system, state, config.target_grid, prepared, schedule, scales, span, guided=guided).x
 
     trips = [steps for kind, steps in evaluations(config, references) if kind != (False, False)]
     if shown is not None:  # a stage without steps is a loop of the program all the same

@@ -24,12 +24,15 @@ from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.layers.int8 import quantise
-from squeeze_jax.layers.stack import apart, is_apart
-from squeeze_jax.models.dit import STACKS
+from squeeze_jax.layers.stack import is_unstacked, unstack
+from squeeze_jax.models.dit import BLOCK_STACKS
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import place, whole
-from squeeze_jax.sampling.sampler import MAX_STEPS, Sampler, Schedule, begun, make_sampler, make_schedule, noise_for
-from squeeze_jax.sampling.solvers import PLAIN, Cheaper, Solver, State
+from squeeze_jax.sampling.denoiser import Prepared
+from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
+from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, make_schedule, noise_for
+from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER, SolverConfig
+from squeeze_jax.sampling.solvers import SolverName
 from squeeze_jax.sharding import batch_sharding
 
 REFERENCE_BUCKET = 16
@@ -53,11 +56,11 @@ class Settings:
     seed: int = 0
     num_images: int = 1
     """Of each prompt; image i is what `seed + i` alone gives."""
-    solver: Solver = "euler"
+    solver: SolverName = "euler"
     cache_interval: int = 1
     max_order: int = 1
     first_block_threshold: float = 0.0
-    """Cheaper steps, each at a loss: see `sampling.solvers`."""
+    """Solver and caches, which change the image: see `sampling.solver_config`."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,13 @@ class Resolved:
     """The pipeline's own."""
 
     @property
-    def cheaper(self) -> Cheaper:
-        asked = Cheaper(cast(Solver, self.solver), self.cache_interval, self.max_order, self.first_block_threshold)
-        # Where all is evaluated, nothing is expanded: one program, whatever the order.
-        return asked if asked.cache_interval > 1 else dataclasses.replace(asked, max_order=PLAIN.max_order)
+    def solver_config(self) -> SolverConfig:
+        """The solver and cache policy. Raises InputError for what does not go together."""
+        asked = SolverConfig(
+            cast(SolverName, self.solver), self.cache_interval, self.max_order, self.first_block_threshold
+        )
+        # Where every step is evaluated, nothing is extrapolated: one program, whatever the order.
+        return asked if asked.cache_interval > 1 else dataclasses.replace(asked, max_order=DEFAULT_SOLVER.max_order)
 
     @property
     def seeds(self) -> list[int]:
@@ -112,7 +118,7 @@ class Ready(NamedTuple):
     """Prompts of which images can be drawn: all that is made once for them."""
 
     sampler: Sampler
-    prepared: Any
+    prepared: Prepared
     """A row a prompt."""
     schedule: Schedule
     scales: jax.Array
@@ -123,8 +129,8 @@ class Run(NamedTuple):
     """A batch of images about to be drawn."""
 
     sampler: Sampler
-    state: State
-    prepared: Any
+    state: SolverState
+    prepared: Prepared
     schedule: Schedule
     scales: jax.Array
 
@@ -135,8 +141,8 @@ class Pipeline:
 
     config: Config
     encoders: FrozenEncoders
-    graph: Any
-    leaves: tuple[Any, ...]
+    graphdef: Any
+    params: tuple[Any, ...]
     step: int | None = None
     int8: bool = False
     """Whether the transformer's blocks are in 8 bits a weight: `quantised`."""
@@ -153,25 +159,25 @@ class Pipeline:
         """Around a system in memory."""
         if encoders is None:
             encoders = FrozenEncoders.of(config)
-        graph, state = nnx.split(system)
-        return cls(config, encoders, graph, (state,), step)
+        graphdef, state = nnx.split(system)
+        return cls(config, encoders, graphdef, (state,), step)
 
     def unrolled(self) -> "Pipeline":
         """This pipeline for a service on one GPU: no block's matrices are copied before they are used, at the price of
-        minutes to compile (`layers.stack.apart`). The old pipeline's weights are freed: it draws no more."""
-        leaves = tuple(apart(state, STACKS, donate=True) for state in self.leaves)
-        return dataclasses.replace(self, leaves=leaves, _programs={})
+        minutes to compile (`layers.stack.unstack`). The old pipeline's weights are freed: it draws no more."""
+        params = tuple(unstack(state, BLOCK_STACKS, donate=True) for state in self.params)
+        return dataclasses.replace(self, params=params, _programs={})
 
     def quantised(self) -> "Pipeline":
         """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half of bfloat16's memory, at a
         small loss. Raises InputError where qwix is not installed, and after `unrolled`."""
-        if any(is_apart(leaf) for state in self.leaves for leaf in jax.tree.leaves(state, is_leaf=is_apart)):
+        if any(is_unstacked(leaf) for state in self.params for leaf in jax.tree.leaves(state, is_leaf=is_unstacked)):
             raise InputError("this pipeline is unrolled already; call quantised() first and unrolled() after it")
-        own = jax.tree.map(lambda x: x, self.leaves)  # the same arrays in other variables
-        system = nnx.merge(self.graph, *own)
+        own = jax.tree.map(lambda x: x, self.params)  # the same arrays in other variables
+        system = nnx.merge(self.graphdef, *own)
         quantise(system.dit)
-        graph, state = nnx.split(system)
-        return dataclasses.replace(self, graph=graph, leaves=(state,), int8=True, _programs={})
+        graphdef, state = nnx.split(system)
+        return dataclasses.replace(self, graphdef=graphdef, params=(state,), int8=True, _programs={})
 
     @property
     def uses_references(self) -> bool:
@@ -216,7 +222,7 @@ class Pipeline:
                 raise InputError(f"{name} is {getattr(resolved, name):g}; it must be from 0 to 1")
         if resolved.tau2 > resolved.tau1:
             raise InputError(f"tau2 {resolved.tau2:g} is larger than tau1 {resolved.tau1:g}; it must not be")
-        _ = resolved.cheaper  # refuses what does not go together
+        _ = resolved.solver_config  # refuses what does not go together
         return resolved
 
     def __call__(
@@ -240,7 +246,7 @@ class Pipeline:
             raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
         if not prompts or at_once < 1:
             raise InputError(f"{len(prompts)} prompts, at_once {at_once}: both must be at least 1")
-        resolved, places = self.resolved(settings), places_of(mesh_of(self.leaves))
+        resolved, places = self.resolved(settings), places_of(mesh_of(self.params))
         images, at_once = range(resolved.num_images), max(at_once, places)
         together = max(1, at_once // resolved.num_images)
         share = places // math.gcd(places, len(images))  # prompts whose images fill the places
@@ -292,9 +298,9 @@ class Pipeline:
         for start in range(0, steps, every):
             end = min(start + every, steps)
             span = np.array([start, end], np.int32)
-            state = run.sampler.advance(self.leaves, state, run.prepared, run.schedule, run.scales, span)
+            state = run.sampler.denoise(self.params, state, run.prepared, run.schedule, run.scales, span)
             stage = STAGE_NAMES[int(np.searchsorted(borders, end - 1, side="right"))]
-            yield Progress(end, steps, stage, state[0])
+            yield Progress(end, steps, stage, state.x)
 
     def encode(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
@@ -317,7 +323,7 @@ class Pipeline:
 
     def _all_steps(self, run: Run) -> jax.Array:
         whole = np.array([0, MAX_STEPS], np.int32)
-        return run.sampler.advance(self.leaves, run.state, run.prepared, run.schedule, run.scales, whole)[0]
+        return run.sampler.denoise(self.params, run.state, run.prepared, run.schedule, run.scales, whole).x
 
     def run(
         self,
@@ -349,27 +355,28 @@ class Pipeline:
             resolved.steps, grid[0] * grid[1], resolved.tau1, resolved.tau2,
             references=references is not None, shifted=self.config.sampling.shifted,
         )  # fmt: skip
-        mesh = mesh_of(self.leaves)
-        key = grid, tuple(scale != 1.0 for scale in resolved.scales), resolved.cheaper
+        mesh = mesh_of(self.params)
+        key = grid, tuple(scale != 1.0 for scale in resolved.scales), resolved.solver_config
         sampler = self._programs.get(key)
         if sampler is None:
             guidance = self.config.diffusion.guidance
             sampler = make_sampler(
-                self.graph, target_grid=grid, guided=key[1], guidance=guidance, cheaper=resolved.cheaper, mesh=mesh
-            )
+                self.graphdef, target_grid=grid, guided=key[1], guidance=guidance, solver=resolved.solver_config,
+                width=self.config.model.dit.width, mesh=mesh,
+            )  # fmt: skip
             self._programs[key] = sampler
         states, references = beside(mesh, (states, references))
-        prepared = sampler.prepare(self.leaves, states, references, schedule)
+        prepared = sampler.prepare(self.params, states, references, schedule)
         return Ready(sampler, prepared, schedule, jnp.asarray(resolved.scales, jnp.float32), resolved)
 
     def begin(self, ready: Ready, seeds: Sequence[int]) -> Run:
         """A run of as many images as there are seeds, each prompt's in a row."""
-        mesh, (rows, columns) = mesh_of(self.leaves), self.config.grid(ready.settings.height, ready.settings.width)
+        mesh, (rows, columns) = mesh_of(self.params), self.config.grid(ready.settings.height, ready.settings.width)
         prompts = ready.prepared.context.mask.shape[0]
         if not seeds or len(seeds) % prompts:
             raise InputError(f"{len(seeds)} seeds for {prompts} prompts; give each prompt as many")
         noise = beside(mesh, noise_for(list(seeds), rows * columns, self.config.model.dit.in_channels))
-        state = begun(noise, ready.prepared, ready.settings.cheaper)
+        state = initial_state(noise, ready.settings.solver_config, self.config.model.dit.width)
         if mesh is None:  # said where it lies, as every later state is: the first step is then no program of its own
             state = jax.device_put(state, next(iter(jax.tree.leaves(ready.prepared)[0].devices())))
         return Run(ready.sampler, state, ready.prepared, ready.schedule, ready.scales)

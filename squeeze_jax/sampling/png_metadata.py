@@ -69,7 +69,7 @@ def read(path: str | Path) -> Embedded:
         )
         step = _checked(json.loads(text["checkpoint_step"]), int | None, "checkpoint_step")
         settings = Resolved(**values)
-        _ = settings.cheaper  # refuses what does not go together
+        _ = settings.solver_config  # refuses what does not go together
         return Embedded(text["prompt"], references, text["checkpoint"], step, settings)
     except KeyError as error:
         raise InputError(

@@ -74,8 +74,8 @@ def losses(
     system: System, batch: TrainingBatch | RawBatch, draws: Draws, config: Config, stage: StageConfig
 ) -> Float[Array, " B"]:
     """Each sample's loss. A dropped condition is masked out of attention, padding likewise: neither changes a loss."""
-    batch = system.encoded(batch)
-    context = system.context(batch.hidden_states)
+    batch = system.encode_batch(batch)
+    context = system.aggregate(batch.hidden_states)
     context = Context(context.tokens, context.mask & draws.keep_mllm[:, None])
     references = None
     if stage.references and batch.references.tokens.shape[1]:
@@ -210,7 +210,7 @@ def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh
     def validate(trained: Leaves, frozen: nnx.State, batch: Batch) -> Float[Array, " B"]:
         with on_mesh(mesh):
             system, shape = split.merge(trained, frozen), target_shape(batch, config)
-            batch = system.encoded(batch)
+            batch = system.encode_batch(batch)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
             noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
             keep = jnp.ones(shape[0], bool)

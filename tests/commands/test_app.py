@@ -87,7 +87,7 @@ def test_what_is_written_is_read_back(tmp_path):
         ({"references": 3}, "cannot be read"),
         ({"references": [{"path": 3, "height": 1, "width": 1}]}, "cannot be read"),
         ({"references": [{"height": 1, "width": 1}]}, "path"),
-        ({"solver": "heun", "cache_interval": 2}, "heun evaluates twice"),
+        ({"first_block_threshold": 0.1, "cache_interval": 2}, "two caches"),
         ({"first_block_threshold": -1.0}, "first_block_threshold"),
     ],
 )
@@ -213,8 +213,8 @@ def test_guidance_of_each_stage_survives_in_a_picture_and_the_page_names_it(stud
     assert picture.settings == dataclasses.replace(settings, num_images=1)
     values, notes = drawing.restore(studio, picture)
     assert "cfg_scale" not in values and "one number a stage" in notes[0]
-    notes = drawing.restore(studio, Embedded("p", (), "tiny", 12, dataclasses.replace(RESOLVED, solver="heun")))[1]
-    assert "heun" in notes[0] and len(notes) == 1
+    notes = drawing.restore(studio, Embedded("p", (), "tiny", 12, dataclasses.replace(RESOLVED, solver="multistep")))[1]
+    assert "multistep" in notes[0] and len(notes) == 1
 
 
 def test_settings_from_sliders_are_whole_where_they_must_be(studio):

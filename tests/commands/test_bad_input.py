@@ -44,7 +44,7 @@ def refused(capsys, main, arguments, *words):
         (["--tau2", "0.9"], ["tau2 0.9 is larger than tau1 0.83"]),
         (["--tau1", "1.5"], ["tau1 is 1.5; it must be from 0 to 1"]),
         (["--steps", "101"], ["--steps is 101", "100"]),
-        (["--solver", "heun", "--cache-interval", "2"], ["heun"]),
+        (["--first-block-threshold", "0.1", "--cache-interval", "2"], ["two caches"]),
         (["--max-order", "3"], ["max_order 3"]),
         (["--num-images", "0"], ["--num-images"]),
         (["--out", "picture.jpg"], [".png"]),

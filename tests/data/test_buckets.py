@@ -245,7 +245,7 @@ def test_a_folder_of_one_size_keeps_one_shape_and_says_no_grid(tmp_path):
 
 
 def test_positions_of_a_grid_told_by_the_batch_are_those_of_a_static_one():
-    from squeeze_jax.models.dit import target_positions
+    from squeeze_jax.models.backbone import target_positions
 
     grids = np.array([[2, 6], [6, 2], [3, 4], [12, 1]], np.int32)
     for grid, found in zip(grids, target_positions(grids, 12)):

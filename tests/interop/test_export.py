@@ -57,7 +57,7 @@ from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
-from squeeze_jax.sampling.sampler import noise_for
+from squeeze_jax.sampling.schedule import noise_for
 from squeeze_jax.sharding import make_mesh
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")

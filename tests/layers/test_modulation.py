@@ -29,7 +29,7 @@ def test_times_750_and_752_stay_apart_in_a_bfloat16_model():
     dit = random_dit(dtype=jnp.bfloat16)
     t = np.array([0.750, 0.752], np.float32)
     assert float(jnp.abs(jnp.diff(sinusoidal(t), axis=0)).max()) > 0.5  # two radians on the fastest channel
-    vec = dit.vector(t, np.ones(2, np.float32))
+    vec = dit.embed_timestep(t, np.ones(2, np.float32))
     assert vec.dtype == jnp.float32
     assert float(jnp.abs(jnp.diff(vec, axis=0)).max()) > 1e-2
 
@@ -40,14 +40,14 @@ def test_a_bfloat16_model_sees_the_same_embedding_as_a_float32_one(param_dtype):
     half = random_dit(dtype=jnp.bfloat16, param_dtype=param_dtype)
     full = random_dit(dtype=jnp.float32, param_dtype=param_dtype)
     guidance = np.full(3, 3.5, np.float32)
-    vec = half.vector(TIMES, guidance)
+    vec = half.embed_timestep(TIMES, guidance)
     assert vec.dtype == jnp.float32
-    np.testing.assert_array_equal(vec, full.vector(TIMES, guidance))
+    np.testing.assert_array_equal(vec, full.embed_timestep(TIMES, guidance))
     for one, other in zip(half.final_layer.adaLN_modulation(vec), full.final_layer.adaLN_modulation(vec)):
         assert one.dtype == jnp.float32
         np.testing.assert_array_equal(one, other)
     positions = jnp.asarray([[[0, 508], [0, 509], [2000, 1]]])
-    for one, other in zip(half._rotation(positions, 1), full._rotation(positions, 1)):
+    for one, other in zip(half._rope(positions, 1), full._rope(positions, 1)):
         assert one.dtype == jnp.float32
         np.testing.assert_array_equal(one, other)
 
@@ -60,8 +60,8 @@ def test_time_and_guidance_are_scaled_by_1000_once():
     with torch.no_grad():  # the transformer hands 1000·t and 1000·guidance to this module
         theirs = twin.time_text_embed(*(torch.from_numpy(x) for x in (1000 * TIMES, 1000 * guidance, pooled)))
         plain = twin.time_text_embed(*(torch.from_numpy(x) for x in (1000 * TIMES, 1000 * guidance, np.zeros_like(pooled))))
-    assert relative_error(dit.vector(TIMES, guidance, pooled), theirs) < 1e-5
-    assert relative_error(dit.vector(TIMES, guidance), plain) < 1e-5  # no pooled vector: zeros through the embedder
+    assert relative_error(dit.embed_timestep(TIMES, guidance, pooled), theirs) < 1e-5
+    assert relative_error(dit.embed_timestep(TIMES, guidance), plain) < 1e-5  # no pooled vector: zeros through the embedder
 
 
 def test_modulated_norm_and_gate_equal_diffusers():

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.stack import ATTENTION, REMAT, apart, rematerialised, scan_blocks, stacked
+from squeeze_jax.layers.stack import ATTENTION, REMAT, rematerialised, scan_blocks, stacked, unstack
 
 DEPTH, WIDTH = 3, 6
 
@@ -65,12 +65,12 @@ def test_scan_equals_a_loop_over_unstacked_blocks(problem, unroll):
     np.testing.assert_allclose(sums, jnp.stack(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("taken", [lambda state: state, lambda state: apart(nnx.State({"in": state}), ["in"])["in"]])
+@pytest.mark.parametrize("taken", [lambda state: state, lambda state: unstack(nnx.State({"in": state}), ["in"])["in"]])
 def test_some_of_the_blocks(problem, taken):
     """The first and then the others are all of them."""
     graph, state, x, extras, run, _ = problem
     blocks = nnx.merge(graph, taken(state))
-    some = lambda x, among: scan_blocks(blocks, lambda b, x, e: b(x, e), x, extras, among=among)  # noqa: E731
+    some = lambda x, among: scan_blocks(blocks, lambda b, x, e: b(x, e), x, extras, block_range=among)  # noqa: E731
     (first, one), all_blocks = some(x, range(1)), run(state, "none")
     rest, others = some(first, range(1, DEPTH))
     np.testing.assert_allclose(rest, all_blocks[0], rtol=1e-6)
@@ -81,7 +81,7 @@ def test_some_of_the_blocks(problem, taken):
 def test_blocks_apart_are_the_same_blocks(problem):
     _, state, _, _, run, _ = problem
     both = nnx.State({"inside": state, "beside": nnx.State({"whole": nnx.Param(jnp.ones(DEPTH))})})
-    taken = apart(both, ["inside"])
+    taken = unstack(both, ["inside"])
     assert isinstance(taken["inside"]["first"]["kernel"].get_value(), tuple)
     assert taken["beside"]["whole"].get_value().shape == (DEPTH,)
     for remat in ("none", "block"):

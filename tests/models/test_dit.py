@@ -10,7 +10,8 @@ from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit
 
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.models.dit import DiTConfig, FirstBlock, QKNorm
+from squeeze_jax.models.dit import DiTConfig, QKNorm
+from squeeze_jax.sampling.caching import FirstBlockCache, velocity_by_first_block
 
 SCHNELL = DiTConfig(**{**vars(CONFIG), "guidance": False})
 CACHED = DiTConfig(**{**vars(CONFIG), "reference_attention": "cached"})
@@ -65,18 +66,18 @@ def test_a_first_block_cache_equals_diffusers():
     @jax.jit
     def step(state, target, t, kept):
         dit = nnx.merge(graph, state)
-        at = dit.vector(t, x["guidance"], x["pooled"])
-        return dit.velocity_after_first(target, x["target_grid"], at, x["context"], None, None, kept, threshold)
+        temb = dit.embed_timestep(t, x["guidance"], x["pooled"])
+        streams, block_inputs = dit.embed_inputs(target, x["target_grid"], temb, x["context"])
+        return velocity_by_first_block(dit, streams, block_inputs, target.shape[1], kept, threshold)
 
-    nothing = jnp.zeros((2, x["target"].shape[1], CONFIG.width))
-    kept, left_out = FirstBlock(nothing, nothing, jnp.zeros((), bool)), []
+    (kept, _), left_out = FirstBlockCache(threshold).init(jnp.asarray(x["target"]), CONFIG.width), []
     twin.enable_cache(FirstBlockCacheConfig(threshold))
     with torch.no_grad(), twin.cache_context("one branch"):
         for each in ways:
-            before = kept.residual
+            before = kept.first
             ours, kept = step(state, each["target"], each["t"], kept)
             assert relative_error(ours, run_twin(torch, twin, each)) < 1e-5
-            left_out.append(bool((before == kept.residual).all()))
+            left_out.append(bool((before == kept.first).all()))
     assert not left_out[0] and 2 <= sum(left_out) <= 5, "both happened"
     twin.disable_cache()
 
@@ -108,8 +109,8 @@ def test_cached_references_are_those_of_time_zero_whatever_the_time():
     def at(state, cached_at):
         dit = nnx.merge(graph, state)
         rest = x["guidance"], x["pooled"]
-        cache = dit.cached(jax.tree.map(jnp.asarray, references), dit.vector(cached_at, *rest))
-        return dit.velocity(x["target"], x["target_grid"], dit.vector(x["t"], *rest), x["context"], None, cache)
+        cache = dit.cache_references(jax.tree.map(jnp.asarray, references), dit.embed_timestep(cached_at, *rest))
+        return dit.velocity(x["target"], x["target_grid"], dit.embed_timestep(x["t"], *rest), x["context"], None, cache)
 
     whole = run(dit, x)
     assert relative_error(whole, at(state, np.zeros(2, np.float32))) < 1e-6
@@ -123,13 +124,13 @@ def test_modulation_made_beforehand_is_that_of_each_time(config):
     graph, state = nnx.split(dit)
 
     def vector(dit, times):
-        return dit.vector(times, None if not config.guidance else np.full(len(times), 3.5, np.float32))
+        return dit.embed_timestep(times, None if not config.guidance else np.full(len(times), 3.5, np.float32))
 
     @jax.jit
     def both(state, i):
         dit = nnx.merge(graph, state)
         rest = x["context"], None, None
-        known = dit.velocity(x["target"], x["target_grid"], dit.modulation(vector(dit, times)).at(i), *rest)
+        known = dit.velocity(x["target"], x["target_grid"], dit.make_modulation(vector(dit, times)).at(i), *rest)
         vec = vector(dit, jnp.full(2, jnp.asarray(times)[i]))
         return known, dit.velocity(x["target"], x["target_grid"], vec, *rest)
 
@@ -171,7 +172,7 @@ def velocity(dit):
     @jax.jit
     def run(target, t, context, context_mask, references):
         dit = nnx.merge(graph, state)
-        vec = dit.vector(t, jnp.full(t.shape, 2.5))
+        vec = dit.embed_timestep(t, jnp.full(t.shape, 2.5))
         return dit.velocity(target, (4, 6), vec, context, context_mask, references)
 
     return run
@@ -222,18 +223,18 @@ def test_batches_are_independent(velocity):
 
 def test_no_pooled_vector_means_zeros_through_the_embedder(dit):
     t, guidance = np.array([0.3], np.float32), np.array([2.0], np.float32)
-    zeros = dit.vector(t, guidance, np.zeros((1, CONFIG.pooled_width), np.float32))
-    np.testing.assert_array_equal(dit.vector(t, guidance), zeros)
-    skipped = dit.vector(t, guidance) - dit.vector_in(jnp.zeros((1, CONFIG.pooled_width)))
+    zeros = dit.embed_timestep(t, guidance, np.zeros((1, CONFIG.pooled_width), np.float32))
+    np.testing.assert_array_equal(dit.embed_timestep(t, guidance), zeros)
+    skipped = dit.embed_timestep(t, guidance) - dit.vector_in(jnp.zeros((1, CONFIG.pooled_width)))
     assert float(jnp.abs(zeros - skipped).max()) > 1e-2  # the embedder's biases count
 
 
 def test_a_missing_and_an_extra_guidance_value_are_refused(dit):
     t, value = np.array([0.3], np.float32), np.array([2.0], np.float32)
     with pytest.raises(ValueError, match="pass guidance"):
-        dit.vector(t)
+        dit.embed_timestep(t)
     with pytest.raises(ValueError, match="leave guidance out"):
-        random_dit(SCHNELL).vector(t, value)
+        random_dit(SCHNELL).embed_timestep(t, value)
 
 
 def test_impossible_rotary_axes_are_refused():

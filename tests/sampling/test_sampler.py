@@ -28,7 +28,7 @@ from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
 from squeeze_jax.errors import InputError
 from squeeze_jax.evaluation.grids import Encoded, draw_examples
 from squeeze_jax.models import dit
-from squeeze_jax.models.dit import Modulation
+from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import (
     REFERENCE_BUCKET,
@@ -38,7 +38,8 @@ from squeeze_jax.sampling.pipeline import (
     evenly_cut,
     reference_tokens,
 )
-from squeeze_jax.sampling.sampler import MAX_STEPS, STAGES, make_sampler, make_schedule, noise_for
+from squeeze_jax.sampling.sampler import make_sampler
+from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
 from squeeze_jax.training.state import flat_leaves, with_leaves
 
@@ -67,13 +68,13 @@ class Field(System):
     def __init__(self, formula) -> None:
         self.formula = formula
 
-    def context(self, states):
+    def aggregate(self, states):
         return Context(jnp.ones((states.text.shape[0], 1, 1)), jnp.ones((states.text.shape[0], 1), bool))
 
-    def modulation(self, times, guidance=1.0):
+    def make_modulation(self, times, guidance=1.0):
         return Modulation((), (), ())
 
-    def shown(self, references, guidance=1.0):
+    def prepare_references(self, references, guidance=1.0):
         return references
 
     def velocity(self, target, target_grid, t, context, references, guidance=1.0, modulation=None):
@@ -193,7 +194,7 @@ def test_tau_steps_and_guidance_matter_and_compile_nothing(programs):
     _, _, (left_out, sampler, _), _ = programs
     settings = [(6, 0.9, 0.4, 2.5), (6, 0.6, 0.4, 2.5), (6, 0.9, 0.6, 2.5), (9, 0.9, 0.4, 2.5), (6, 0.9, 0.4, 4.0)]
     found = [left_out(make_schedule(n, TOKENS, a, b, references=True), scale) for n, a, b, scale in settings]
-    assert sampler.advance._cache_size() == 1 and sampler.prepare._cache_size() == 1
+    assert sampler.denoise._cache_size() == 1 and sampler.prepare._cache_size() == 1
     for i in range(1, len(found)):
         assert relative_error(found[i], found[0]) > 1e-3, settings[i]
 
@@ -251,13 +252,13 @@ def test_steps_thresholds_and_guidance_are_arguments_of_one_program(pipeline):
     for steps, tau1, tau2, scale in ((2, 0.9, 0.4, 2.5), (9, 0.8, 0.8, 3.0), (4, 1.0, 0.0, 1.5)):
         fresh.sample(states, latents, [5], Settings(steps=steps, tau1=tau1, tau2=tau2, cfg_scale=scale))
     (program,) = fresh._programs.values()
-    assert program.prepare._cache_size() == program.advance._cache_size() == 1
+    assert program.prepare._cache_size() == program.denoise._cache_size() == 1
 
 
 def test_blocks_apart_draw_the_same(pipeline):
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings = Settings(steps=3, tau1=0.9, tau2=0.4)
-    own = dataclasses.replace(pipeline, leaves=jax.tree.map(jnp.copy, pipeline.leaves), _programs={})
+    own = dataclasses.replace(pipeline, params=jax.tree.map(jnp.copy, pipeline.params), _programs={})
     apart = own.unrolled()
     drawn = apart.sample(states, latents, [5], settings)
     assert relative_error(drawn, pipeline.sample(states, latents, [5], settings)) < 1e-5
@@ -271,9 +272,9 @@ def test_blocks_in_eight_bits_draw_almost_the_same(pipeline):
     pytest.importorskip("qwix", reason="the `quantize` extra is not installed")
     states, latents = row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings, small = Settings(steps=3, tau1=0.9, tau2=0.4), pipeline.quantised()
-    again = jax.tree.leaves(small.quantised().leaves)
-    assert all(np.array_equal(a, b) for a, b in zip(again, jax.tree.leaves(small.leaves), strict=True)), "once is enough"
-    kernels = [leaf for name, leaf in flat_leaves(small.leaves[0]).items() if "blocks" in name and name.endswith("kernel")]
+    again = jax.tree.leaves(small.quantised().params)
+    assert all(np.array_equal(a, b) for a, b in zip(again, jax.tree.leaves(small.params), strict=True)), "once is enough"
+    kernels = [leaf for name, leaf in flat_leaves(small.params[0]).items() if "blocks" in name and name.endswith("kernel")]
     assert any(leaf.dtype == jnp.int8 for leaf in kernels)
     error = relative_error(small.sample(states, latents, [5], settings), pipeline.sample(states, latents, [5], settings))
     assert 1e-5 < error < 0.05
@@ -290,10 +291,10 @@ def test_a_first_block_cache_begins_anew_in_each_stage(pipeline):
     run = pipeline.run(states, latents, [5], always)
     known = []
     for i in range(6):
-        state = run.sampler.advance(
-            pipeline.leaves, run.state, run.prepared, run.schedule, run.scales, np.array([i, i + 1], np.int32)
+        state = run.sampler.denoise(
+            pipeline.params, run.state, run.prepared, run.schedule, run.scales, np.array([i, i + 1], np.int32)
         )
-        known.append([not (a.rest == b.rest).all() for a, b in zip(state[1], run.state[1])])
+        known.append([not (a.rest == b.rest).all() for a, b in zip(state.cache, run.state.cache)])
         run = run._replace(state=state)
     first = [int(i in {0, *(int(border) for border in run.schedule.borders[:-1])}) for i in range(6)]
     assert [own for own, _ in known] == first, "the conditional branch sees other tokens"
@@ -319,12 +320,12 @@ def test_streaming_is_sampling(pipeline, monkeypatch):
     some = list(pipeline.stream("a prompt", settings=settings, every=4))
     assert [state.step for state in some] == [4, 6]
     np.testing.assert_array_equal(some[0].tokens, each[3].tokens)
-    kept = jax.device_put(pipeline.leaves, jax.devices()[0])  # as weights that were read
+    kept = jax.device_put(pipeline.params, jax.devices()[0])  # as weights that were read
     for each in (settings, again, dataclasses.replace(settings, first_block_threshold=0.1)):
-        fresh = dataclasses.replace(pipeline, leaves=kept, _programs={})
+        fresh = dataclasses.replace(pipeline, params=kept, _programs={})
         assert len(list(fresh.stream("a prompt", settings=each))) == 6
         (program,) = fresh._programs.values()
-        assert program.advance._cache_size() == 1
+        assert program.denoise._cache_size() == 1
 
 
 def test_several_prompts_at_once_are_each_alone(pipeline, monkeypatch):
@@ -476,10 +477,10 @@ def test_weights_on_a_mesh_draw_the_same(pipelines, laid, kind, monkeypatch):
     monkeypatch.setattr(dit, "constrain", lambda x, kind: (seen.append(current_mesh()), constrain(x, kind))[1])
     pipeline, states, latents = pipelines[kind], row(tiny_batch().hidden_states, 0), [some_latents((4, 6), (2, 2))]
     settings, seeds = Settings(cfg_scale=2.5), range(3 if laid == "copies" else 2)
-    spread = dataclasses.replace(pipeline, leaves=LAID[laid](pipeline.leaves), _programs={})
+    spread = dataclasses.replace(pipeline, params=LAID[laid](pipeline.params), _programs={})
     drawn = spread.sample(jax.device_put(states, jax.devices()[0]), latents, seeds, settings)
     assert len(drawn.sharding.device_set) == 8
-    assert set(seen) == {jax.tree.leaves(spread.leaves)[0].sharding.mesh}  # kernels have to know it
+    assert set(seen) == {jax.tree.leaves(spread.params)[0].sharding.mesh}  # kernels have to know it
     assert relative_error(drawn, pipeline.sample(states, latents, seeds, settings)) < 1e-5
 
 
@@ -562,7 +563,7 @@ def test_impossible_settings_are_refused(steps, tau1, tau2, message):
         (Settings(num_images=0), "num_images is 0"),
         (Settings(tau2=0.95), "tau2 0.95 is larger than tau1 0.9"),
         (Settings(tau1=float("nan")), "tau1 is nan; it must be from 0 to 1"),
-        (Settings(solver="heun", cache_interval=2), "heun evaluates twice"),
+        (Settings(first_block_threshold=0.1, cache_interval=2), "two caches"),
     ],
 )
 def test_impossible_pictures_are_refused(pipeline, settings, message):

@@ -53,6 +53,8 @@ class Listed(list):
     def name(self, index):
         return f"row {index + 1}"
 
+    prompts_are_valid = False
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _optax_promotes():
@@ -100,7 +102,7 @@ def test_the_program_makes_what_the_records_hold(batches, system):
     records, raw = batches
     np.testing.assert_array_equal(records.index, raw.index)
     trained, split = system
-    made = jax.jit(lambda frozen, raw: split.merge(trained, frozen).encoded(raw))(split.frozen, raw)
+    made = jax.jit(lambda frozen, raw: split.merge(trained, frozen).encode_batch(raw))(split.frozen, raw)
     np.testing.assert_allclose(made.target, records.target, atol=2e-5)
     text, image, references = (records.hidden_states.text_mask, records.hidden_states.image_mask, records.references.mask)
     for mine, theirs in (

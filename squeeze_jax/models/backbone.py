@@ -1,0 +1,194 @@
+"""What the rest of the system knows of a diffusion transformer: the `Backbone` protocol and what it exchanges.
+
+Aggregator, sampler, trainer, planner and export use these names alone. `models/dit.py` (FLUX.1) is the
+first backbone; `tests/models/test_toy_backbone.py` has the smallest one that can be trained and sampled.
+"""
+
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax.array_types import Array, Bool, Float, Int
+from squeeze_jax.batch import References
+from squeeze_jax.diffusion.latents import grid_positions
+from squeeze_jax.layers.attention import attention, heads_first
+from squeeze_jax.layers.rope import Rotation, rotate
+from squeeze_jax.layers.stack import ATTENTION
+from squeeze_jax.sharding import constrain
+
+Modulated = tuple[Float[Array, "*T 1 C"], ...]
+"""Shifts, scales and gates of a block at some times."""
+KeysValues = tuple[Float[Array, "*depth _ _ H D"], Float[Array, "*depth _ _ H D"]]
+"""Rotated keys, and values, of tokens in a block [B, R, H, D]; with a leading axis: in every block of a stack."""
+ReferenceAttention = Literal["joint", "cached"]
+Streams = tuple[Float[Array, "B L C"], Float[Array, "B T C"]]
+"""Hidden states between blocks: of the context stream, and of the image stream."""
+
+
+class Modulation(NamedTuple):
+    """Shifts, scales and gates of all blocks at some noise levels, computed before a loop. All are float32."""
+
+    double: Any
+    """Of the double-stream blocks, every array with axes [depth, T, 1, C]."""
+    single: Any
+    """Of the single-stream blocks, likewise."""
+    final: Any
+    """Of the final layer, arrays [T, 1, C]."""
+
+    def at(self, i: int | Int[Array, ""]) -> "Modulation":
+        """Selects time i alone, T = 1."""
+
+        def select(tree: Any, axis: int) -> Any:
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis), tree)
+
+        return Modulation(select(self.double, 1), select(self.single, 1), select(self.final, 0))
+
+
+class CachedReferences(NamedTuple):
+    """Keys and values of reference tokens in every block, for `reference_attention="cached"`: once a prompt."""
+
+    double: KeysValues
+    single: KeysValues
+    mask: Bool[Array, "B R"]
+
+
+class BlockInputs(NamedTuple):
+    """What every block reads besides its hidden states."""
+
+    temb: Float[Array, "B C"] | Modulation
+    """The conditioning vector, or the modulation that was computed from it beforehand."""
+    rope: Rotation
+    mask: Bool[Array, "B S"] | None
+    """Which keys count: of the context, the image stream and the cached references."""
+    cached_kv: CachedReferences | None
+
+
+@runtime_checkable
+class BackboneConfig(Protocol):
+    """What the system reads of a backbone's config."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of a latent token."""
+        ...
+
+    @property
+    def context_width(self) -> int:
+        """Width of a context token: the aggregator's output."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        ...
+
+    @property
+    def guidance(self) -> bool:
+        """Whether the backbone takes a distilled guidance value."""
+        ...
+
+    @property
+    def reference_attention(self) -> ReferenceAttention: ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A diffusion transformer that predicts the velocity ε − x_0 of target tokens.
+
+    The contract: `velocity` equals `embed_inputs`, then `apply_blocks` over all blocks, then
+    `predict_velocity`. Times are in [0, 1], 1 is noise. Masked context and reference tokens change nothing.
+    `embed_timestep` and `make_modulation` depend on times (and guidance) alone, so a sampler computes them
+    before its loop. References are `References` (joint attention) or what `cache_references` made of them.
+    """
+
+    @property
+    def config(self) -> BackboneConfig: ...
+
+    def embed_timestep(self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None) -> jax.Array:
+        """The conditioning vector [B, C] of times and distilled guidance values."""
+        ...
+
+    def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation: ...
+
+    def cache_references(self, references: References, temb: Float[Array, "B C"]) -> CachedReferences: ...
+
+    def embed_inputs(
+        self,
+        target: Float[Array, "B N c"],
+        target_grid: tuple[int, int] | Int[Array, "B 2"],
+        temb: Float[Array, "B C"] | Modulation,
+        context: Float[Array, "B L W"],
+        context_mask: Bool[Array, "B L"] | None = None,
+        references: References | CachedReferences | None = None,
+    ) -> tuple[Streams, BlockInputs]:
+        """The hidden states before block 0, and what all blocks read; the target's tokens stand first."""
+        ...
+
+    def apply_blocks(
+        self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
+    ) -> Streams:
+        """The hidden states after the blocks `start` to `stop` - 1, of all blocks in order."""
+        ...
+
+    def predict_velocity(self, hidden: Float[Array, "B N C"], inputs: BlockInputs) -> Float[Array, "B N c"]:
+        """The velocity of the target tokens from their hidden states after the last block."""
+        ...
+
+    def velocity(
+        self,
+        target: Float[Array, "B N c"],
+        target_grid: tuple[int, int] | Int[Array, "B 2"],
+        temb: Float[Array, "B C"] | Modulation,
+        context: Float[Array, "B L W"],
+        context_mask: Bool[Array, "B L"] | None = None,
+        references: References | CachedReferences | None = None,
+    ) -> Float[Array, "B N c"]: ...
+
+
+def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> Int[Array, "#B N 2"]:
+    """Row and column of the target's tokens, of one grid or of one a row of the batch, each with `length` tokens."""
+    if isinstance(grid, tuple):
+        return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
+    index, columns = jnp.arange(length)[None], jnp.asarray(grid)[:, 1:]
+    return jnp.stack([index // columns, index % columns], axis=-1)
+
+
+def join_masks(
+    context: Bool[Array, "B L"] | None, image: Bool[Array, "B T"] | None, sizes: tuple[int, int, int]
+) -> Bool[Array, "B S"] | None:
+    """One mask of the joint sequence; `sizes` are (batch, context tokens, image tokens). None where all count."""
+    if context is None and image is None:
+        return None
+    batch, context_length, image_length = sizes
+    context = jnp.ones((batch, context_length), bool) if context is None else context
+    image = jnp.ones((batch, image_length), bool) if image is None else image
+    return jnp.concatenate([context, image], axis=1)
+
+
+def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fused [q; k; v] channels as three arrays [B T H D]."""
+    shape = (*qkv.shape[:2], heads, qkv.shape[-1] // (3 * heads))  # no -1: a context may have length 0
+    q, k, v = (heads_first(part.reshape(shape)) for part in jnp.split(qkv, 3, axis=-1))
+    return q, k, v
+
+
+def joint_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rope: Rotation,
+    mask: Bool[Array, "B keys"] | None,
+    cached_kv: KeysValues | None,
+) -> tuple[Float[Array, "B T C"], KeysValues]:
+    """Attends over the joint sequence (q, k, v [B, T, H, D]) and the cached keys, with rotary positions.
+
+    Returns the output with heads merged, and the keys and values of the joint sequence.
+    """
+    q, k, v = (constrain(x, "heads") for x in (rotate(q, rope), rotate(k, rope), v))
+    kv = k, v
+    if cached_kv is not None:  # one row of the cache may serve several images of a prompt
+        repeated = [jnp.repeat(x, q.shape[0] // x.shape[0], axis=0) for x in cached_kv]
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(kv, repeated))
+    mixed = attention(q, k, v, mask=mask, name=ATTENTION)
+    return mixed.reshape(*mixed.shape[:2], -1), kv
