@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from squeeze_jax.data.images import to_uint8
-from squeeze_jax.evaluation.grids import reference_latents
+from squeeze_jax.data.references import encode_references
 from squeeze_jax.interop.tensors import write_json
 from squeeze_jax.miniature.scores import score_settings
 from squeeze_jax.miniature.source import CritterRows
@@ -52,7 +52,9 @@ def main() -> None:
     for start in range(0, count, AT_ONCE):
         some = [rows[i] for i in range(start, start + AT_ONCE)]
         states = pipeline.encoders.read([e.prompt for e in some], [e.references for e in some])
-        latents = reference_latents(pipeline.encoders, pipeline.config, some)
+        latents = encode_references(
+            pipeline.encoders, [e.references for e in some], pipeline.config.data.reference_long_side
+        )
         batches.append((states, latents, list(range(start, start + AT_ONCE))))
 
     def drawn(pipeline: Pipeline, settings: Settings) -> np.ndarray:

@@ -8,7 +8,6 @@ several sizes, every batch comes from one bucket (`buckets.py`).
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from etils import epath
 
 from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, permutation, shapes, waste
 from squeeze_jax.data.records import FeatureRecord, FeatureSource, ShardSummary
-from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, reference_positions
+from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, pack_references
 from squeeze_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,12 +47,12 @@ def collate(records: Sequence[FeatureRecord], padding: Padding, with_grid: bool 
         "image": np.zeros((count, m, li, c), np.uint16),
         "image_mask": np.zeros((count, li), bool),
         "image_positions": np.zeros((count, li), np.int32),
-        "references": np.zeros((count, r, channels), np.float32),
-        "reference_mask": np.zeros((count, r), bool),
-        "reference_positions": np.zeros((count, r, 2), np.int32),
     }
+    grids = [latent_grid(record.target) for record in records]
     if with_grid:
-        arrays["grid"] = np.array([latent_grid(record.target) for record in records], np.int32)
+        arrays["grid"] = np.array(grids, np.int32)
+    references = pack_references([record.references for record in records], grids, r, channels)
+    arrays |= zip(("references", "reference_mask", "reference_positions"), references)
     for i, record in enumerate(records):
         for name, states, positions in (
             ("text", record.text, record.text_positions),
@@ -63,18 +62,7 @@ def collate(records: Sequence[FeatureRecord], padding: Padding, with_grid: bool 
             arrays[name][i, :, :length] = states.view(np.uint16)
             arrays[f"{name}_mask"][i, :length] = True
             arrays[f"{name}_positions"][i, :length] = positions
-        grids = tuple(latent_grid(latent) for latent in record.references)
-        positions = _positions(latent_grid(record.target), grids)
-        arrays["reference_mask"][i, : len(positions)] = True
-        arrays["reference_positions"][i, : len(positions)] = positions
-        start = 0
-        for latent, (rows, columns) in zip(record.references, grids, strict=True):
-            arrays["references"][i, start : start + rows * columns] = pack(latent)
-            start += rows * columns
     return arrays
-
-
-_positions = lru_cache(maxsize=4096)(reference_positions)
 
 
 def to_batch(arrays: Arrays) -> "TrainingBatch":

@@ -16,6 +16,7 @@ from PIL import Image
 
 from squeeze_jax.data.images import nearest_size, resize_for_reference, resize_for_target
 from squeeze_jax.data.records import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
+from squeeze_jax.data.references import encode_pictures
 from squeeze_jax.data.storage import write_json
 from squeeze_jax.errors import InputError
 
@@ -168,7 +169,7 @@ def _records(
         targets = [example.target for example in examples]
         pictures = [resize_for_target(t, *nearest_size(t.height, t.width, target_sizes)) for t in targets]
         pictures += [resize_for_reference(r, reference_long_side) for sample in references for r in sample]
-        latents = _latents(encoders, pictures, batch)
+        latents = encode_pictures(encoders, pictures, batch)
         of_references = iter(latents[len(examples) :])
         for example, prompt, target, sample in zip(examples, encoded, latents, references):
             yield FeatureRecord(
@@ -180,19 +181,6 @@ def _records(
                 target=target,
                 references=tuple(next(of_references) for _ in sample),
             )
-
-
-def _latents(encoders: Encoders, pictures: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
-    """Latents of pictures of any sizes, in order: those of one size together, at most `batch` at once."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for place, picture in enumerate(pictures):
-        by_size.setdefault(picture.shape, []).append(place)
-    latents: dict[int, np.ndarray] = {}
-    for places in by_size.values():
-        for start in range(0, len(places), batch):
-            some = places[start : start + batch]
-            latents.update(zip(some, encoders.latents([pictures[place] for place in some]), strict=True))
-    return [latents[place] for place in range(len(pictures))]
 
 
 def _counted(

@@ -4,6 +4,7 @@ Everything here is shape arithmetic and takes NumPy and JAX arrays alike (the da
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,26 @@ def reference_positions(target_grid: Grid, reference_grids: Sequence[Grid]) -> I
     origins = reference_origins(target_grid, reference_grids)
     parts = [grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)]
     return np.concatenate([np.zeros((0, 2), np.int32), *parts])
+
+
+def pack_references(
+    latents: Sequence[Sequence[np.ndarray]], target_grids: Sequence[Grid], length: int,
+    channels: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packs each sample's reference latents into one row of `length` tokens, positioned past its target.
+
+    `channels` are a token's, 4c. Returns what `batch.References` holds: tokens [B, length, channels] float32 (padding is
+    zero), mask [B, length], positions [B, length, 2]. Raises ValueError where a row does not fit.
+    """
+    tokens = np.zeros((len(latents), length, channels), np.float32)
+    mask = np.zeros((len(latents), length), bool)
+    positions = np.zeros((len(latents), length, 2), np.int32)
+    for i, (row, target_grid) in enumerate(zip(latents, target_grids, strict=True)):
+        places = _positions(target_grid, tuple(latent_grid(latent) for latent in row))
+        mask[i, : len(places)], positions[i, : len(places)] = True, places
+        if row:
+            tokens[i, : len(places)] = np.concatenate([pack(latent) for latent in row])
+    return tokens, mask, positions
+
+
+_positions = lru_cache(maxsize=4096)(reference_positions)

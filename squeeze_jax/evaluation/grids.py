@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,9 +14,10 @@ from PIL import Image
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FrozenEncoders
-from squeeze_jax.data.images import resize_for_reference, resize_for_target, to_uint8
+from squeeze_jax.data.images import resize_for_target, to_uint8
 from squeeze_jax.data.record_writer import Example
 from squeeze_jax.data.records import read_metadata
+from squeeze_jax.data.references import encode_references
 from squeeze_jax.data.sources import open_examples, source_of
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside
@@ -111,7 +112,8 @@ def encode_examples(
     for piece in alike([e.references for e in examples], CHUNK, places):
         some = [examples[i] for i in piece]
         states = encoders.read([e.prompt for e in some], [e.references for e in some])
-        yield Encoded(piece, states, reference_latents(encoders, config, some))
+        longest = config.data.reference_long_side
+        yield Encoded(piece, states, encode_references(encoders, [e.references for e in some], longest))
 
 
 def draw_examples(
@@ -134,21 +136,6 @@ def draw_examples(
         pictures |= zip(piece, to_uint8(drawn))
         done(len(set(piece)))
     return np.stack([pictures[i] for i in sorted(pictures)])
-
-
-def reference_latents(
-    encoders: FrozenEncoders, config: Config, examples: Sequence[Example]
-) -> list[list[np.ndarray]]:
-    """Latents of every example's references, those of one size encoded together."""
-    pictures = [
-        [resize_for_reference(image, config.data.reference_long_side) for image in e.references] for e in examples
-    ]
-    by_size: dict[Any, list[np.ndarray]] = {}
-    for row in pictures:
-        for picture in row:
-            by_size.setdefault(picture.shape, []).append(picture)
-    encoded: dict[Any, Iterator[np.ndarray]] = {size: iter(encoders.latents(some)) for size, some in by_size.items()}
-    return [[next(encoded[picture.shape]) for picture in row] for row in pictures]
 
 
 def _shown(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -14,7 +14,8 @@ from flax import nnx
 
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.checkpoints.trained import Trained
-from squeeze_jax.data.images import load_image, resize_for_reference, to_uint8
+from squeeze_jax.data.images import load_image, to_uint8
+from squeeze_jax.data.references import encode_references
 from squeeze_jax.errors import OutputError
 from squeeze_jax.interop.autoencoder import save_autoencoder
 from squeeze_jax.interop.exported import ENCODERS, TRANSFORMER, about_of
@@ -29,7 +30,7 @@ from squeeze_jax.interop.load import (
     save_dit,
     save_internvl,
 )
-from squeeze_jax.sampling.pipeline import Pipeline, Settings, reference_tokens
+from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
 from squeeze_jax.sampling.schedule import noise_for
 
 TOLERANCE = {"part": 1e-4, "latents": 1e-4, "pixels": 1e-3}
@@ -54,10 +55,7 @@ def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] 
     with torch_pipeline(folder, trained) as theirs:
         pictures = [load_image(DEMO / "references" / f"critter-{i}.png") for i in range(2)]
         states = pipeline.encoders.read([PROMPT], [pictures])
-        latents = [
-            pipeline.encoders.latents([resize_for_reference(picture, config.data.reference_long_side)])[0]
-            for picture in pictures
-        ]
+        (latents,) = encode_references(pipeline.encoders, [pictures], config.data.reference_long_side)
         settings = Settings(steps=min(config.sampling.steps, STEPS))
         resolved = pipeline.resolved(settings)
         grid = config.grid(resolved.height, resolved.width)
@@ -111,7 +109,7 @@ def _parts(
     encoded = torch.cat([theirs.encode(picture).flatten() for picture in pictures])
     in_their_order = [latent.transpose(2, 0, 1).ravel() for latent in latents]
     rows["autoencoder, encode"] = relative_error(encoded.numpy(), np.concatenate(in_their_order))
-    references = reference_tokens([latents], grid)
+    references = pad_references([latents], grid)
     assert references is not None
     ours_of = nnx.jit(
         lambda system, x, t, context, references: system.velocity(

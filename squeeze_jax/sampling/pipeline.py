@@ -18,8 +18,9 @@ from squeeze_jax.batch import HiddenStates, References
 from squeeze_jax.checkpoints.trained import load_trained
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FrozenEncoders
-from squeeze_jax.data.images import parse_size, resize_for_reference, to_rgb
-from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions, unpack
+from squeeze_jax.data.images import parse_size, to_rgb
+from squeeze_jax.data.references import encode_references
+from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack_references, unpack
 from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
@@ -306,8 +307,8 @@ class Pipeline:
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
     ) -> tuple[HiddenStates, list[list[np.ndarray]]]:
         """What the frozen encoders make of prompts and their references: once, whatever is drawn from it."""
-        longest, upright = self.config.data.reference_long_side, [[to_rgb(image) for image in row] for row in references]
-        latents = [[self.encoders.latents([resize_for_reference(image, longest)])[0] for image in row] for row in upright]
+        upright = [[to_rgb(image) for image in row] for row in references]
+        latents = encode_references(self.encoders, upright, self.config.data.reference_long_side)
         return self.encoders.read(list(prompts), upright), latents
 
     def sample(
@@ -345,7 +346,7 @@ class Pipeline:
         """
         resolved = self.resolved(settings)
         grid = self.config.grid(resolved.height, resolved.width)
-        references = reference_tokens(latents, grid)
+        references = pad_references(latents, grid)
         # A system trained on the MLLM alone has never seen reference tokens (AMENDMENTS): it samples without them.
         if not self.uses_references:
             references = None
@@ -438,17 +439,11 @@ def beside(mesh: Mesh | None, inputs: Any) -> Any:
     return place(inputs, jax.tree.map(where, inputs))
 
 
-def reference_tokens(latents: Sequence[Sequence[np.ndarray]], target_grid: tuple[int, int]) -> References | None:
-    """Each sample's reference latents [h, w, c] as one padded, masked row of tokens; None where no sample has any."""
-    counts = [sum(latent.shape[0] * latent.shape[1] // 4 for latent in row) for row in latents]
+def pad_references(latents: Sequence[Sequence[np.ndarray]], target_grid: tuple[int, int]) -> References | None:
+    """Packs each sample's reference latents [h, w, c] into one padded, masked row; None where no sample has any."""
+    counts = [sum(math.prod(latent_grid(latent)) for latent in row) for row in latents]
     if not max(counts, default=0):
         return None
     length = -(-max(counts) // REFERENCE_BUCKET) * REFERENCE_BUCKET
-    channels = 4 * next(latent for row in latents for latent in row).shape[-1]
-    tokens = np.zeros((len(latents), length, channels), np.float32)
-    positions = np.zeros((len(latents), length, 2), np.int32)
-    for i, row in enumerate(latents):
-        if row:
-            tokens[i, : counts[i]] = np.concatenate([pack(latent) for latent in row])
-            positions[i, : counts[i]] = reference_positions(target_grid, [latent_grid(latent) for latent in row])
-    return References(tokens, np.arange(length)[None] < np.array(counts)[:, None], positions)
+    channels = PATCH * PATCH * next(latent.shape[-1] for row in latents for latent in row)
+    return References(*pack_references(latents, [target_grid] * len(latents), length, channels))

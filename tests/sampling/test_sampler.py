@@ -36,7 +36,7 @@ from squeeze_jax.sampling.pipeline import (
     Pipeline,
     Settings,
     evenly_cut,
-    reference_tokens,
+    pad_references,
 )
 from squeeze_jax.sampling.sampler import make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, make_schedule, noise_for
@@ -516,14 +516,14 @@ def test_the_package_offers_the_pipeline_without_importing_it():
 
 def test_references_of_several_sizes_make_one_padded_row():
     one, two = some_latents((4, 6), (2, 2)), some_latents((8, 8), seed=1)
-    references = reference_tokens([one, two, []], GRID)
+    references = pad_references([one, two, []], GRID)
     assert references.tokens.shape == (3, REFERENCE_BUCKET, 64)
     np.testing.assert_array_equal(references.mask.sum(axis=1), [6 + 1, 16, 0])
     np.testing.assert_array_equal(references.tokens[0, :7], np.concatenate([pack(latent) for latent in one]))
     np.testing.assert_array_equal(references.positions[0, :7], reference_positions(GRID, [(2, 3), (1, 1)]))
     np.testing.assert_array_equal(references.positions[1, :16], reference_positions(GRID, [(4, 4)]))
-    assert reference_tokens([[], []], GRID) is None
-    assert reference_tokens([some_latents((8, 10))], GRID).tokens.shape[1] == 2 * REFERENCE_BUCKET
+    assert pad_references([[], []], GRID) is None
+    assert pad_references([some_latents((8, 10))], GRID).tokens.shape[1] == 2 * REFERENCE_BUCKET
 
 
 def test_noise_comes_from_the_seed_alone():
