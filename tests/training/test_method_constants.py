@@ -231,7 +231,7 @@ def test_the_step_tells_the_transformer_the_configs_guidance(system, bare):
 
 
 def test_one_compiled_step_moves_each_weight_as_adamw_does(bare):
-    """Adam's first step is the rate times the gradient's sign; a matrix loses a hundredth of the rate beside, no vector does.
+    """Adam's first step is the rate times the gradient's sign; a matrix loses a hundredth of it beside.
 
     The pooled vector is zero, so its first kernel has no gradient and shows the decay alone.
     """
