@@ -1,10 +1,9 @@
-"""What the exported PyTorch pipeline makes of a run's config, step by step, with parts that only note what they are told."""
+"""What the exported PyTorch pipeline makes of a run's config, step by step; its parts only note what they are told."""
 
 import dataclasses
 import json
 import math
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +54,7 @@ def steps_of(theirs, config, references=1, **arguments):
         transformer=SimpleNamespace(config=SimpleNamespace(in_channels=64)),
         aggregator=lambda *read: torch.zeros(3, 8), read=lambda prompt, pictures: (), encode=encode,
         pack=theirs.SqueezePipeline.pack, velocity=velocity, progress_bar=lambda steps: steps,
-        _execution_device="cpu", maybe_free_model_hooks=lambda: None, nothing=nullcontext,
+        _execution_device="cpu", maybe_free_model_hooks=lambda: None, 
     )  # fmt: skip
     pictures = [Image.new("RGB", (32, 32))] * references
     theirs.SqueezePipeline.__call__(own, "a prompt", pictures, output_type="latent", **arguments)
@@ -99,18 +98,16 @@ def test_schnell_takes_four_even_steps_without_guidance(theirs):
 
 def test_settings_are_those_of_the_config(theirs):
     config = preset("flux_stage2")
-    data = dataclasses.replace(
-        config.data, height=256, width=768, reference_long_side=320, system_text="be brief", max_tiles=3
-    )
+    data = {"height": 256, "width": 768, "reference_long_side": 320, "system_text": "be brief", "max_tiles": 3}
+    sampling = {"steps": 7, "tau1": 0.8, "tau2": 0.3, "cfg_scale": 1.5, "shifted": False, "tau_tokens": 64}
     config = dataclasses.replace(
-        config, data=data, diffusion=dataclasses.replace(config.diffusion, guidance=2.0),
-        sampling=dataclasses.replace(config.sampling, steps=7, tau1=0.8, tau2=0.3, cfg_scale=1.5, shifted=False, tau_tokens=64),
-    )  # fmt: skip
-    assert theirs.settings_of(json.loads(to_json(config))) == {
-        "height": 256, "width": 768, "reference_long_side": 320, "system_text": "be brief", "max_tiles": 3,
-        "guidance": 2.0, "steps": 7, "tau1": 0.8, "tau2": 0.3, "cfg_scale": 1.5, "shifted": False, "tau_tokens": 64,
-        "references": True,
-    }  # fmt: skip
+        config,
+        data=dataclasses.replace(config.data, **data),
+        sampling=dataclasses.replace(config.sampling, **sampling),
+        diffusion=dataclasses.replace(config.diffusion, guidance=2.0),
+    )
+    wanted = data | sampling | {"guidance": 2.0, "references": True}
+    assert theirs.settings_of(json.loads(to_json(config))) == wanted
     assert theirs.settings_of(json.loads(to_json(preset("flux_stage1"))))["references"] is False
 
 
