@@ -1,0 +1,122 @@
+"""What the exported PyTorch pipeline makes of a run's config, step by step; its parts only note what they are told."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from qwen_like import qwen_like
+
+from squeeze_jax.config import load_preset, to_json
+from squeeze_jax.interop.exported import TORCH_FILES
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    sys.path.insert(0, str(TORCH_FILES))
+    try:
+        import squeeze_pipeline
+
+        yield squeeze_pipeline
+    finally:
+        sys.path.remove(str(TORCH_FILES))
+
+
+def preset(name):
+    return load_preset(ROOT / "configs" / f"{name}.py")
+
+
+def steps_of(theirs, config, references=1, **arguments):
+    """(t, whether the MLLM's tokens and whether the references' were there) of every velocity that a run asks for."""
+    told, encoded = [], []
+
+    def velocity(x, t, positions, context, references):
+        told.append((t, len(context) > 0, references is not None))
+        return torch.zeros_like(x)
+
+    def encode(picture):
+        encoded.append(picture)
+        return torch.zeros(1, 16, 4, 4)
+
+    own = SimpleNamespace(
+        settings=theirs.settings_of(json.loads(to_json(config))),
+        vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=(1, 1, 1, 1))),
+        transformer=SimpleNamespace(config=SimpleNamespace(in_channels=64)),
+        aggregator=lambda *read: torch.zeros(3, 8), read=lambda prompt, pictures: (), encode=encode,
+        pack=theirs.SqueezePipeline.pack, velocity=velocity, progress_bar=lambda steps: steps,
+        _execution_device="cpu", maybe_free_model_hooks=lambda: None, 
+    )  # fmt: skip
+    pictures = [Image.new("RGB", (32, 32))] * references
+    theirs.SqueezePipeline.__call__(own, "a prompt", pictures, output_type="latent", **arguments)
+    return told, encoded
+
+
+def times(steps, tokens, shifted):
+    s = 1.0 - np.arange(steps) / steps
+    factor = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)) if shifted else 1.0
+    return factor * s / (factor * s + 1.0 - s)
+
+
+def test_stage_one_never_shows_its_transformer_a_reference(theirs):
+    """It has never seen any (AMENDMENTS): the MLLM stays on throughout, whatever τ the caller gives."""
+    for thresholds in ({}, {"tau1": 0.95, "tau2": 0.85}):
+        told, encoded = steps_of(theirs, preset("flux_stage1"), references=2, **thresholds)
+        assert not encoded
+        assert len(told) == 2 * 25
+        assert [(mllm, vae) for _, mllm, vae in told] == [(True, False), (False, False)] * 25
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_stage_two_sees_the_papers_stages_on_the_configs_schedule(theirs, shifted):
+    config = preset("flux_stage2")
+    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, shifted=shifted))
+    told, encoded = steps_of(theirs, config, references=2)
+    assert len(encoded) == 2
+    own, bare = told[::2], told[1::2]
+    np.testing.assert_allclose([t for t, *_ in own], times(25, 1024, shifted), atol=1e-6)
+    assert [tuple(seen) for _, *seen in own] == [
+        (True, False) if t >= 0.95 else (True, True) if t >= 0.85 else (False, True) for t in times(25, 1024, shifted)
+    ]
+    assert [(mllm, vae) for _, mllm, vae in bare] == [(False, False)] * 25
+
+
+def test_schnell_takes_four_even_steps_without_guidance(theirs):
+    told, _ = steps_of(theirs, preset("flux_schnell"))
+    assert [t for t, *_ in told] == [1.0, 0.75, 0.5, 0.25]
+    assert [tuple(seen) for _, *seen in told] == [(True, False)] + [(False, True)] * 3
+
+
+def test_settings_are_those_of_the_config(theirs):
+    config = preset("flux_stage2")
+    data = {"height": 256, "width": 768, "reference_long_side": 320, "system_text": "be brief", "max_tiles": 3}
+    sampling = {"steps": 7, "tau1": 0.8, "tau2": 0.3, "cfg_scale": 1.5, "shifted": False, "tau_tokens": 64}
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **data),
+        sampling=dataclasses.replace(config.sampling, **sampling),
+        diffusion=dataclasses.replace(config.diffusion, guidance=2.0),
+    )
+    wanted = data | sampling | {"guidance": 2.0, "references": True}
+    assert theirs.settings_of(json.loads(to_json(config))) == wanted
+    assert theirs.settings_of(json.loads(to_json(preset("flux_stage1"))))["references"] is False
+
+
+@pytest.mark.parametrize("system", [None, "You draw critters."])
+def test_the_system_text_stands_before_the_users_turn(theirs, system):
+    """The chat by hand: a turn of its own, then references, the prompt, and no answer's header."""
+    tokenizer = qwen_like()
+    own = SimpleNamespace(tokenizer=tokenizer, settings={"system_text": system})
+    ids = theirs.SqueezePipeline.token_ids(own, "a red one", [2, 1])
+    said = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    said += "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\n<img><IMG_CONTEXT></img>\na red one<|im_end|>\n"
+    assert ids == tokenizer.encode(said, add_special_tokens=False).ids
