@@ -110,9 +110,9 @@ def train(tries: list[str], depth, rounds: int, profile: Path | None) -> None:
     stage, optimizer, mesh = config.training.stages[-1], make_optimizer(config), make_mesh(devices=[device])
     shapes, split = abstract_system(config)
     frozen = random_leaves(split.frozen)
-    state = make_state(random_leaves(shapes.trained, 1), optimizer, config, mesh)
+    state = make_state(random_leaves(shapes.params, 1), optimizer, config, mesh)
     where = state_shardings(state, mesh)
-    print(f"{device.device_kind}; {count(frozen):,} frozen, {count(state.trained):,} trained values", flush=True)
+    print(f"{device.device_kind}; {count(frozen):,} frozen, {count(state.params):,} trained values", flush=True)
     print("| batch | remat | compiled in, s | s a step | model TFLOP | MFU, % | GiB, compiled program | loss |")
     print("|---" * 8 + "|", flush=True)
     for each in tries:

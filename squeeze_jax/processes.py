@@ -16,7 +16,7 @@ from squeeze_jax.errors import InputError
 Tree = TypeVar("Tree")
 
 
-def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+def init_distributed(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Meets the other processes; call it before anything asks for a device.
 
     coordinator: HOST:PORT of process 0, with the number of processes and this one's own. All None: the environment
@@ -39,13 +39,13 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def of_main(value: float) -> float:
+def broadcast_from_main(value: float) -> float:
     """Process 0's number (to float32), on every process."""
     if jax.process_count() == 1:
         return value
@@ -59,7 +59,7 @@ def local_rows(where: Sharding, rows: int) -> np.ndarray:
     return np.unique(np.concatenate([every[index] for index in parts]))
 
 
-def place(tree: Tree, where: Any) -> Tree:
+def put_global(tree: Tree, where: Any) -> Tree:
     """Arrays that every process has whole, laid as `where` says (one sharding, or a tree of them)."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
@@ -73,7 +73,7 @@ def place(tree: Tree, where: Any) -> Tree:
     return jax.tree.map(one, tree, where)
 
 
-def place_rows(tree: Tree, where: NamedSharding, rows: int) -> Tree:
+def put_local_rows(tree: Tree, where: NamedSharding, rows: int) -> Tree:
     """A global batch of which every process has its `local_rows` alone."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
@@ -88,7 +88,7 @@ def place_rows(tree: Tree, where: NamedSharding, rows: int) -> Tree:
     return jax.tree.map(one, tree)
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array) -> np.ndarray:
     """An array that may lie on several processes' devices, whole on each of them."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

@@ -24,8 +24,8 @@ ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 
 # What `tensor` cuts of a matrix [in, out] → spec of its axes.
-Cut = Literal["out", "in", "nothing"]
-MATRICES: dict[Cut, PartitionSpec] = {
+TensorAxis = Literal["out", "in", "nothing"]
+MATRICES: dict[TensorAxis, PartitionSpec] = {
     "out": PartitionSpec("fsdp", "tensor"),
     "in": PartitionSpec("tensor", "fsdp"),
     "nothing": PartitionSpec("fsdp", None),
@@ -54,7 +54,7 @@ _as_on: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @contextmanager
-def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     """While a program is traced: the mesh that it will run on, for `constrain` and for attention's kernels."""
     token = _current.set(mesh)
     try:
@@ -64,12 +64,12 @@ def on_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh of `on_mesh`."""
+    """The mesh of `use_mesh`."""
     return _current.get()
 
 
 @contextmanager
-def as_on(platform: str) -> Iterator[None]:
+def trace_for_platform(platform: str) -> Iterator[None]:
     """Traces as if for another platform: `cpu` for plain products in place of kernels, which hide what they compute."""
     token = _as_on.set(platform)
     try:
@@ -113,11 +113,11 @@ def constrain(x: jax.Array, kind: Activation) -> jax.Array:
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return x
-    spec = evenly(ACTIVATIONS[kind], x.shape, mesh)
+    spec = drop_indivisible(ACTIVATIONS[kind], x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def gathered(matrix: jax.Array, cut: Cut) -> jax.Array:
+def all_gather_fsdp(matrix: jax.Array, tensor_axis: TensorAxis) -> jax.Array:
     """A matrix [in, out] as a product wants it on the current mesh: whole over fsdp, cut by tensor as the table says.
 
     Its gradient goes back in slices. Never left to the partitioner, which with a matrix cut by fsdp and tensor gives
@@ -127,7 +127,7 @@ def gathered(matrix: jax.Array, cut: Cut) -> jax.Array:
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return matrix
-    sliced = evenly(MATRICES[cut], matrix.shape, mesh)
+    sliced = drop_indivisible(MATRICES[tensor_axis], matrix.shape, mesh)
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sliced))
     return _moved(matrix, NamedSharding(mesh, whole), NamedSharding(mesh, sliced))
 
@@ -144,7 +144,7 @@ _moved.defvjp(
 )
 
 
-def evenly(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def drop_indivisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The spec without the axes that do not divide the shape."""
 
     def parts(axes: str | tuple[str, ...] | None) -> int:
@@ -166,19 +166,19 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
-    wanted = written(sizes)
+    wanted = format_mesh(sizes)
     if sum(size == -1 for size in sizes) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"a mesh of {wanted}: sizes are at least 1, and one of them may be -1 (all that is left)")
     known = math.prod(size for size in sizes if size != -1)
     sizes = tuple(max(1, len(devices) // known) if size == -1 else size for size in sizes)
     slices = _slices(devices)
     if (problem := _problem(sizes, len(devices), slices, heads)) is not None:
-        near = "; ".join(written(mesh) for mesh in nearest_meshes(len(devices), sizes, slices=slices, heads=heads))
+        near = "; ".join(format_mesh(mesh) for mesh in nearest_meshes(len(devices), sizes, slices=slices, heads=heads))
         raise InputError(f"a mesh of {wanted} {problem}. The nearest that work: {near or 'none'}")
-    return Mesh(arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrange_devices(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+def arrange_devices(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     """Devices as an array [data, fsdp, tensor], as `make_mesh` describes it."""
     slices = _slices(devices)
     within = (sizes[0] // slices, *sizes[1:])
@@ -222,7 +222,7 @@ def _problem(sizes: Sequence[int], devices: int, slices: int, heads: int) -> str
     return None
 
 
-def written(sizes: Sequence[int]) -> str:
+def format_mesh(sizes: Sequence[int]) -> str:
     """A mesh's sizes for people."""
     return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
 
@@ -232,7 +232,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     spec = next(spec for pattern, spec in PARAMETERS if re.fullmatch(pattern, path))
     if len(spec) > len(shape):
         return PartitionSpec()
-    return evenly(PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec), shape, mesh)
+    return drop_indivisible(PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec), shape, mesh)
 
 
 def shardings(leaves: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:

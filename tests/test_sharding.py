@@ -20,12 +20,12 @@ from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears
 from squeeze_jax.sharding import (
     MATRICES,
-    arranged,
-    evenly,
+    arrange_devices,
+    drop_indivisible,
     make_mesh,
     nearest_meshes,
-    on_mesh,
     parameter_spec,
+    use_mesh,
 )
 
 # --- products ----------------------------------------------------------------------------------------------------------
@@ -35,7 +35,8 @@ class Two(nnx.Module):
     """A feed-forward: its first matrix cut by outputs, its second by inputs, both with an adapter."""
 
     def __init__(self, width, hidden):
-        self.up, self.down = Linear(width, hidden, rngs=nnx.Rngs(0)), Linear(hidden, width, cut="in", rngs=nnx.Rngs(1))
+        self.up = Linear(width, hidden, rngs=nnx.Rngs(0))
+        self.down = Linear(hidden, width, tensor_axis="in", rngs=nnx.Rngs(1))
         add_lora(self, LoRAConfig(rank=4, target="up|down"), rngs=nnx.Rngs(2))
 
     def __call__(self, x):
@@ -59,7 +60,7 @@ def test_products_of_sliced_matrices_equal_whole_ones(axes):
 
     def gradients(mesh, leaves, x):
         def loss(leaves, x):
-            with on_mesh(mesh):
+            with use_mesh(mesh):
                 model = nnx.merge(
                     graph, nnx.from_flat_state([(p, v.replace(leaves[p])) for p, v in nnx.to_flat_state(state)])
                 )
@@ -87,7 +88,7 @@ def test_a_matrix_travels_in_the_smaller_of_its_types(stored, computed, travels)
     graph, state = nnx.split(layer)
 
     def product(state, x):
-        with on_mesh(make_mesh(1, 8, 1)):
+        with use_mesh(make_mesh(1, 8, 1)):
             return nnx.merge(graph, state)(x)
 
     assert re.findall(r"(\w+)\[64,32\] = sharding_constraint", str(jax.make_jaxpr(product)(state, jnp.zeros((8, 64))))) == [
@@ -107,7 +108,7 @@ def test_layers_cut_what_the_table_cuts(preset):
     for name, linear in linears(system):
         shape = linear.kernel.shape
         cut = PartitionSpec(*(None,) * (len(shape) - 2), *MATRICES[linear.cut])
-        assert parameter_spec(f"{name}.kernel", shape, mesh) == evenly(cut, shape, mesh), name
+        assert parameter_spec(f"{name}.kernel", shape, mesh) == drop_indivisible(cut, shape, mesh), name
 
 
 # --- meshes ------------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def chips(slices, side):
 
 
 def test_slices_are_joined_over_data_alone():
-    array = arranged(chips(4, 2), (8, 2, 1))
+    array = arrange_devices(chips(4, 2), (8, 2, 1))
     assert array.shape == (8, 2, 1)
     for group in array.reshape(4, 2, 2):  # two rows of data lie on one slice
         assert len({chip.slice_index for chip in group.flat}) == 1
@@ -182,7 +183,7 @@ def test_slices_are_joined_over_data_alone():
 @pytest.mark.parametrize("sizes", [(1, 16, 1), (2, 8, 1), (1, 4, 4), (2, 4, 2), (8, 1, 2)])
 def test_neighbours_on_the_mesh_are_neighbours_on_the_chips(sizes):
     """Of a tensor group, whose traffic is the most; 2 x 8 has to split a physical axis."""
-    array = arranged(chips(1, 4), sizes)
+    array = arrange_devices(chips(1, 4), sizes)
     assert array.shape == sizes
     assert len({chip.id for chip in array.flat}) == 16
     for group in array.reshape(-1, sizes[2]):

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from squeeze_jax.app import session as drawing
-from squeeze_jax.app.session import Studio, Upload
+from squeeze_jax.app.session import AppState, Upload
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.sampling import png_metadata as embedded
@@ -61,7 +61,7 @@ def shown(pictures: list[Any]) -> gr.Gallery:
     return gr.Gallery(items, columns=math.ceil(math.sqrt(len(items))))
 
 
-def build(studio: Studio) -> gr.Blocks:
+def build(studio: AppState) -> gr.Blocks:
     """The page over a studio."""
     own = vars(studio.pipeline.resolved(Settings()))
     checkpoint, demo = studio.checkpoint, studio.checkpoint == "demo"

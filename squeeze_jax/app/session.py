@@ -35,7 +35,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Studio:
+class AppState:
     """A loaded checkpoint with the name it goes by, and the folder where pictures are put."""
 
     pipeline: Pipeline
@@ -119,14 +119,14 @@ def read_reference(upload: Upload) -> Image.Image:
         raise InputError(str(error).replace(str(upload.path), upload.name)) from error
 
 
-def plan(studio: Studio, settings: Settings, references: bool, done: int = 0) -> str:
+def plan(studio: AppState, settings: Settings, references: bool, done: int = 0) -> str:
     """The strip of a run. Raises InputError where there is no such run."""
     resolved = studio.pipeline.resolved(settings)
     used = references and studio.pipeline.uses_references
     return strip(stages_of_steps(studio.pipeline.config, resolved, used), done)
 
 
-def draw(studio: Studio, prompt: str, uploads: Sequence[Upload], settings: Settings) -> Iterator[View]:
+def draw(studio: AppState, prompt: str, uploads: Sequence[Upload], settings: Settings) -> Iterator[View]:
     """Views of a run while it goes on; the last has the finished PNGs, each with its settings inside.
 
     Raises InputError for an empty prompt, impossible settings and references that cannot be read.
@@ -164,7 +164,7 @@ def file_stem(prompt: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:6])[:60] or "picture"
 
 
-def restore(studio: Studio, picture: Embedded) -> tuple[dict[str, int | float], list[str]]:
+def restore(studio: AppState, picture: Embedded) -> tuple[dict[str, int | float], list[str]]:
     """The values that the page takes over from a picture, and what it could not, a sentence each."""
     values, notes = {}, []
     for name, (low, high, _) in studio.ranges.items():
@@ -204,7 +204,7 @@ def settings_of(values: dict[str, int | float | None]) -> Settings:
     return Settings(**given)  # pyright: ignore[reportArgumentType]
 
 
-def carried(studio: Studio, height: int, width: int) -> tuple[float, float]:
+def carried(studio: AppState, height: int, width: int) -> tuple[float, float]:
     """The checkpoint's τ1 and τ2 at a size: where it says so, they move with it (`sampling.tau_tokens`)."""
     resolved = studio.pipeline.resolved(Settings(height, width))
     return resolved.tau1, resolved.tau2

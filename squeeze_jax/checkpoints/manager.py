@@ -21,7 +21,7 @@ from squeeze_jax.config import Config, differences, from_json, to_json
 from squeeze_jax.errors import InputError, OutputError
 from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
 from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors
-from squeeze_jax.processes import is_main, meet, place
+from squeeze_jax.processes import barrier, is_main, put_global
 from squeeze_jax.sharding import parameter_spec
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
@@ -114,11 +114,11 @@ class Checkpoints:
         folder, number = self._folder.with_name("damaged"), 1
         while (aside := folder / (str(step) if number == 1 else f"{step}-{number}")).exists():
             number += 1
-        meet(f"setting aside {step}")
+        barrier(f"setting aside {step}")
         if is_main():
             folder.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(aside)
-        meet(f"set aside {step}")
+        barrier(f"set aside {step}")
         self._manager.close()
         self._manager = self._ocp.CheckpointManager(self._folder, options=self._options)
         return aside
@@ -212,7 +212,7 @@ def read_weights(
         tensors = TensorFolder(folder / WEIGHTS)
         leaves = {name: tensors.read(name) for name in tensors.names()}
         if mesh is not None:
-            leaves = {name: place(leaf, where(name, leaf.shape)) for name, leaf in leaves.items()}
+            leaves = {name: put_global(leaf, where(name, leaf.shape)) for name, leaf in leaves.items()}
         return config, leaves, None
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another folder")

@@ -137,7 +137,7 @@ def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled 
     from squeeze_jax.planning.report import refused, train_report
     from squeeze_jax.planning.search import candidates
     from squeeze_jax.planning.train_program import TooLargeError, topology_mesh
-    from squeeze_jax.sharding import AXES, nearest_meshes, written
+    from squeeze_jax.sharding import AXES, format_mesh, nearest_meshes
 
     heads, stage = config.model.dit.heads, config.training.stages[-1]
     alone: dict[str, int] = {axis: -1 if axis == "data" else 1 for axis in AXES}
@@ -153,7 +153,7 @@ def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled 
     )
     print(f"{len(found)} ways fit by hand; the best, by examples a second:")
     for one in found[: 2 * given.best]:
-        shape = written(list(one.mesh.shape.values()))
+        shape = format_mesh(list(one.mesh.shape.values()))
         print(f"  {shape:26}{one.remat:16}{one.batch:3} a chip {one.memory / 2**30:6.1f} GiB {one.rate:9.1f}", flush=True)
     left = given.best
     for one in found:

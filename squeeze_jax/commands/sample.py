@@ -81,7 +81,7 @@ def run(given: Sample) -> None:
 
     setup()
     from squeeze_jax.app.strip import counts, stages_of_steps
-    from squeeze_jax.sampling.pipeline import Pipeline, Settings, evenly_cut
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings, split_evenly
     from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.schedule import MAX_STEPS
     from squeeze_jax.sampling.solver_config import SolverConfig
@@ -107,7 +107,7 @@ def run(given: Sample) -> None:
     stages = stages_of_steps(pipeline.config, resolved, bool(used))
     print("stages: " + ", ".join(f"{name} {number} steps" for name, number in counts(stages)))
     kept = [Reference(str(path), image.height, image.width) for path, image in zip(given.reference, references)]
-    pieces = evenly_cut(range(given.num_images), AT_ONCE)
+    pieces = split_evenly(range(given.num_images), AT_ONCE)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("reading", total=resolved.steps * len(pieces))
         ready = pipeline.ready(*pipeline.encode([given.prompt], [references]), settings)

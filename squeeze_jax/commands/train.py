@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> None:
     setup()
     import jax
 
-    from squeeze_jax.processes import is_main, join, meet
+    from squeeze_jax.processes import barrier, init_distributed, is_main
 
     others = (
         take(arguments, "--coordinator"),
@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> None:
         take_number(arguments, "--process-id"),
     )
     if take_switch(arguments, "--distributed") or any(part is not None for part in others):
-        join(*others)
+        init_distributed(*others)
     from squeeze_jax.checkpoints.manager import write_config
     from squeeze_jax.checkpoints.trained import start_of
     from squeeze_jax.config import load_preset, override
@@ -110,7 +110,7 @@ def run(arguments: list[str]) -> None:
     features = reachable(config.data.features or folder / "features")  # may lie in a bucket
     if config.data.features is None and not config.data.online:
         extract_features(config, features, shard=(jax.process_index(), jax.process_count()))
-        meet("records extracted")
+        barrier("records extracted")
     if not config.data.online:
         say(f"records: {features}; {time.perf_counter() - started:.0f} s")
     result = train(

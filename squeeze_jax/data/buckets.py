@@ -95,7 +95,7 @@ def waste(buckets: Sequence[Bucket], sizes: Sequence[Sizes]) -> float:
     return 1.0 - float(used) / padded
 
 
-class Turns:
+class BucketSchedule:
     """Whose turn it is at each step, and how often it had been before.
 
     Epoch e holds the batches of each bucket that begin in its own epoch e, in an order of (seed, e); a bucket's last batch
@@ -136,7 +136,7 @@ def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
 @lru_cache(maxsize=4)
 def _epoch(counts: tuple[int, ...], rows: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """The buckets of an epoch's batches in order, and how often each had come before in this epoch."""
-    turns = Turns(counts, rows, seed)
+    turns = BucketSchedule(counts, rows, seed)
     batches = [after - before for after, before in zip(turns.before(epoch + 1), turns.before(epoch))]
     order = np.repeat(np.arange(len(counts)), batches)[permutation(sum(batches), seed, epoch)]
     earlier = np.empty_like(order)

@@ -6,8 +6,8 @@ from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from squeeze_jax.config import Config
-from squeeze_jax.data.feature_extractor import FrozenEncoders
-from squeeze_jax.data.mllm import Reader
+from squeeze_jax.data.feature_extractor import FeatureExtractor
+from squeeze_jax.data.mllm import MLLM
 from squeeze_jax.data.record_writer import extract, sizes_and_codec
 from squeeze_jax.data.records import METADATA_FILE, read_metadata, shard_summary
 from squeeze_jax.data.sources import Examples, open_examples
@@ -37,7 +37,7 @@ def rows_of_shard(config: Config, layers: int, references: int = 1) -> int:
     return max(1, min(MOST_ROWS, MOST_BYTES // row))
 
 
-def check_prompts(sources: dict[str, Examples], reader: Reader) -> None:
+def check_prompts(sources: dict[str, Examples], reader: MLLM) -> None:
     """Raises InputError that lists the prompts which the MLLM cannot read, before any is."""
     bad = []
     for rows in sources.values():
@@ -81,7 +81,7 @@ def extract_features(
     if is_extracted(config, open_examples(config, check_images=False), out):
         return
     sources = open_examples(config)
-    encoders = FrozenEncoders.of(config)
+    encoders = FeatureExtractor.of(config)
     check_prompts(sources, encoders.reader)
     layers = config.aggregator.reads if config.data.keep == "read" else None
     most = max(rows.references(index) for rows in sources.values() for index in range(len(rows)))

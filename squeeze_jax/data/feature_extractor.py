@@ -14,7 +14,7 @@ from PIL import Image
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.checkpoints.build import DTYPES
 from squeeze_jax.config import Config
-from squeeze_jax.data.mllm import InternVLReader, Reader, TransformersReader
+from squeeze_jax.data.mllm import MLLM, InternVLMLLM, TransformersMLLM
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder, load_autoencoder
 from squeeze_jax.models.autoencoder import Autoencoder
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from squeeze_jax.data.record_writer import EncodedPrompt
 
 
-class FrozenEncoders:
+class FeatureExtractor:
     """The MLLM and the autoencoder of a config."""
 
-    def __init__(self, reader: Reader, autoencoder: Autoencoder, settings: dict[str, Any]) -> None:
-        self._reader: Reader | None = reader
+    def __init__(self, reader: MLLM, autoencoder: Autoencoder, settings: dict[str, Any]) -> None:
+        self._reader: MLLM | None = reader
         self.autoencoder, self.settings = autoencoder, settings
         self._encode = _compiled(autoencoder, lambda module, x: module.encode(x))
         self._decode = _compiled(autoencoder, lambda module, x: module.decode(x))
 
     @classmethod
-    def of(cls, config: Config) -> "FrozenEncoders":
+    def of(cls, config: Config) -> "FeatureExtractor":
         """A config's encoders. Raises InputError where they do not fit its transformer and aggregator."""
         model, data = config.model, config.data
         folders = [encoder_folder(model.autoencoder, "autoencoder"), encoder_folder(model.mllm, "mllm")]
-        reader: Reader
+        reader: MLLM
         if model.mllm_source == "transformers":
-            reader = TransformersReader.load(folders[1], data.system_text, model.dtype)
+            reader = TransformersMLLM.load(folders[1], data.system_text, model.dtype)
         else:
-            reader = InternVLReader(folders[1], data.system_text, data.max_tiles, DTYPES[model.dtype])
+            reader = InternVLMLLM(folders[1], data.system_text, data.max_tiles, DTYPES[model.dtype])
         autoencoder = load_autoencoder(folders[0], jnp.float32)
         of_latents = autoencoder.config
         for name, ours, theirs, folder in (
@@ -66,7 +66,7 @@ class FrozenEncoders:
         self._reader = None
 
     @property
-    def reader(self) -> Reader:
+    def reader(self) -> MLLM:
         """The MLLM with its tokenizer and processor."""
         if self._reader is None:
             raise RuntimeError("the MLLM is gone: forget_reader was called")

@@ -35,7 +35,7 @@ TEXT_BUCKET = 32
 
 
 @runtime_checkable
-class Reader(Protocol):
+class MLLM(Protocol):
     """A frozen multimodal LLM."""
 
     @property
@@ -62,7 +62,7 @@ class Reader(Protocol):
         ...
 
 
-class InternVLReader:
+class InternVLMLLM:
     """InternVL3, compiled per shape."""
 
     def __init__(self, folder: Path, system_text: str | None, max_tiles: int, dtype: DType) -> None:
@@ -118,7 +118,7 @@ class InternVLReader:
         )
 
 
-class TransformersReader:
+class TransformersMLLM:
     """Any image-text-to-text model of transformers, with its own processor and chat template, run by PyTorch.
 
     What the template puts around the prompt is the model's own, without the header of an answer. Image tokens are the
@@ -138,7 +138,7 @@ class TransformersReader:
         self.added = sorted(processor.tokenizer.get_added_vocab(), key=len, reverse=True)
 
     @classmethod
-    def load(cls, folder: Path, system_text: str | None, dtype: str) -> "TransformersReader":
+    def load(cls, folder: Path, system_text: str | None, dtype: str) -> "TransformersMLLM":
         """From a folder, in `dtype`, on the GPU where PyTorch sees one. Raises InputError where that cannot be."""
         try:
             import torch

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from squeeze_jax.data.buckets import Bucket, Padding, Turns, make_buckets, permutation, shapes, waste
+from squeeze_jax.data.buckets import Bucket, BucketSchedule, Padding, make_buckets, permutation, shapes, waste
 from squeeze_jax.data.records import FeatureRecord, FeatureSource, ShardSummary
 from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, pack_references
 from squeeze_jax.errors import InputError
@@ -97,7 +97,7 @@ class Order:
 
     def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, rows: np.ndarray):
         self.records, self.rows = [bucket.records for bucket in buckets], rows
-        self.turns = Turns([len(own) for own in self.records], batch, seed)
+        self.turns = BucketSchedule([len(own) for own in self.records], batch, seed)
         self.batch, self.seed = batch, seed
 
     def __len__(self) -> int:

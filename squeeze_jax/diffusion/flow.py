@@ -37,7 +37,7 @@ def sample_times(key: Key, batch: int, sampling: TimeSampling, mu: float) -> Flo
     return shift_time(s, mu)
 
 
-def noisy(
+def add_noise(
     clean: Float[Array, "B N c"], noise: Float[Array, "B N c"], t: Float[Array, " B"]
 ) -> Float[Array, "B N c"]:
     """x_t on the straight path from x_0 to ε."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.config import Config
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import resize_for_target, to_uint8
 from squeeze_jax.data.record_writer import Example
 from squeeze_jax.data.records import read_metadata
@@ -22,10 +22,10 @@ from squeeze_jax.data.sources import open_examples, source_of
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside
 from squeeze_jax.processes import is_main
-from squeeze_jax.sampling.pipeline import Pipeline, Ready, Settings, alike, mesh_of, places_of
+from squeeze_jax.sampling.pipeline import Pipeline, Ready, Settings, data_parallel_size, group_prompts, mesh_of
 from squeeze_jax.sharding import make_mesh
 from squeeze_jax.training.loop import SampleFunction
-from squeeze_jax.training.state import Leaves, Split
+from squeeze_jax.training.state import Params, Split
 
 CHUNK = 64
 """Pictures sampled at once."""
@@ -40,18 +40,18 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
         return None
     rows = open_examples(config, check_images=False)["held_out"]
     examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
-    encoders, parallel = FrozenEncoders.of(config), config.parallel
+    encoders, parallel = FeatureExtractor.of(config), config.parallel
     if not config.data.online:
         check_encoders(encoders, epath.Path(features))
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     encoded = [
         piece._replace(states=jax.tree.map(np.asarray, piece.states))
-        for piece in encode_examples(encoders, config, examples, places_of(mesh))
+        for piece in encode_examples(encoders, config, examples, data_parallel_size(mesh))
     ]
     encoders.forget_reader()  # the MLLM makes room for training
     pipelines: list[Pipeline] = []
 
-    def sample(split: Split, leaves: Leaves, step: int) -> None:
+    def sample(split: Split, leaves: Params, step: int) -> None:
         system_leaves = nnx.split(split.merge(leaves))[1]
         if not pipelines:
             pipelines.append(Pipeline.of(split.merge(leaves), config, encoders))
@@ -72,7 +72,7 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
     return sample
 
 
-def check_encoders(encoders: FrozenEncoders, features: epath.Path) -> None:
+def check_encoders(encoders: FeatureExtractor, features: epath.Path) -> None:
     """Raises InputError where records were made by other encoders: those that sampling would use."""
     for split in ("train", "held_out"):
         there = read_metadata(features / split).settings.get("encoders", {})
@@ -92,7 +92,7 @@ def sample_examples(
 
     `done` is called with the number of pictures after every chunk.
     """
-    places = places_of(mesh_of(pipeline.params))
+    places = data_parallel_size(mesh_of(pipeline.params))
     return draw_examples(pipeline, encode_examples(pipeline.encoders, pipeline.config, examples, places), settings, done)
 
 
@@ -106,10 +106,10 @@ class Encoded(NamedTuple):
 
 
 def encode_examples(
-    encoders: FrozenEncoders, config: Config, examples: Sequence[Example], places: int
+    encoders: FeatureExtractor, config: Config, examples: Sequence[Example], places: int
 ) -> Iterator[Encoded]:
     """Examples in pieces that are drawn together, filling so many places of a mesh."""
-    for piece in alike([e.references for e in examples], CHUNK, places):
+    for piece in group_prompts([e.references for e in examples], CHUNK, places):
         some = [examples[i] for i in piece]
         states = encoders.read([e.prompt for e in some], [e.references for e in some])
         longest = config.data.reference_long_side

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
-from squeeze_jax.sharding import ROWS, current_mesh, evenly
+from squeeze_jax.sharding import ROWS, current_mesh, drop_indivisible
 
 LEAST = 64
 """Tokens below which products of whole arrays do as well (our decision): an aggregator's attention over layers."""
@@ -68,7 +68,7 @@ def cudnn_attention(
     if mesh is None or mesh.size == 1:
         return run(query, key, value, mask)[:, :tokens]
     heads = PartitionSpec(ROWS, None, "tensor", None)
-    specs = [evenly(heads, x.shape, mesh) for x in (query, key, value)]
+    specs = [drop_indivisible(heads, x.shape, mesh) for x in (query, key, value)]
     # Shared key heads stay with their query heads: cut all of them or none.
     if specs[0][2] != specs[1][2]:
         specs = [PartitionSpec(spec[0]) for spec in specs]

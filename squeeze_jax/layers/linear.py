@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.norm import per_channel
-from squeeze_jax.sharding import Cut, gathered
+from squeeze_jax.sharding import TensorAxis, all_gather_fsdp
 
 PRODUCT = "product"
 """The `checkpoint_name` tag of what a backward pass would have to multiply matrices for, were it not kept."""
@@ -19,8 +18,8 @@ class Linear(nnx.Module):
     """y = x·kernel + bias (+ the adapter's delta).
 
     `kernel` is [in, out]: the transpose of PyTorch's `weight`. Initial values: normal with standard deviation
-    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored. `cut` is
-    the axis of the kernel that a mesh's tensor axis cuts: `in` where the inputs come in slices (after attention, or as
+    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored.
+    `tensor_axis` is the axis of the kernel that a mesh's tensor axis cuts: `in` where the inputs come in slices (after attention, or as
     the second layer of a feed-forward), and as `sharding.PARAMETERS` has it for the layer's name.
     """
 
@@ -31,7 +30,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         gain: float = 1.0,
-        cut: Cut = "out",
+        tensor_axis: TensorAxis = "out",
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
         rngs: nnx.Rngs,
@@ -42,12 +41,12 @@ class Linear(nnx.Module):
         self.kernel_scale: Any = nnx.data(None)  # layers.int8: what the values of an int8 kernel stand for
         self.adapter: Any = nnx.data(None)  # layers.lora.Adapter
         self.dtype = jnp.dtype(dtype)
-        self.cut: Cut = cut
+        self.tensor_axis: TensorAxis = tensor_axis
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         x = x.astype(self.dtype)
         narrow = min(self.kernel.dtype, self.dtype, key=lambda kind: kind.itemsize)  # what the matrix travels in
-        kernel = gathered(self.kernel[...].astype(narrow), self.cut).astype(self.dtype)
+        kernel = all_gather_fsdp(self.kernel[...].astype(narrow), self.tensor_axis).astype(self.dtype)
         if self.kernel_scale is None:
             y = x @ kernel
         else:
@@ -58,8 +57,3 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             y = self.adapter(x, y)
         return checkpoint_name(y, PRODUCT)
-
-
-def swish(x: jax.Array) -> jax.Array:
-    """x · sigmoid(x) (SiLU)."""
-    return x * jax.nn.sigmoid(x)

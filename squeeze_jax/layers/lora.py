@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.linear import PRODUCT, Linear
-from squeeze_jax.sharding import gathered
+from squeeze_jax.sharding import all_gather_fsdp
 
 QKVLayout = Literal["shared", "separate"]
 
@@ -71,8 +71,8 @@ class LowRank(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
         down, up = (leaf[...].astype(x.dtype) for leaf in (self.down, self.up))
-        narrow = checkpoint_name(x @ gathered(down, "nothing"), PRODUCT)  # `up`'s gradient needs it
-        delta = narrow @ gathered(up, "out")
+        narrow = checkpoint_name(x @ all_gather_fsdp(down, "nothing"), PRODUCT)  # `up`'s gradient needs it
+        delta = narrow @ all_gather_fsdp(up, "out")
         return delta * self.scale[...].astype(x.dtype)
 
     def matrix(self) -> Float[Array, "*depth C _"]:

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import Linear, swish
+from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.norm import layer_norm
 
 NORM_EPS = 1e-6  # FLUX.1: every LayerNorm and q/k RMSNorm
@@ -31,7 +31,7 @@ class Embedder(nnx.Module):
         self.out_layer = Linear(width, width, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B _"]) -> Float[Array, "B C"]:
-        return self.out_layer(swish(self.in_layer(x)))
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
 
 
 class AdaLN(nnx.Module):
@@ -42,7 +42,7 @@ class AdaLN(nnx.Module):
         self.count = count
 
     def __call__(self, vec: Float[Array, "B C"]) -> tuple[Float[Array, "B 1 C"], ...]:
-        return tuple(jnp.split(self.lin(swish(vec))[:, None, :], self.count, axis=-1))
+        return tuple(jnp.split(self.lin(jax.nn.silu(vec))[:, None, :], self.count, axis=-1))
 
 
 def modulate(
@@ -52,6 +52,6 @@ def modulate(
     return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), NORM_EPS) + shift).astype(x.dtype)
 
 
-def gated(x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]) -> jax.Array:
+def add_gated(x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]) -> jax.Array:
     """x + gate·update, the residual step, in the dtype of `x`."""
     return x + gate.astype(x.dtype) * update

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from squeeze_jax.array_types import Array, Bool, Float
-from squeeze_jax.sharding import ROWS, current_mesh, evenly
+from squeeze_jax.sharding import ROWS, current_mesh, drop_indivisible
 
 BLOCKS = (1024, 768, 640, 512, 384, 256, 128)
 """Tokens of a block, queries and keys alike; more than 1024 overflow a chip's scoped memory."""
@@ -92,7 +92,7 @@ def splash_attention(
     whole: Any = run
     mesh = current_mesh()
     if mesh is not None and mesh.size > 1:
-        spec = evenly(PartitionSpec(ROWS, "tensor", None, None), query.shape, mesh)
+        spec = drop_indivisible(PartitionSpec(ROWS, "tensor", None, None), query.shape, mesh)
         by_row = PartitionSpec(spec[0], None)
         # The kernel says nothing of how its outputs vary over the mesh.
         whole = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, by_row, by_row), out_specs=spec, check_vma=False)

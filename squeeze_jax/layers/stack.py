@@ -1,4 +1,4 @@
-"""One block, stacked: parameters with a leading depth axis, applied by a scan.
+"""One block, stack_blocks: parameters with a leading depth axis, applied by a scan.
 
 Compile time and program size do not grow with depth, and the same stack serves training and sampling.
 """
@@ -20,7 +20,7 @@ ATTENTION = "attention"
 Block = TypeVar("Block", bound=nnx.Module)
 
 
-def stacked(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+def stack_blocks(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
     """`depth` independently initialised blocks as one module whose every parameter has a leading axis [depth]."""
     init = nnx.vmap(make_block, in_axes=(0,), out_axes=0)
     return cast(Block, init(rngs.split(depth)))
@@ -38,7 +38,7 @@ def scan_blocks(
 ) -> tuple[Any, Any]:
     """Runs `apply(block, carry, per_block[i]) -> (carry, output)` over the blocks in order, or over those in `block_range`.
 
-    Returns the last carry and the outputs stacked on a leading axis [depth]. Everything else that a block needs
+    Returns the last carry and the outputs stack_blocks on a leading axis [depth]. Everything else that a block needs
     (masks, positions, modulation input) is closed over by `apply`. `remat` names what a backward pass keeps:
 
     - `none`: everything that it needs;
@@ -80,7 +80,7 @@ def is_unstacked(node: Any) -> bool:
 
 
 def unstacked_depth(parameters: nnx.State) -> int | None:
-    """Number of blocks of parameters that `unstack` took apart; None of stacked ones."""
+    """Number of blocks of parameters that `unstack` took apart; None of stack_blocks ones."""
     first = jax.tree.leaves(parameters, is_leaf=is_unstacked)[0]
     return len(first) if is_unstacked(first) else None
 

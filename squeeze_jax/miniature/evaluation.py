@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from squeeze_jax.config import Config
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.evaluation.grids import CHUNK, sample_examples
 from squeeze_jax.interop.tensors import write_json
 from squeeze_jax.miniature.critters import Pair
@@ -26,7 +26,7 @@ from squeeze_jax.training.metrics import progress_bar
 
 def score_run(config: Config, result: Result, folder: Path, count: int) -> None:
     """Scores held-out critters by retrieval, prints the table and writes scores.json."""
-    pipeline = Pipeline.of(result.split.merge(result.leaves), config, FrozenEncoders.of(config), result.step)
+    pipeline = Pipeline.of(result.split.merge(result.params), config, FeatureExtractor.of(config), result.step)
     score_critters(pipeline, folder / "scores.json", count, ("demo",), str(folder))
 
 

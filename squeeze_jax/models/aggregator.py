@@ -15,9 +15,9 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Bool, DType, Float
 from squeeze_jax.batch import Context, HiddenStates
 from squeeze_jax.layers.attention import attention
-from squeeze_jax.layers.linear import Linear, swish
+from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.norm import RMSNorm
-from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stacked
+from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stack_blocks
 from squeeze_jax.sharding import constrain
 
 Kind = Literal["last_layer", "last_layer_vit", "lap", "dla"]
@@ -81,8 +81,10 @@ class Aggregator(nnx.Module):
         if config.kind == "last_layer_vit":
             self.vision_weight = nnx.Param(jnp.zeros((), param_dtype))
         refiner = config.refiner_blocks
-        self.refiner_blocks = stacked(lambda r: FusionBlock(config, **kinds, rngs=r), refiner, rngs) if refiner else None
-        self.out = Linear(config.width, config.out_width, cut="in", **kinds, rngs=rngs)
+        self.refiner_blocks = (
+            stack_blocks(lambda r: FusionBlock(config, **kinds, rngs=r), refiner, rngs) if refiner else None
+        )
+        self.out = Linear(config.width, config.out_width, tensor_axis="in", **kinds, rngs=rngs)
 
     def __call__(self, states: HiddenStates) -> Context:
         """Context tokens [B, Lt + Li, out_width]; tokens of padding come last and are masked out.
@@ -147,7 +149,7 @@ class LayerPool(nnx.Module):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
         count = config.layer_blocks
         self.remat: Remat = remat
-        self.layer_blocks = stacked(lambda r: FusionBlock(config, **kinds, rngs=r), count, rngs) if count else None
+        self.layer_blocks = stack_blocks(lambda r: FusionBlock(config, **kinds, rngs=r), count, rngs) if count else None
         # Starts as the mean over layers, so that no layer is preferred.
         self.projector = nnx.Param(jnp.full((len(config.layers),), 1.0 / len(config.layers), param_dtype))
         self.dtype = jnp.dtype(dtype)
@@ -172,10 +174,10 @@ class FusionBlock(nnx.Module):
         self.norm_q, self.norm_k = (RMSNorm(width // config.heads, **norm) for _ in "qk")
         self.to_qkv = Linear(width, 3 * width, **kinds)
         self.to_gate = Linear(width, width, **kinds)
-        self.to_out = Linear(width, width, cut="in", **kinds)
+        self.to_out = Linear(width, width, tensor_axis="in", **kinds)
         self.ff_gate = Linear(width, config.mlp_width, **kinds)
         self.ff_up = Linear(width, config.mlp_width, **kinds)
-        self.ff_down = Linear(config.mlp_width, width, cut="in", **kinds)
+        self.ff_down = Linear(config.mlp_width, width, tensor_axis="in", **kinds)
         self.heads = config.heads
 
     def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T C"]:
@@ -186,4 +188,4 @@ class FusionBlock(nnx.Module):
         mixed = attention(q, k, v, mask=mask, name=ATTENTION).reshape(y.shape)
         x = constrain(x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y))), "tokens")
         y = self.norm2(x)
-        return constrain(x + self.ff_down(constrain(swish(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens")
+        return constrain(x + self.ff_down(constrain(jax.nn.silu(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens")

@@ -17,10 +17,10 @@ from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, gated, modulate, sinusoidal
+from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, add_gated, modulate, sinusoidal
 from squeeze_jax.layers.norm import RMSNorm
 from squeeze_jax.layers.rope import Rotation, rotation
-from squeeze_jax.layers.stack import Remat, scan_blocks, stacked
+from squeeze_jax.layers.stack import Remat, scan_blocks, stack_blocks
 from squeeze_jax.models.backbone import (
     BlockInputs,
     CachedReferences,
@@ -97,8 +97,8 @@ class DiT(nnx.Module):
         self.time_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs)
         self.vector_in = Embedder(config.pooled_width, width, param_dtype=param_dtype, rngs=rngs)
         self.guidance_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs) if config.guidance else None
-        self.double_blocks = stacked(lambda r: DoubleBlock(config, **kinds, rngs=r), config.double_blocks, rngs)
-        self.single_blocks = stacked(lambda r: SingleBlock(config, **kinds, rngs=r), config.single_blocks, rngs)
+        self.double_blocks = stack_blocks(lambda r: DoubleBlock(config, **kinds, rngs=r), config.double_blocks, rngs)
+        self.single_blocks = stack_blocks(lambda r: SingleBlock(config, **kinds, rngs=r), config.single_blocks, rngs)
         self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
 
     def __call__(
@@ -290,7 +290,7 @@ class SelfAttention(nnx.Module):
         width = config.width
         self.qkv = Linear(width, 3 * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
-        self.proj = Linear(width, width, cut="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.proj = Linear(width, width, tensor_axis="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.heads = config.heads
 
     def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -312,7 +312,7 @@ class MLP(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         self.in_layer = Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.out_layer = Linear(hidden, width, cut="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.out_layer = Linear(hidden, width, tensor_axis="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         return self.out_layer(constrain(jax.nn.gelu(self.in_layer(x), approximate=True), "hidden"))
@@ -351,10 +351,10 @@ class DoubleBlock(nnx.Module):
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv))
         mixed, kv = joint_attention(q, k, v, rope, mask, cached_kv)
         length = txt.shape[1]
-        txt = gated(txt, txt_gate, self.txt_attn.proj(mixed[:, :length]))
-        img = gated(img, img_gate, self.img_attn.proj(mixed[:, length:]))
-        txt = gated(txt, txt_gate_mlp, self.txt_mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
-        img = gated(img, img_gate_mlp, self.img_mlp(modulate(img, img_shift_mlp, img_scale_mlp)))
+        txt = add_gated(txt, txt_gate, self.txt_attn.proj(mixed[:, :length]))
+        img = add_gated(img, img_gate, self.img_attn.proj(mixed[:, length:]))
+        txt = add_gated(txt, txt_gate_mlp, self.txt_mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
+        img = add_gated(img, img_gate_mlp, self.img_mlp(modulate(img, img_shift_mlp, img_scale_mlp)))
         return (constrain(txt, "tokens"), constrain(img, "tokens")), kv
 
 
@@ -366,7 +366,7 @@ class SingleBlock(nnx.Module):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.modulation = AdaLN(width, 3, param_dtype=param_dtype, rngs=rngs)
         self.linear1 = Linear(width, 3 * width + hidden, **kinds)
-        self.linear2 = Linear(width + hidden, width, cut="in", **kinds)
+        self.linear2 = Linear(width + hidden, width, tensor_axis="in", **kinds)
         self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
         self.heads, self.width = config.heads, width
 
@@ -383,7 +383,7 @@ class SingleBlock(nnx.Module):
         qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
         mixed, kv = joint_attention(*self.norm(*split_heads(qkv, self.heads)), rope, mask, cached_kv)
         hidden = constrain(jax.nn.gelu(hidden, approximate=True), "hidden")
-        return constrain(gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens"), kv
+        return constrain(add_gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens"), kv
 
 
 class FinalLayer(nnx.Module):

@@ -14,9 +14,9 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.layers.attention import attention
-from squeeze_jax.layers.linear import Linear, swish
+from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.norm import RMSNorm
-from squeeze_jax.layers.stack import scan_blocks, stacked
+from squeeze_jax.layers.stack import scan_blocks, stack_blocks
 from squeeze_jax.models.internvl_vision import Projector, VisionConfig, VisionTower, pixel_shuffle
 
 __all__ = ["InternVL", "InternVLConfig", "TextConfig", "VisionConfig", "pixel_shuffle", "split_hidden_states"]
@@ -97,7 +97,7 @@ class InternVL(nnx.Module):
         self.projector = Projector(config.vision.hidden_size * config.downsample**2, text.hidden_size, **types)
         normal = nnx.initializers.normal(0.02)
         self.embedding = nnx.Param(normal(rngs.params(), (text.vocab_size, text.hidden_size), param_dtype))
-        self.blocks = stacked(
+        self.blocks = stack_blocks(
             lambda rngs: DecoderBlock(text, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             text.num_hidden_layers,
             rngs,
@@ -202,7 +202,7 @@ class DecoderBlock(nnx.Module):
         y = attention(query, key, self.value(y).reshape(heads), mask=mask)
         x = x + self.attention_output(y.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(swish(self.gate(y)) * self.up(y))
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
 
 def rotary_phases(

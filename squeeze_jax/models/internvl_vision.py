@@ -13,7 +13,7 @@ from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.attention import attention
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.norm import LayerNorm
-from squeeze_jax.layers.stack import scan_blocks, stacked
+from squeeze_jax.layers.stack import scan_blocks, stack_blocks
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class VisionTower(nnx.Module):
         self.patch_bias = nnx.Param(jnp.zeros((width,), param_dtype))
         self.class_token = nnx.Param(normal(rngs.params(), (1, 1, width), param_dtype))
         self.position_embedding = nnx.Param(normal(rngs.params(), (1, config.patches**2 + 1, width), param_dtype))
-        self.blocks = stacked(
+        self.blocks = stack_blocks(
             lambda rngs: VisionBlock(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             config.num_hidden_layers,
             rngs,

@@ -31,7 +31,7 @@ from squeeze_jax.layers.stack import rematerialised
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.network import network_seconds
 from squeeze_jax.planning.train_program import Compiled, abstract_batch, compiled, placed, step_flops
-from squeeze_jax.sharding import batch_sharding, compiler_options, on_mesh
+from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
 
 KERNEL_SHARE = 0.6
 """Of a chip's published peak, what attention kernels reach (our decision; the compiler reckons with 86 % where a kernel
@@ -176,12 +176,12 @@ def block_program(
         return rematerialised(run, config.parallel.remat if backward else "none", alone=True)(trained, streams)
 
     def both(trained: Any, streams: Any, change: Any, *rest: Any) -> Any:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             out, pull = jax.vjp(lambda trained, streams: forward(trained, streams, *rest), trained, streams)
             return out, *pull(change)
 
     def once(trained: Any, streams: Any, *rest: Any) -> Any:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             return forward(trained, streams, *rest)
 
     outside = streams if kind == "double" else streams[0]

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from squeeze_jax.sharding import as_on
+from squeeze_jax.sharding import trace_for_platform
 
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of all matrix products of `function(*arguments)`; arguments may be `jax.ShapeDtypeStruct`."""
-    with as_on("cpu"):  # a function of our own, or JAX might remember what it traced elsewhere
+    with trace_for_platform("cpu"):  # a function of our own, or JAX might remember what it traced elsewhere
         return _of_jaxpr(jax.make_jaxpr(lambda *given: function(*given))(*arguments).jaxpr)
 
 

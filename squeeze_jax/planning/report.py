@@ -65,7 +65,7 @@ def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, reference
         "chips": mesh.size,
         "batch_per_chip": config.data.batch_per_chip,
         "remat": config.parallel.remat,
-        "parameters": {"trained": count(state.trained), "frozen": frozen},
+        "parameters": {"trained": count(state.params), "frozen": frozen},
         "fits": whole.total <= chip.memory,
         "hbm_capacity": chip.memory,
         "hbm_per_chip": {
@@ -77,7 +77,7 @@ def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, reference
         },
         "collectives": traffic(whole.collectives, mesh),
         "largest_collective": largest,
-        "gathers_more_than_a_block": largest > 2 * count(state.trained if config.lora is None else split.frozen) / blocks,
+        "gathers_more_than_a_block": largest > 2 * count(state.params if config.lora is None else split.frozen) / blocks,
         "holds_attention_matrix": holds_square(whole.text, sum(sequence(config, references))),
         "compile_seconds": whole.seconds,
     }

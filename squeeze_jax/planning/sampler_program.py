@@ -23,7 +23,7 @@ from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import denoise, initial_state, prepare
 from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, Schedule, make_schedule
 from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER
-from squeeze_jax.sharding import batch_sharding, compiler_options, on_mesh
+from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
 
 Evaluation = tuple[bool, bool]
 """Whether a velocity sees the MLLM's tokens, and whether it sees the references'."""
@@ -62,7 +62,7 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
     @partial(jax.jit, compiler_options=compiler_options(mesh))
     def sampler(leaves: Any, noise: Any, states: Any, shown: Any, schedule: Schedule, scales: Any) -> jax.Array:
         system = nnx.merge(graph, *leaves)
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             prepared = prepare(system, states, shown, schedule, config.diffusion.guidance)
             span = jnp.array([0, MAX_STEPS])
             state = initial_state(noise, DEFAULT_SOLVER, config.model.dit.width)

@@ -81,7 +81,7 @@ def _all(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, ref
             tensor = mesh.shape["tensor"]
             resident = _bytes_on_a_chip(jax.tree.map(_with, state, state_shardings(state, mesh)))
             frozen = placed(split.frozen, mesh)
-            weights, gradients = _bytes_on_a_chip(frozen), 4 * count(state.trained) / mesh.shape["fsdp"] / tensor
+            weights, gradients = _bytes_on_a_chip(frozen), 4 * count(state.params) / mesh.shape["fsdp"] / tensor
             once = OPTIMIZER_PASSES * gradients / chip.memory_rate + _communication(config, mesh, chip, frozen, gradients)
             passed = _exchanged(config, references) * _ring(mesh, "tensor") / link_rate(mesh, ("tensor",), chip)
             for batch in BATCHES:

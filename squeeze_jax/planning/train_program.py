@@ -25,7 +25,7 @@ from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import Split, TrainState, initial_state, split_system, state_shardings
-from squeeze_jax.training.step import Batch, draw, losses, make_train_step, step_key, target_shape
+from squeeze_jax.training.step import Batch, compute_losses, make_train_step, sample_randomness, step_key, target_shape
 
 IMAGE_TOKENS = 256
 """Of one tile in the MLLM's sequence (InternVL3)."""
@@ -228,10 +228,10 @@ def loss_of(config: Config, stage: StageConfig) -> tuple[Callable[..., jax.Array
     state, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: Batch) -> jax.Array:
-        draws = draw(step_key(config, 0), target_shape(batch, config), config, stage)
-        return jnp.mean(losses(split.merge(trained, frozen), batch, draws, config, stage))
+        draws = sample_randomness(step_key(config, 0), target_shape(batch, config), config, stage)
+        return jnp.mean(compute_losses(split.merge(trained, frozen), batch, draws, config, stage))
 
-    return loss, (state.trained, split.frozen)
+    return loss, (state.params, split.frozen)
 
 
 def placed(state: nnx.State, mesh: Mesh, prefix: str = "") -> nnx.State:

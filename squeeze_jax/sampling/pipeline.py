@@ -17,7 +17,7 @@ from PIL import Image
 from squeeze_jax.batch import HiddenStates, References
 from squeeze_jax.checkpoints.trained import load_trained
 from squeeze_jax.config import Config
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import parse_size, to_rgb
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack_references, unpack
@@ -28,7 +28,7 @@ from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.stack import is_unstacked, unstack
 from squeeze_jax.models.dit import BLOCK_STACKS
 from squeeze_jax.models.system import System
-from squeeze_jax.processes import place, whole
+from squeeze_jax.processes import put_global, to_host
 from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, make_schedule, noise_for
@@ -141,7 +141,7 @@ class Pipeline:
     """A trained system with its encoders. Programs are compiled at first use and kept."""
 
     config: Config
-    encoders: FrozenEncoders
+    encoders: FeatureExtractor
     graphdef: Any
     params: tuple[Any, ...]
     step: int | None = None
@@ -156,10 +156,10 @@ class Pipeline:
         return cls.of(trained.system, trained.config, step=trained.step)
 
     @classmethod
-    def of(cls, system: System, config: Config, encoders: FrozenEncoders | None = None, step: int | None = None):
+    def of(cls, system: System, config: Config, encoders: FeatureExtractor | None = None, step: int | None = None):
         """Around a system in memory."""
         if encoders is None:
-            encoders = FrozenEncoders.of(config)
+            encoders = FeatureExtractor.of(config)
         graphdef, state = nnx.split(system)
         return cls(config, encoders, graphdef, (state,), step)
 
@@ -247,11 +247,11 @@ class Pipeline:
             raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
         if not prompts or at_once < 1:
             raise InputError(f"{len(prompts)} prompts, at_once {at_once}: both must be at least 1")
-        resolved, places = self.resolved(settings), places_of(mesh_of(self.params))
+        resolved, places = self.resolved(settings), data_parallel_size(mesh_of(self.params))
         images, at_once = range(resolved.num_images), max(at_once, places)
         together = max(1, at_once // resolved.num_images)
         share = places // math.gcd(places, len(images))  # prompts whose images fill the places
-        parts, fews = alike(shown, together, share), evenly_cut(images, at_once)
+        parts, fews = group_prompts(shown, together, share), split_evenly(images, at_once)
 
         def batches() -> Iterator[tuple[Ready, list[int]]]:
             for part in parts:
@@ -366,7 +366,7 @@ class Pipeline:
                 width=self.config.model.dit.width, mesh=mesh,
             )  # fmt: skip
             self._programs[key] = sampler
-        states, references = beside(mesh, (states, references))
+        states, references = shard_inputs(mesh, (states, references))
         prepared = sampler.prepare(self.params, states, references, schedule)
         return Ready(sampler, prepared, schedule, jnp.asarray(resolved.scales, jnp.float32), resolved)
 
@@ -376,7 +376,7 @@ class Pipeline:
         prompts = ready.prepared.context.mask.shape[0]
         if not seeds or len(seeds) % prompts:
             raise InputError(f"{len(seeds)} seeds for {prompts} prompts; give each prompt as many")
-        noise = beside(mesh, noise_for(list(seeds), rows * columns, self.config.model.dit.in_channels))
+        noise = shard_inputs(mesh, noise_for(list(seeds), rows * columns, self.config.model.dit.in_channels))
         state = initial_state(noise, ready.settings.solver_config, self.config.model.dit.width)
         if mesh is None:  # said where it lies, as every later state is: the first step is then no program of its own
             state = jax.device_put(state, next(iter(jax.tree.leaves(ready.prepared)[0].devices())))
@@ -390,20 +390,20 @@ class Pipeline:
         """`decode` begun; what is returned waits for its end."""
         resolved = settings if isinstance(settings, Resolved) else self.resolved(settings)
         spread = isinstance(tokens, jax.Array) and len(tokens.devices()) > 1
-        latents = unpack(whole(tokens) if spread else tokens, self.config.grid(resolved.height, resolved.width))
+        latents = unpack(to_host(tokens) if spread else tokens, self.config.grid(resolved.height, resolved.width))
         pictures = self.encoders.decode_later(latents)
         return lambda: np.clip(pictures(), -1.0, 1.0)
 
 
-def alike(references: Sequence[Sequence[Any]], most: int, multiple: int = 1) -> list[list[int]]:
-    """Numbers of prompts in pieces (`evenly_cut`) in which all have references or none has: their stages differ."""
+def group_prompts(references: Sequence[Sequence[Any]], most: int, multiple: int = 1) -> list[list[int]]:
+    """Numbers of prompts in pieces (`split_evenly`) in which all have references or none has: their stages differ."""
     pieces: list[list[int]] = []
     for some in (True, False):
-        pieces += evenly_cut([i for i, pictures in enumerate(references) if bool(pictures) == some], most, multiple)
+        pieces += split_evenly([i for i, pictures in enumerate(references) if bool(pictures) == some], most, multiple)
     return pieces
 
 
-def evenly_cut(items: Sequence[int], most: int, multiple: int = 1) -> list[list[int]]:
+def split_evenly(items: Sequence[int], most: int, multiple: int = 1) -> list[list[int]]:
     """Items in pieces of one length, about `most`, since programs are compiled for a length; the last item fills up.
 
     The length is a multiple of `multiple` where there are as many items: what a mesh divides evenly.
@@ -422,21 +422,21 @@ def mesh_of(leaves: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
-def places_of(mesh: Mesh | None) -> int:
+def data_parallel_size(mesh: Mesh | None) -> int:
     """Places of a mesh that hold examples of their own."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def beside(mesh: Mesh | None, inputs: Any) -> Any:
+def shard_inputs(mesh: Mesh | None, inputs: Any) -> Any:
     """Inputs on the mesh: rows split over it where they divide evenly, else everywhere."""
     if mesh is None:
         return inputs
     rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def where(x: jax.Array | np.ndarray) -> NamedSharding:
-        return rows if x.shape[0] % places_of(mesh) == 0 else everywhere
+        return rows if x.shape[0] % data_parallel_size(mesh) == 0 else everywhere
 
-    return place(inputs, jax.tree.map(where, inputs))
+    return put_global(inputs, jax.tree.map(where, inputs))
 
 
 def pad_references(latents: Sequence[Sequence[np.ndarray]], target_grid: tuple[int, int]) -> References | None:

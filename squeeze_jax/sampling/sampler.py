@@ -20,7 +20,7 @@ from squeeze_jax.sampling.denoiser import Denoiser, Prepared
 from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, Schedule
 from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER, SolverConfig
 from squeeze_jax.sampling.solvers import SOLVERS, Step
-from squeeze_jax.sharding import compiler_options, on_mesh
+from squeeze_jax.sharding import compiler_options, use_mesh
 
 
 class SolverState(NamedTuple):
@@ -134,14 +134,14 @@ def make_sampler(
     def prepare_on_mesh(
         params: Any, states: HiddenStates, references: References | None, schedule: Schedule
     ) -> Prepared:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             return prepare(nnx.merge(graphdef, *params), states, references, schedule, guidance)
 
     @compiled
     def denoise_on_mesh(
         params: Any, state: SolverState, prepared: Prepared, schedule: Schedule, scales: Array, span: Array
     ) -> SolverState:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             return denoise(
                 nnx.merge(graphdef, *params), state, target_grid, prepared, schedule, scales, span,
                 guided=guided, solver=solver,

@@ -28,26 +28,28 @@ from squeeze_jax.data.pipeline import BatchIterator, make_dataset
 from squeeze_jax.data.records import read_metadata
 from squeeze_jax.data.sources import Examples
 from squeeze_jax.errors import InputError, Preempted
-from squeeze_jax.processes import is_main, local_rows, of_main, place, place_rows
+from squeeze_jax.processes import broadcast_from_main, is_main, local_rows, put_global, put_local_rows
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.interruption import Interruption
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import (
-    Leaves,
+    Params,
     Split,
     TrainState,
-    create,
-    flat_leaves,
+    create_params,
+    flatten_params,
+    from_saved,
     initial_state,
     make_state,
+    replace_params,
     state_shardings,
-    with_leaves,
+    to_saved,
 )
 from squeeze_jax.training.step import Batch, Metrics, Validation, make_train_step, make_validation
 from squeeze_jax.training.watch import Profile, Watch
 
-SampleFunction = Callable[[Split, Leaves, int], None]
+SampleFunction = Callable[[Split, Params, int], None]
 """Draws a grid of pictures with (split, trained leaves, step); commands pass it in."""
 
 WorkFunction = Callable[[StageConfig, Batch], tuple[float, float | None]]
@@ -62,8 +64,8 @@ class Result(NamedTuple):
     """How a run ended."""
 
     split: Split
-    leaves: Leaves
-    """Trained leaves, or their average where the config keeps one."""
+    params: Params
+    """Trained parameters, or their average where the config keeps one."""
     step: int
     validation: float
     """Mean validation loss at the end."""
@@ -98,12 +100,12 @@ def train(
     data, held_out = batches_of(features, examples, config, mesh, rows)
     say(data.describe())
 
-    trained, split = create(config, mesh)
+    trained, split = create_params(config, mesh)
     base = fingerprint(split.frozen)
     optimizer = make_optimizer(config)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
-    # 1. The folder's own newest checkpoint: the run goes on.
-    found = newest(checkpoints, trained, optimizer, config, mesh, data, workdir, base, accept_changes, say)
+    # 1. The folder's own restore_latest checkpoint: the run goes on.
+    found = restore_latest(checkpoints, trained, optimizer, config, mesh, data, workdir, base, accept_changes, say)
     if found is not None:
         state, productive = found
         say(f"continuing {workdir} from step {int(state.step)}")
@@ -116,23 +118,23 @@ def train(
             check_leaves(trained, leaves if start_of(start_from) == "run" else fresh | leaves, start_from)
             trained = {name: (fresh | leaves)[name].astype(np.float32) for name in trained}
             say(f"starting from the weights of {start_from}: {len(leaves)} arrays, {len(fresh)} begin anew")
-        # 3. From scratch: random weights of the config's seed (and the pre-trained base, which `create` has read).
+        # 3. From scratch: random weights of the config's seed (and the pre-trained base, which `create_params` has read).
         state = make_state(trained, optimizer, config, mesh)
     del trained
     where, frozen = state_shardings(state, mesh), split.frozen
     write_config(workdir, config)
     writer = MetricsWriter(workdir, int(state.step), config.log.tensorboard)
     watch = Watch(rows, workdir, productive, say)
-    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.trained, frozen)]
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen)]
     say(f"training {counts[0]:,} values, {counts[1]:,} frozen; {rows} examples a step on {mesh.size} devices")
     say(f"learning rate {config.optimizer.learning_rate:g} ({config.optimizer.kind}, {config.optimizer.decay})")
 
-    def weights() -> Leaves:
-        return state.average or state.trained
+    def weights() -> Params:
+        return state.ema_params or state.params
 
     def save() -> None:
         saved = Saved(config, base, watch.productive_seconds)
-        checkpoints.save(step, state._asdict(), data.get_state(), saved)
+        checkpoints.save(step, to_saved(state), data.get_state(), saved)
 
     begun = int(state.step)
     validation, step, end = float("nan"), begun, 0
@@ -153,7 +155,7 @@ def train(
             while step < end:
                 profile.at(step)
                 with watch.waiting():
-                    batch = place_rows(next(data), batch_sharding(mesh), rows)
+                    batch = put_local_rows(next(data), batch_sharding(mesh), rows)
                 shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
                 if shape in flops:
                     state, metrics = train_step(state, frozen, batch)
@@ -193,7 +195,7 @@ def train(
                     if sample and (last or (config.training.sample_every and step % config.training.sample_every == 0)):
                         sample(split, weights(), step)
         if step == begun:  # nothing was left to train; was it stopped before validation?
-            validation = of_main(writer.last("validation_loss", step))
+            validation = broadcast_from_main(writer.last("validation_loss", step))
             if np.isnan(validation):
                 validate = make_validation(split, config, config.training.stages[-1], mesh)
                 validation = mean_validation(validate, weights(), frozen, held_out)
@@ -206,9 +208,9 @@ def train(
     return Result(split, weights(), step, validation)
 
 
-def newest(
+def restore_latest(
     checkpoints: Checkpoints,
-    trained: Leaves,
+    trained: Params,
     optimizer: optax.GradientTransformation,
     config: Config,
     mesh: Mesh,
@@ -218,7 +220,7 @@ def newest(
     accept_changes: bool,
     say: Callable[[str], None],
 ) -> tuple[TrainState, float] | None:
-    """The state of the newest checkpoint that can be read and its productive seconds; `data` is set to its place.
+    """The state of the restore_latest checkpoint that can be read and its productive seconds; `data` is set to its place.
 
     A damaged checkpoint is set aside, aloud, for the one before it; one that a disk or the devices' memory refuses is not.
     None where there never was one; raises InputError where all are damaged, and where this is another run's folder.
@@ -239,7 +241,7 @@ def newest(
                     "give the weights that it began with"
                 )
             data.set_state(place)
-            state = checkpoints.restore(step, like._asdict())
+            state = checkpoints.restore(step, to_saved(like))
         except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the last: no room on the devices
             raise
         except Exception as error:  # whatever the storage layer makes of missing and shortened files
@@ -253,7 +255,7 @@ def newest(
             continue
         for line in changed:
             say(f"changed: {line}")
-        return TrainState(**state), about.productive_seconds
+        return from_saved(state), about.productive_seconds
     if aside is not None:
         raise InputError(
             f"{workdir}: not one checkpoint can be read; they lie in {aside.parent}, put one back to try again, "
@@ -289,8 +291,8 @@ def check_records(folder: epath.Path, config: Config) -> None:
 
 def place_frozen(frozen: nnx.State, mesh: Mesh) -> nnx.State:
     """Frozen leaves where the sharding table puts them."""
-    leaves = flat_leaves(frozen)
-    return with_leaves(frozen, place(leaves, shardings(leaves, mesh)))
+    leaves = flatten_params(frozen)
+    return replace_params(frozen, put_global(leaves, shardings(leaves, mesh)))
 
 
 def batches_of(
@@ -316,11 +318,11 @@ def batches_of(
     fewer = rows // config.optimizer.accumulate
     with closing(batches("held_out", fewer, 0, 0)) as held_out:
         count = min(held_out.epoch, max(-(-MOST_HELD_OUT // fewer), len(held_out.buckets)))
-        return data, [place_rows(next(held_out), where, fewer) for _ in range(count)]
+        return data, [put_local_rows(next(held_out), where, fewer) for _ in range(count)]
 
 
 def mean_validation(
-    validate: Validation, leaves: Leaves, frozen: nnx.State, batches: list[Batch]
+    validate: Validation, leaves: Params, frozen: nnx.State, batches: list[Batch]
 ) -> float:
     """Mean validation loss over all batches."""
     return float(np.mean([np.mean(validate(leaves, frozen, batch)) for batch in batches]))

@@ -14,7 +14,7 @@ from squeeze_jax.config import Config
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec, shardings
 
-Leaves = dict[str, Any]
+Params = dict[str, Any]
 """Arrays by dotted path, the same names as in checkpoints and in the sharding table."""
 
 
@@ -23,80 +23,94 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     """Steps done, skipped ones included."""
-    trained: Leaves
-    """float32."""
-    moments: optax.OptState
+    params: Params
+    """Trained parameters, float32."""
+    opt_state: optax.OptState
     """The optimizer's state, float32."""
-    average: Leaves
-    """Running average of `trained`; empty where `optimizer.ema` is 0."""
+    ema_params: Params
+    """Running average of `params`; empty where `optimizer.ema` is 0."""
     skipped: Int[Array, ""]
     """Steps whose loss or gradient was not finite: nothing but the step count moved."""
+
+
+SAVED_NAMES = {"params": "trained", "opt_state": "moments", "ema_params": "average"}
+"""Field of `TrainState` → its name in a checkpoint, where they differ: the format is older than the fields' names."""
+
+
+def to_saved(state: TrainState) -> dict[str, Any]:
+    """The state under the names that checkpoints use."""
+    return {SAVED_NAMES.get(name, name): value for name, value in state._asdict().items()}
+
+
+def from_saved(saved: dict[str, Any]) -> TrainState:
+    """The inverse of `to_saved`."""
+    return TrainState(**{name: saved[SAVED_NAMES.get(name, name)] for name in TrainState._fields})
 
 
 class Split(NamedTuple):
     """A system apart: its structure, where each trained leaf goes, and the frozen leaves."""
 
-    graph: Any
+    graphdef: Any
     slots: dict[str, tuple[tuple[Any, ...], nnx.Variable]]
     """Dotted path → path and (emptied) variable of each trained leaf."""
     frozen: nnx.State
 
-    def merge(self, trained: Leaves, frozen: nnx.State | None = None) -> System:
+    def merge(self, trained: Params, frozen: nnx.State | None = None) -> System:
         """The system with these trained leaves; under `jit`, pass the frozen ones as an argument too."""
         flat = [(path, variable.replace(trained[name])) for name, (path, variable) in self.slots.items()]
-        return nnx.merge(self.graph, nnx.from_flat_state(flat), self.frozen if frozen is None else frozen)
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat), self.frozen if frozen is None else frozen)
 
 
-def split_system(system: System, config: Config) -> tuple[Leaves, Split]:
+def split_system(system: System, config: Config) -> tuple[Params, Split]:
     """The trained leaves by dotted path, and the rest."""
-    graph, trained, frozen = nnx.split(system, is_trained(config), ...)
+    graphdef, trained, frozen = nnx.split(system, is_trained(config), ...)
     flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(trained)}
     leaves = {name: variable.get_value() for name, (_, variable) in flat.items()}
     empty = {name: (path, variable.replace(None)) for name, (path, variable) in flat.items()}
-    return leaves, Split(graph, empty, frozen)
+    return leaves, Split(graphdef, empty, frozen)
 
 
-def create(config: Config, mesh: Mesh) -> tuple[Leaves, Split]:
+def create_params(config: Config, mesh: Mesh) -> tuple[Params, Split]:
     """The trained leaves and the rest of a new run, every array made or read where the sharding table puts it.
 
     No device ever holds a whole that others share, and no process reads more of a pre-trained base than its own part.
     """
     wanted, split = split_system(nnx.eval_shape(lambda: build_system(config, with_base=False)), config)
-    places = shardings(wanted | flat_leaves(split.frozen), mesh)
-    read: Leaves = {}
+    places = shardings(wanted | flatten_params(split.frozen), mesh)
+    read: Params = {}
     for part, wants, load in (
         ("dit", config.model.dit_weights, load_base), ("encoders", config.data.online, load_encoders)
     ):  # fmt: skip
         if wants:
-            read |= {f"{part}.{name}": leaf for name, leaf in flat_leaves(nnx.state(load(config, mesh))).items()}
+            read |= {f"{part}.{name}": leaf for name, leaf in flatten_params(nnx.state(load(config, mesh))).items()}
 
-    def make() -> Leaves:
+    def make() -> Params:
         leaves, rest = split_system(build_system(config, with_base=False), config)
-        return {name: leaf for name, leaf in (leaves | flat_leaves(rest.frozen)).items() if name not in read}
+        return {name: leaf for name, leaf in (leaves | flatten_params(rest.frozen)).items() if name not in read}
 
     made = jax.jit(make, out_shardings={name: place for name, place in places.items() if name not in read})()
     leaves = made | read
-    return {name: leaves[name] for name in wanted}, split._replace(frozen=with_leaves(split.frozen, leaves))
+    return {name: leaves[name] for name in wanted}, split._replace(frozen=replace_params(split.frozen, leaves))
 
 
-def flat_leaves(state: nnx.State) -> Leaves:
+def flatten_params(state: nnx.State) -> Params:
     """The arrays of a state by dotted path."""
     return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def with_leaves(state: nnx.State, leaves: Leaves) -> nnx.State:
+def replace_params(state: nnx.State, leaves: Params) -> nnx.State:
     """The state with these arrays in place of its own; more than it has may be given."""
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state([(path, v.replace(leaves[".".join(map(str, path))])) for path, v in flat])
 
 
-def make_state(trained: Leaves, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:
+def make_state(trained: Params, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:
     """`initial_state` on a mesh: moments are made where they will lie."""
     where = state_shardings(jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), trained), mesh)
     return jax.jit(lambda leaves: initial_state(leaves, optimizer, config), out_shardings=where)(trained)
 
 
-def initial_state(trained: Leaves, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+def initial_state(trained: Params, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
     """Step 0. The average begins as a copy, so that donating the state never frees it twice."""
     average = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else {}
     zero = jnp.zeros((), jnp.int32)

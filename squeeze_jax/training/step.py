@@ -12,17 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from squeeze_jax.array_types import Array, Bool, Float, Key
 from squeeze_jax.batch import Context, RawBatch, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
-from squeeze_jax.diffusion.flow import loss_per_sample, noisy, sample_times, schedule_shift
+from squeeze_jax.diffusion.flow import add_noise, loss_per_sample, sample_times, schedule_shift
 from squeeze_jax.models.system import System
-from squeeze_jax.sharding import batch_sharding, compiler_options, on_mesh
+from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
 from squeeze_jax.training.optimizer import learning_rate
-from squeeze_jax.training.state import Leaves, Split, TrainState
+from squeeze_jax.training.state import Params, Split, TrainState
 
 Batch = TrainingBatch | RawBatch
 """Features, or examples that the program's own encoders turn into them."""
 
 
-class Draws(NamedTuple):
+class StepRandomness(NamedTuple):
     """What is random in a step, row by row of the global batch."""
 
     t: Float[Array, " B"]
@@ -57,21 +57,21 @@ def step_key(config: Config, step: int | jax.Array) -> Key:
     return jax.random.fold_in(jax.random.key(config.training.seed), step)
 
 
-def draw(key: Key, shape: tuple[int, int, int], config: Config, stage: StageConfig) -> Draws:
+def sample_randomness(key: Key, shape: tuple[int, int, int], config: Config, stage: StageConfig) -> StepRandomness:
     """Times, noise and dropped conditions of a batch [B, N, c]; row i is the same whatever B is."""
     batch, length, channels = shape
 
-    def row(key: Key) -> Draws:
+    def row(key: Key) -> StepRandomness:
         times, noise, dropout = jax.random.split(key, 3)
         t = sample_times(times, 1, config.diffusion.time_sampling, schedule_shift(length))
         mllm, vae = stage.dropout.draw(dropout, 1)
-        return Draws(t[0], jax.random.normal(noise, (length, channels)), mllm[0], vae[0])
+        return StepRandomness(t[0], jax.random.normal(noise, (length, channels)), mllm[0], vae[0])
 
     return jax.vmap(row)(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)))
 
 
-def losses(
-    system: System, batch: TrainingBatch | RawBatch, draws: Draws, config: Config, stage: StageConfig
+def compute_losses(
+    system: System, batch: TrainingBatch | RawBatch, draws: StepRandomness, config: Config, stage: StageConfig
 ) -> Float[Array, " B"]:
     """Each sample's loss. A dropped condition is masked out of attention, padding likewise: neither changes a loss."""
     batch = system.encode_batch(batch)
@@ -81,7 +81,7 @@ def losses(
     if stage.references and batch.references.tokens.shape[1]:
         mask = batch.references.mask & draws.keep_vae[:, None]
         references = References(batch.references.tokens, mask, batch.references.positions)
-    x_t = noisy(batch.target, draws.noise, draws.t)
+    x_t = add_noise(batch.target, draws.noise, draws.t)
     grid = config.target_grid if batch.grid is None else batch.grid
     velocity = system.velocity(x_t, grid, draws.t, context, references, config.diffusion.guidance)
     return loss_per_sample(velocity, batch.target, draws.noise)
@@ -115,27 +115,27 @@ def make_train_step(
     rate, pieces = learning_rate(config), config.optimizer.accumulate
 
     def mean_loss(
-        trained: Leaves, frozen: nnx.State, batch: Batch, draws: Draws
+        trained: Params, frozen: nnx.State, batch: Batch, draws: StepRandomness
     ) -> tuple[jax.Array, jax.Array]:
-        each = losses(split.merge(trained, frozen), batch, draws, config, stage)
+        each = compute_losses(split.merge(trained, frozen), batch, draws, config, stage)
         return jnp.mean(each), each
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
-        draws = draw(step_key(config, state.step), target_shape(batch, config), config, stage)
+        draws = sample_randomness(step_key(config, state.step), target_shape(batch, config), config, stage)
         gradient = jax.value_and_grad(mean_loss, has_aux=True)
         if pieces == 1:
-            (loss, each), grads = gradient(state.trained, frozen, batch, draws)
+            (loss, each), grads = gradient(state.params, frozen, batch, draws)
         else:
 
             def add(total: Any, piece: Any) -> tuple[Any, jax.Array]:
-                (loss, each), grads = gradient(state.trained, frozen, *piece)
+                (loss, each), grads = gradient(state.params, frozen, *piece)
                 return jax.tree.map(jnp.add, total, (loss, grads)), each
 
             # Piece p has the rows p, pieces + p, 2·pieces + p, …: on a mesh, rows stay on their devices.
             cut = jax.tree.map(
                 lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), (batch, draws)
             )
-            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained))
+            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             sums, each = jax.lax.scan(add, nothing, cut)
             each = each.swapaxes(0, 1)
             loss, grads = jax.tree.map(lambda x: x / pieces, sums)
@@ -145,29 +145,29 @@ def make_train_step(
         )
         norm = jnp.hypot(of_dit, of_aggregator)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, moments = optimizer.update(grads, state.moments, state.trained)
-        trained: Leaves = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
-        average = state.average and moving_average(state.average, trained, state.step, config.optimizer.ema)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
+        ema_params = state.ema_params and update_ema(state.ema_params, params, state.step, config.optimizer.ema)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new, old)
 
-        trained, moments, average = jax.tree.map(
-            keep, (trained, moments, average), (state.trained, state.moments, state.average)
+        params, opt_state, ema_params = jax.tree.map(
+            keep, (params, opt_state, ema_params), (state.params, state.opt_state, state.ema_params)
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        sums, counts = by_time(each.ravel(), draws.t)
+        sums, counts = sum_losses_by_time(each.ravel(), draws.t)
         # Skipped steps do not count in the optimiser's moments, where its schedule's place lies, too.
         now = jnp.asarray(rate(state.step - state.skipped), jnp.float32)
         metrics = Metrics(loss, norm, of_dit, of_aggregator, sums, counts, now, skipped)
-        return TrainState(state.step + 1, trained, moments, average, skipped), metrics
+        return TrainState(state.step + 1, params, opt_state, ema_params, skipped), metrics
 
     if where is None:
         return jax.jit(step, donate_argnums=0)
     mesh = jax.tree.leaves(where)[0].mesh
 
     def placed(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
-        with on_mesh(mesh):
+        with use_mesh(mesh):
             return step(state, frozen, batch)
 
     examples, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -180,14 +180,16 @@ def make_train_step(
     )
 
 
-def by_time(each: Float[Array, " B"], t: Float[Array, " B"]) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
+def sum_losses_by_time(
+    each: Float[Array, " B"], t: Float[Array, " B"]
+) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
     """Sums of losses and their numbers in each bin of `TIME_BORDERS`."""
     bins = jnp.searchsorted(jnp.array(TIME_BORDERS[1:-1]), t, side="right")
     member = bins[:, None] == jnp.arange(len(TIME_BORDERS) - 1)[None]
     return jnp.where(member, each[:, None], 0.0).sum(axis=0), member.astype(jnp.float32).sum(axis=0)
 
 
-def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: float) -> Leaves:
+def update_ema(average: Params, trained: Params, step: jax.Array, decay: float) -> Params:
     """average + (1 − d)·(trained − average), with d growing from 0.1 to `decay` over the first steps."""
     count = step.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
@@ -197,7 +199,7 @@ def moving_average(average: Leaves, trained: Leaves, step: jax.Array, decay: flo
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-Validation = Callable[[Leaves, nnx.State, Batch], Float[Array, " B"]]
+Validation = Callable[[Params, nnx.State, Batch], Float[Array, " B"]]
 
 
 def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh | None = None) -> Validation:
@@ -207,15 +209,17 @@ def make_validation(split: Split, config: Config, stage: StageConfig, mesh: Mesh
     arrays lie on.
     """
 
-    def validate(trained: Leaves, frozen: nnx.State, batch: Batch) -> Float[Array, " B"]:
-        with on_mesh(mesh):
+    def validate(trained: Params, frozen: nnx.State, batch: Batch) -> Float[Array, " B"]:
+        with use_mesh(mesh):
             system, shape = split.merge(trained, frozen), target_shape(batch, config)
             batch = system.encode_batch(batch)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch.index)
             noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
             keep = jnp.ones(shape[0], bool)
             at = jax.lax.map(
-                lambda t: losses(system, batch, Draws(jnp.full(shape[0], t), noise, keep, keep), config, stage),
+                lambda t: compute_losses(
+                    system, batch, StepRandomness(jnp.full(shape[0], t), noise, keep, keep), config, stage
+                ),
                 jnp.asarray(VALIDATION_TIMES),
             )
             return at.mean(axis=0)

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from squeeze_jax.app import session as drawing
-from squeeze_jax.app.session import MAX_BYTES, MAX_REFERENCES, Studio, Upload
+from squeeze_jax.app.session import MAX_BYTES, MAX_REFERENCES, AppState, Upload
 from squeeze_jax.app.strip import PAINT, counts, stages_of_steps, strip
 from squeeze_jax.commands import app
 from squeeze_jax.data.images import save_png
@@ -54,7 +54,7 @@ class Painter(Pipeline):
 
 @pytest.fixture
 def studio(tmp_path):
-    return Studio(Painter(), "tiny", tmp_path)
+    return AppState(Painter(), "tiny", tmp_path)
 
 
 def saved(path, text):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from squeeze_jax.data.buckets import Sizes, Turns, make_buckets, shapes, waste
+from squeeze_jax.data.buckets import BucketSchedule, Sizes, make_buckets, shapes, waste
 from squeeze_jax.data.images import nearest_size
 from squeeze_jax.data.pipeline import make_dataset
 from squeeze_jax.data.record_writer import extract
@@ -125,13 +125,13 @@ def test_waste_and_shapes_by_hand():
     assert one.padding == (4, 4, 16), "two records are too few for a step of three: they share"
 
 
-# Turns
+# BucketSchedule
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 3))
 def test_turns_are_gapless_and_in_proportion(counts, rows, seed):
-    turns = Turns(counts, rows, seed)
+    turns = BucketSchedule(counts, rows, seed)
     seen = [0] * len(counts)
     for step in range(200):
         bucket, batch = turns(step)
@@ -142,11 +142,11 @@ def test_turns_are_gapless_and_in_proportion(counts, rows, seed):
         of_epochs = Counter(turns(step)[0] for step in range(total))
         for bucket, count in enumerate(counts):
             assert of_epochs[bucket] == math.ceil(epoch * count / rows)
-    assert turns(137) == Turns(counts, rows, seed)(137), "a function of seed and step alone"
+    assert turns(137) == BucketSchedule(counts, rows, seed)(137), "a function of seed and step alone"
 
 
 def test_another_seed_gives_another_order():
-    one, two = ([Turns([40, 60], 4, seed)(step)[0] for step in range(50)] for seed in (0, 1))
+    one, two = ([BucketSchedule([40, 60], 4, seed)(step)[0] for step in range(50)] for seed in (0, 1))
     assert one != two
     assert one != sorted(one)
 

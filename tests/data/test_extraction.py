@@ -11,7 +11,7 @@ from PIL import Image
 from squeeze_jax.config import load_preset
 from squeeze_jax.data import manifest
 from squeeze_jax.data.extraction import MOST_BYTES, extract_features, rows_of_shard
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.records import FeatureSource
 from squeeze_jax.errors import InputError
 from squeeze_jax.evaluation.grids import check_encoders
@@ -51,8 +51,8 @@ def photographs(tmp_path):
 def test_what_is_extracted_is_not_looked_at_again(photographs, tmp_path, monkeypatch):
     out = epath.Path(tmp_path / "out")
     extract_features(photographs, out)
-    check_encoders(FrozenEncoders.of(photographs), out)
-    monkeypatch.setattr(FrozenEncoders, "of", lambda config: pytest.fail("encoders were loaded"))
+    check_encoders(FeatureExtractor.of(photographs), out)
+    monkeypatch.setattr(FeatureExtractor, "of", lambda config: pytest.fail("encoders were loaded"))
     monkeypatch.setattr(manifest, "load_image", lambda path: pytest.fail("a picture was decoded"))
     extract_features(photographs, out)
     monkeypatch.undo()
@@ -73,7 +73,7 @@ def test_records_that_sampling_would_make_otherwise_are_refused(photographs, tmp
         other = dataclasses.replace(photographs, data=dataclasses.replace(photographs.data, **{name: value}))
         with pytest.raises(InputError, match=f"made with data.{name} .*, this config has"):
             check_records(epath.Path(tmp_path / "train"), other)
-    encoders = FrozenEncoders.of(photographs)
+    encoders = FeatureExtractor.of(photographs)
     encoders.settings["mllm"] = "0123"
     with pytest.raises(InputError, match=r"made by other encoders .mllm '.*' there and '0123' here"):
         check_encoders(encoders, epath.Path(tmp_path))

@@ -13,8 +13,8 @@ from small_internvl import INTERNVL, write_internvl
 from tiny import tiny_config
 
 from squeeze_jax.data.chat import IMAGE, IMAGENET_MEAN, IMAGENET_STD, image_tiles
-from squeeze_jax.data.feature_extractor import FrozenEncoders, digest
-from squeeze_jax.data.mllm import InternVLReader, TransformersReader
+from squeeze_jax.data.feature_extractor import FeatureExtractor, digest
+from squeeze_jax.data.mllm import InternVLMLLM, TransformersMLLM
 from squeeze_jax.errors import InputError
 
 TEMPLATE = (
@@ -98,8 +98,8 @@ def test_our_internvl_reads_as_pytorchs_does(internvl_folder, system, tiles):
     from transformers import InternVLForConditionalGeneration
 
     model = InternVLForConditionalGeneration.from_pretrained(internvl_folder, dtype=torch.float32)
-    ours = InternVLReader(internvl_folder, system, tiles, jnp.float32)
-    theirs = TransformersReader(PublishedProcessor(ours.tokenizer, tiles), model, system)
+    ours = InternVLMLLM(internvl_folder, system, tiles, jnp.float32)
+    theirs = TransformersMLLM(PublishedProcessor(ours.tokenizer, tiles), model, system)
     assert (ours.width, ours.layers) == (theirs.width, theirs.layers) == (48, 3)
     expected = theirs.read(PROMPTS, PICTURES)
     counts = [sum(len(image_tiles(image, 16, tiles)) for image in row) for row in PICTURES]
@@ -115,17 +115,17 @@ def test_a_tokenizer_of_another_model_is_refused(internvl_folder, tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"image_token_id": 3}))
     with pytest.raises(InputError, match=r"tokenizer\.json gives <IMG_CONTEXT> the id \d+, config\.json 3"):
-        InternVLReader(tmp_path, None, 1, jnp.float32)
+        InternVLMLLM(tmp_path, None, 1, jnp.float32)
     larger = qwen_like()
     larger.add_tokens([f"<word {i}>" for i in range(400)])
     larger.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"the model embeds 600 tokens"):
-        InternVLReader(tmp_path, None, 1, jnp.float32)
+        InternVLMLLM(tmp_path, None, 1, jnp.float32)
 
 
 def test_tiles_are_part_of_what_decides_the_features(internvl_folder):
-    one, four = (InternVLReader(internvl_folder, None, tiles, jnp.float32).settings for tiles in (1, 4))
+    one, four = (InternVLMLLM(internvl_folder, None, tiles, jnp.float32).settings for tiles in (1, 4))
     assert one == {"system_text": None}
     assert four == {"system_text": None, "max_tiles": 4}
 
@@ -172,7 +172,7 @@ def test_any_image_text_to_text_model_is_a_source(llava_folder):
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    reader = TransformersReader.load(llava_folder, "Draw.", "float32")
+    reader = TransformersMLLM.load(llava_folder, "Draw.", "float32")
     assert (reader.width, reader.layers) == (16, 2)
     states = jax.tree.map(np.asarray, reader.read(PROMPTS, PICTURES))
     assert states.text.shape[:2] == (3, 3)
@@ -197,7 +197,7 @@ def test_encoders_of_a_config_with_that_source(llava_folder):
     config = tiny_config()
     model = dataclasses.replace(config.model, mllm=str(llava_folder), mllm_source="transformers", latent_pixels=4)
     model = dataclasses.replace(model, dit=dataclasses.replace(model.dit, in_channels=32))
-    encoders = FrozenEncoders.of(dataclasses.replace(config, model=model))
+    encoders = FeatureExtractor.of(dataclasses.replace(config, model=model))
     assert encoders.settings["source"] == "transformers"
     assert encoders.settings["mllm"] == digest(llava_folder)
     json.dumps(encoders.settings)
@@ -206,12 +206,12 @@ def test_encoders_of_a_config_with_that_source(llava_folder):
     assert two.image.shape == (3, 0, 16)
     aggregator = dataclasses.replace(config.aggregator, layers=(0, 1, 3))
     with pytest.raises(InputError, match="asks for hidden state 3"):
-        FrozenEncoders.of(dataclasses.replace(config, model=model, aggregator=aggregator))
+        FeatureExtractor.of(dataclasses.replace(config, model=model, aggregator=aggregator))
 
 
 @pytest.mark.parametrize("name", ["<image>", "<|im_end|>", "<tool_call>"])
 def test_a_special_token_in_the_prompt_is_refused(llava_folder, name):
-    reader = TransformersReader.load(llava_folder, None, "float32")
+    reader = TransformersMLLM.load(llava_folder, None, "float32")
     with pytest.raises(InputError, match="special token of this model"):
         reader.read([f"a critter {name}"], [[]])
     with pytest.raises(InputError, match="the prompt is empty"):
@@ -224,7 +224,7 @@ def test_a_folder_that_transformers_cannot_load_is_named(tmp_path):
     pytest.importorskip("torch", reason="parity needs PyTorch")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=f"{tmp_path}: transformers cannot load it"):
-        TransformersReader.load(tmp_path, None, "float32")
+        TransformersMLLM.load(tmp_path, None, "float32")
 
 
 def test_a_single_file_has_a_digest_of_its_own(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from squeeze_jax.batch import RawBatch
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import make_dataset
 from squeeze_jax.data.record_writer import Example, extract
@@ -41,7 +41,7 @@ class Reader:
 
 
 def frozen():
-    encoders = object.__new__(FrozenEncoders)
+    encoders = object.__new__(FeatureExtractor)
     encoders._reader, encoders.settings = Reader(), {"mllm": "places"}
     return encoders
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from squeeze_jax.diffusion.flow import (
+    add_noise,
     euler_step,
     loss_per_sample,
-    noisy,
     sample_times,
     schedule_shift,
     shift_time,
@@ -88,20 +88,20 @@ def test_times_come_from_their_key():
 
 def test_the_path_runs_straight_from_picture_to_noise():
     clean, noise = pair()
-    np.testing.assert_array_equal(noisy(clean, noise, jnp.zeros(3)), clean)
-    np.testing.assert_array_equal(noisy(clean, noise, jnp.ones(3)), noise)
+    np.testing.assert_array_equal(add_noise(clean, noise, jnp.zeros(3)), clean)
+    np.testing.assert_array_equal(add_noise(clean, noise, jnp.ones(3)), noise)
     t = jnp.array([0.1, 0.5, 0.8])
-    _, slope = jax.jvp(lambda t: noisy(clean, noise, t), (t,), (jnp.ones(3),))
+    _, slope = jax.jvp(lambda t: add_noise(clean, noise, t), (t,), (jnp.ones(3),))
     np.testing.assert_allclose(slope, noise - clean, rtol=1e-6)  # the velocity that the model learns
-    alone = noisy(clean[1:2], noise[1:2], t[1:2])
-    np.testing.assert_array_equal(noisy(clean, noise, t)[1:2], alone)
+    alone = add_noise(clean[1:2], noise[1:2], t[1:2])
+    np.testing.assert_array_equal(add_noise(clean, noise, t)[1:2], alone)
 
 
 def test_a_step_along_the_true_velocity_lands_on_the_path():
     clean, noise = pair()
-    x = noisy(clean, noise, jnp.full(3, 0.8))
+    x = add_noise(clean, noise, jnp.full(3, 0.8))
     there = euler_step(x, noise - clean, jnp.float32(0.8), jnp.float32(0.3))
-    np.testing.assert_allclose(there, noisy(clean, noise, jnp.full(3, 0.3)), atol=1e-6)
+    np.testing.assert_allclose(there, add_noise(clean, noise, jnp.full(3, 0.3)), atol=1e-6)
     np.testing.assert_allclose(euler_step(x, noise - clean, jnp.float32(0.8), jnp.float32(0.0)), clean, atol=1e-6)
 
 

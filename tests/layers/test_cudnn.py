@@ -9,7 +9,7 @@ from jax._src.cudnn import fused_attention_stablehlo as kernels
 from squeeze_jax.layers import attention as module
 from squeeze_jax.layers.attention import attention, plain_attention
 from squeeze_jax.layers.cudnn import cudnn_attention, suits
-from squeeze_jax.sharding import make_mesh, on_mesh
+from squeeze_jax.sharding import make_mesh, use_mesh
 
 
 def arrays(batch=2, tokens=6, heads=4, width=8, dtype=jnp.bfloat16, shared=1):
@@ -91,7 +91,7 @@ def test_of_a_sample_without_keys_the_others_learn_nothing(reference):
 @pytest.mark.parametrize("shared", [1, 2])
 def test_on_a_mesh_rows_and_heads_are_cut(reference, shared):
     q, k, v, mask = arrays(batch=4, shared=shared)
-    with on_mesh(make_mesh(1, 2, 4)):
+    with use_mesh(make_mesh(1, 2, 4)):
         got = jax.jit(cudnn_attention)(q, k, v, mask)
     np.testing.assert_allclose(
         got.astype(jnp.float32), plain_attention(q, k, v, mask).astype(jnp.float32), atol=2e-2

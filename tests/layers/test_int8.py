@@ -19,10 +19,10 @@ from squeeze_jax.interop.load import save_dit
 from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.lora import LoRAConfig, LoRAParam, add_lora, linears, merge_lora
-from squeeze_jax.layers.stack import stacked
+from squeeze_jax.layers.stack import stack_blocks
 from squeeze_jax.models.dit import DiTConfig
-from squeeze_jax.sharding import make_mesh, on_mesh, parameter_spec
-from squeeze_jax.training.state import create, flat_leaves, split_system
+from squeeze_jax.sharding import make_mesh, parameter_spec, use_mesh
+from squeeze_jax.training.state import create_params, flatten_params, split_system
 
 pytest.importorskip("qwix", reason="needs the `quantize` extra")
 
@@ -43,7 +43,7 @@ def dequantised(linear) -> np.ndarray:
 
 def test_products_equal_those_of_the_rounded_kernel():
     """In float64; every output channel of every layer has a scale of its own and is off by half a step at most."""
-    block = stacked(lambda rngs: Linear(32, 24, rngs=rngs), 3, nnx.Rngs(0))
+    block = stack_blocks(lambda rngs: Linear(32, 24, rngs=rngs), 3, nnx.Rngs(0))
     rng = np.random.default_rng(0)
     kernel = (rng.standard_normal((3, 32, 24)) * 10.0 ** rng.uniform(-3, 3, (3, 1, 24))).astype(np.float32)
     bias = rng.standard_normal((3, 24)).astype(np.float32)
@@ -86,12 +86,12 @@ def test_gradients_of_adapters_equal_those_over_the_rounded_base():
         @jax.jit
         def gradient(adapters, base, graph=graph, mesh=mesh if int8 else None):
             def loss(adapters):
-                with on_mesh(mesh):
+                with use_mesh(mesh):
                     return jnp.sum(jnp.sin(nnx.merge(graph, adapters, base)(target, context, t, target_grid=(2, 2))))
 
             return jax.grad(loss)(adapters)
 
-        found.append(flat_leaves(gradient(adapters, base)))
+        found.append(flatten_params(gradient(adapters, base)))
     ours, wanted = found
     assert len(wanted) == 12
     for name in wanted:
@@ -104,10 +104,10 @@ def test_a_base_read_onto_a_mesh_lies_there_in_int8(tmp_path):
     config = dataclasses.replace(INT8, model=dataclasses.replace(INT8.model, dit_weights=str(tmp_path)))
     plain = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, frozen_dtype="bfloat16"))
     mesh = make_mesh(2, 2, 2)
-    trained, split = create(config, mesh)
+    trained, split = create_params(config, mesh)
     same, other = split_system(nnx.eval_shape(lambda: build_system(plain)), plain)
     assert {name: leaf.shape for name, leaf in trained.items()} == {name: leaf.shape for name, leaf in same.items()}
-    frozen, bfloat16 = flat_leaves(split.frozen), flat_leaves(other.frozen)
+    frozen, bfloat16 = flatten_params(split.frozen), flatten_params(other.frozen)
     scales = {name for name in frozen if name.endswith("kernel_scale")}
     assert len(scales) == 13
     assert set(frozen) == scales | set(bfloat16)
@@ -117,7 +117,7 @@ def test_a_base_read_onto_a_mesh_lies_there_in_int8(tmp_path):
         assert leaf.sharding.spec == parameter_spec(name, leaf.shape, mesh), name
     size = lambda leaves: sum(math.prod(x.shape) * x.dtype.itemsize for n, x in leaves.items() if "_blocks" in n)  # noqa: E731
     assert size(frozen) < 0.65 * size(bfloat16)
-    for name, leaf in flat_leaves(nnx.state(load_base(config))).items():
+    for name, leaf in flatten_params(nnx.state(load_base(config))).items():
         np.testing.assert_array_equal(leaf, frozen[f"dit.{name}"], err_msg=name)
 
 

@@ -7,7 +7,7 @@ from flax import nnx
 from parity import randomise, relative_error
 from small_dit import CONFIG, like_twin, random_dit, torch_twin
 
-from squeeze_jax.layers.modulation import AdaLN, gated, modulate, sinusoidal
+from squeeze_jax.layers.modulation import AdaLN, add_gated, modulate, sinusoidal
 
 TIMES = np.array([0.001, 0.5, 0.999], np.float32)
 
@@ -83,4 +83,4 @@ def test_modulated_norm_and_gate_equal_diffusers():
     assert relative_error(ours, y) < 1e-4  # subtracting the mean of 3 leaves four digits of x
     assert relative_error(ours_gate[:, 0], gate) < 1e-5
     update = np.asarray(y)
-    assert relative_error(gated(x, ours_gate, update), x + gate.numpy()[:, None] * update) < 1e-6
+    assert relative_error(add_gated(x, ours_gate, update), x + gate.numpy()[:, None] * update) < 1e-6

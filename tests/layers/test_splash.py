@@ -11,7 +11,7 @@ from parity import relative_error
 from squeeze_jax.layers import splash
 from squeeze_jax.layers.attention import plain_attention
 from squeeze_jax.layers.splash import block_of, splash_attention, suits
-from squeeze_jax.sharding import make_mesh, on_mesh
+from squeeze_jax.sharding import make_mesh, use_mesh
 
 
 def inputs(batch=2, tokens=300, heads=2):
@@ -43,7 +43,7 @@ def test_output_and_gradients_equal_whole_products(mesh):
         q, k, v, mask = (np.concatenate([x, x]) for x in (q, k, v, mask))
 
     def kernel(q, k, v, mask):
-        with on_mesh(make_mesh(*mesh) if mesh else None):
+        with use_mesh(make_mesh(*mesh) if mesh else None):
             return splash_attention(q, k, v, jnp.asarray(mask), interpret=True)
 
     ours = with_gradients(kernel, q, k, v, mask)

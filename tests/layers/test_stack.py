@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.stack import ATTENTION, REMAT, rematerialised, scan_blocks, stacked, unstack
+from squeeze_jax.layers.stack import ATTENTION, REMAT, rematerialised, scan_blocks, stack_blocks, unstack
 
 DEPTH, WIDTH = 3, 6
 
@@ -28,7 +28,7 @@ class Block(nnx.Module):
 
 @pytest.fixture(scope="module")
 def problem():
-    blocks = stacked(Block, DEPTH, nnx.Rngs(0))
+    blocks = stack_blocks(Block, DEPTH, nnx.Rngs(0))
     rng = np.random.default_rng(0)
     blocks.first.bias.set_value(jnp.asarray(rng.standard_normal((DEPTH, 2 * WIDTH)), jnp.float32))
     graph, state = nnx.split(blocks)

@@ -21,14 +21,14 @@ from tiny import randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.batch import Context, References
 from squeeze_jax.config import load_preset
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.pipeline import make_dataset
 from squeeze_jax.data.record_writer import Example, extract
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.models.dit import Modulation
+from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.models.system import System
-from squeeze_jax.sampling.pipeline import Pipeline, Settings, reference_tokens
-from squeeze_jax.sampling.sampler import make_schedule, noise_for
+from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
+from squeeze_jax.sampling.schedule import make_schedule, noise_for
 
 CONFIG = tiny_config()
 ROOT = Path(__file__).parents[2]
@@ -44,13 +44,13 @@ class Field(System):
         self.formula = formula
         self.unused = nnx.Param(jnp.zeros(()))  # a pipeline looks where its weights lie
 
-    def context(self, states):
+    def aggregate(self, states):
         return Context(jnp.ones((states.text.shape[0], 1, 1)), jnp.ones((states.text.shape[0], 1), bool))
 
-    def modulation(self, times, guidance=1.0):
+    def make_modulation(self, times, guidance=1.0):
         return Modulation((), (), ())
 
-    def shown(self, references, guidance=1.0):
+    def prepare_references(self, references, guidance=1.0):
         return references
 
     def velocity(self, target, target_grid, t, context, references, guidance=1.0, modulation=None):
@@ -63,7 +63,7 @@ class Field(System):
 
 def pipeline(formula, **sampling):
     config = dataclasses.replace(CONFIG, sampling=dataclasses.replace(CONFIG.sampling, **sampling))
-    return Pipeline.of(Field(formula), config, object.__new__(FrozenEncoders))
+    return Pipeline.of(Field(formula), config, object.__new__(FeatureExtractor))
 
 
 def times_by_hand(steps, tokens, shifted):
@@ -94,7 +94,7 @@ def test_each_stage_has_a_scale_of_its_own(scales):
     drawn = pipeline(formula).sample(STATES, [LATENTS], [5, 6], settings)
     noise = noise_for([5, 6], TOKENS, 64)
     schedule = make_schedule(steps, TOKENS, 0.8, 0.4, references=True)
-    shown = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), 2, axis=0), reference_tokens([LATENTS], GRID))
+    shown = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), 2, axis=0), pad_references([LATENTS], GRID))
     states = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), 2, axis=0), STATES)
     naive = sample_naively(Field(formula), noise, GRID, states, shown, schedule, jnp.asarray(scales))
     assert relative_error(drawn, naive) < 1e-5
@@ -132,7 +132,7 @@ def test_a_schnell_preset_samples_in_four_even_steps_without_guidance():
 # --- references --------------------------------------------------------------------------------------------------------
 
 
-class Listening(FrozenEncoders):
+class Listening(FeatureExtractor):
     """Notes what the MLLM is given; a latent is its picture, every eighth pixel."""
 
     def __init__(self):

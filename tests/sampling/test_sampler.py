@@ -20,7 +20,7 @@ from tiny import row, tiny_batch, tiny_config
 from squeeze_jax.batch import Context
 from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import StageConfig, TrainingConfig
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import load_image
 from squeeze_jax.diffusion.flow import schedule_shift
 from squeeze_jax.diffusion.latents import pack, reference_positions
@@ -35,13 +35,13 @@ from squeeze_jax.sampling.pipeline import (
     STAGE_NAMES,
     Pipeline,
     Settings,
-    evenly_cut,
     pad_references,
+    split_evenly,
 )
 from squeeze_jax.sampling.sampler import make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
-from squeeze_jax.training.state import flat_leaves, with_leaves
+from squeeze_jax.training.state import flatten_params, replace_params
 
 GRID, TOKENS = (2, 2), 4
 
@@ -217,7 +217,7 @@ def test_samples_of_a_batch_are_independent(programs):
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
-NO_ENCODERS = object.__new__(FrozenEncoders)  # `sample` starts behind them
+NO_ENCODERS = object.__new__(FeatureExtractor)  # `sample` starts behind them
 
 
 def some_latents(*sizes, seed=0):
@@ -274,7 +274,8 @@ def test_blocks_in_eight_bits_draw_almost_the_same(pipeline):
     settings, small = Settings(steps=3, tau1=0.9, tau2=0.4), pipeline.quantised()
     again = jax.tree.leaves(small.quantised().params)
     assert all(np.array_equal(a, b) for a, b in zip(again, jax.tree.leaves(small.params), strict=True)), "once is enough"
-    kernels = [leaf for name, leaf in flat_leaves(small.params[0]).items() if "blocks" in name and name.endswith("kernel")]
+    flat = flatten_params(small.params[0])
+    kernels = [leaf for name, leaf in flat.items() if "blocks" in name and name.endswith("kernel")]
     assert any(leaf.dtype == jnp.int8 for leaf in kernels)
     error = relative_error(small.sample(states, latents, [5], settings), pipeline.sample(states, latents, [5], settings))
     assert 1e-5 < error < 0.05
@@ -377,7 +378,7 @@ def test_prompts_with_and_without_references_are_not_drawn_as_one_batch(pipeline
 
 def painted(pipeline):
     """The pipeline with an autoencoder whose pictures are the first three channels of latents."""
-    encoders = object.__new__(FrozenEncoders)
+    encoders = object.__new__(FeatureExtractor)
     encoders.decode_later = lambda latents: lambda: np.asarray(latents)[..., :3]
     return dataclasses.replace(pipeline, encoders=encoders)
 
@@ -391,7 +392,7 @@ def test_references_are_laid_upright_and_made_rgb(pipeline, tmp_path):
     Image.fromarray(noise[..., :3]).save(tmp_path / "phone.png", exif=exif)
     seen = []
 
-    class Encoders(FrozenEncoders):
+    class Encoders(FeatureExtractor):
         def __init__(self):
             pass
 
@@ -425,11 +426,11 @@ def test_a_batch_is_waited_for_when_the_next_is_under_way(pipeline, monkeypatch)
     drawn = list(pipeline.draw([(ready, [seed]) for seed in (5, 6, 7)]))
     assert seen == ["begun", "begun", "waited for", "begun", "waited for", "waited for"]
     assert relative_error(drawn[1], pipeline.sample(states, latents, [6], Settings(cfg_scale=1.0))) < 1e-5
-    assert evenly_cut([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4, 4]]
-    assert [len(piece) for piece in evenly_cut(range(17), 16)] == [9, 9]
-    assert [len(piece) for piece in evenly_cut(range(100), 64, 8)] == [56, 56]
-    assert [len(piece) for piece in evenly_cut(range(3), 64, 8)] == [3]
-    assert evenly_cut([], 2) == [] and evenly_cut([7], 2) == [[7]]
+    assert split_evenly([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4, 4]]
+    assert [len(piece) for piece in split_evenly(range(17), 16)] == [9, 9]
+    assert [len(piece) for piece in split_evenly(range(100), 64, 8)] == [56, 56]
+    assert [len(piece) for piece in split_evenly(range(3), 64, 8)] == [3]
+    assert split_evenly([], 2) == [] and split_evenly([7], 2) == [[7]]
 
 
 def test_thresholds_move_with_the_size_where_they_are_told_to(system):
@@ -453,8 +454,8 @@ def copies(leaves):
 
 def slices(axes, leaves):
     """Weights cut over fsdp and tensor, as training leaves them."""
-    mesh, flat = make_mesh(*axes), [(state, flat_leaves(state)) for state in leaves]
-    return tuple(with_leaves(state, jax.device_put(named, shardings(named, mesh))) for state, named in flat)
+    mesh, flat = make_mesh(*axes), [(state, flatten_params(state)) for state in leaves]
+    return tuple(replace_params(state, jax.device_put(named, shardings(named, mesh))) for state, named in flat)
 
 
 LAID = {"copies": copies} | {

@@ -26,7 +26,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training.loop import train
 from squeeze_jax.training.state import split_system
-from squeeze_jax.training.step import Draws, draw, losses, make_validation
+from squeeze_jax.training.step import StepRandomness, compute_losses, make_validation, sample_randomness
 
 SIZES = ((32, 32), (32, 48), (48, 32))
 CONFIG = tiny_config(
@@ -69,7 +69,7 @@ def photographs(tmp_path_factory):
 
 def compiled_losses(config=CONFIG):
     graph, state = nnx.split(randomised(config))
-    compiled = jax.jit(lambda state, batch, draws: losses(nnx.merge(graph, state), batch, draws, config, STAGE))
+    compiled = jax.jit(lambda state, batch, draws: compute_losses(nnx.merge(graph, state), batch, draws, config, STAGE))
     return lambda batch, draws: np.asarray(compiled(state, batch, draws))
 
 
@@ -78,7 +78,7 @@ def fixed_draws(batch, t=0.4):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.asarray(batch.index))
     noise = jax.vmap(lambda key: jax.random.normal(key, (length, channels)))(keys)
     keep = jnp.ones(rows, bool)
-    return Draws(jnp.full(rows, t), noise, keep, keep)
+    return StepRandomness(jnp.full(rows, t), noise, keep, keep)
 
 
 def test_a_samples_loss_does_not_know_its_buckets_padding_or_neighbours(photographs):
@@ -123,7 +123,7 @@ def test_grids_of_equal_tokens_are_not_confused():
 
 def test_the_schedules_shift_follows_the_target():
     """The same draw of time, moved by the μ of as many tokens as the batch's targets have."""
-    few, many = (np.asarray(draw(jax.random.key(0), (16, n, 64), CONFIG, STAGE).t) for n in (4, 1024))
+    few, many = (np.asarray(sample_randomness(jax.random.key(0), (16, n, 64), CONFIG, STAGE).t) for n in (4, 1024))
     s = np.exp(-schedule_shift(4)) * few / (1 - few + np.exp(-schedule_shift(4)) * few)  # the shift undone
     np.testing.assert_allclose(many, shift_time(s, schedule_shift(1024)), rtol=1e-5)
     assert np.all(many > few)

@@ -98,8 +98,8 @@ def test_two_steps_saved_resumed_and_two_more_equal_four(whole, features, tmp_pa
     assert any("from step 2" in text for text in said)
     assert again.step == result.step == 4
     assert again.validation == result.validation
-    for name, leaf in result.leaves.items():
-        np.testing.assert_array_equal(again.leaves[name], leaf, err_msg=name)
+    for name, leaf in result.params.items():
+        np.testing.assert_array_equal(again.params[name], leaf, err_msg=name)
     for name in ("loss", "learning_rate", "validation_loss", "grad_norm"):
         assert values(tmp_path, name) == values(straight, name), name
 
@@ -111,8 +111,8 @@ def test_a_finished_run_started_again_changes_nothing(whole, features):
     assert again.step == 4
     assert again.validation == result.validation
     assert lines(workdir) == before
-    for name, leaf in result.leaves.items():
-        np.testing.assert_array_equal(again.leaves[name], leaf)
+    for name, leaf in result.params.items():
+        np.testing.assert_array_equal(again.params[name], leaf)
 
 
 def test_a_run_stopped_behind_its_last_step_makes_up_for_validation_and_pictures(whole, features):
@@ -131,8 +131,8 @@ def test_the_average_is_what_is_returned_and_read_back(whole):
     workdir, result = whole
     _, leaves, step = read_weights(workdir)
     assert step == 4
-    assert leaves.keys() == result.leaves.keys()
-    for name, leaf in result.leaves.items():
+    assert leaves.keys() == result.params.keys()
+    for name, leaf in result.params.items():
         np.testing.assert_array_equal(leaves[name], leaf)
 
 
@@ -150,8 +150,8 @@ json.dump({{name: leaf.ravel().tolist() for name, leaf in leaves.items()}}, sys.
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found.keys() == result.leaves.keys()
-    for name, leaf in result.leaves.items():
+    assert found.keys() == result.params.keys()
+    for name, leaf in result.params.items():
         np.testing.assert_array_equal(np.float32(found[name]), np.ravel(leaf), err_msg=name)
 
 
@@ -224,20 +224,20 @@ def test_the_folders_of_frozen_weights_may_move():
 
 def test_stage_two_from_stage_ones_weights(whole, features, tmp_path):
     rng = np.random.default_rng(0)
-    start = {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in whole[1].leaves.items()}
+    start = {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in whole[1].params.items()}
     write_weights(tmp_path / "one", BOTH, start, np.float32)
     said = []
     one_step = config(StageConfig(steps=1, references=True))
     result = train(one_step, tmp_path / "two", features, start_from=tmp_path / "one", say=said.append)
     assert any(line.startswith(f"starting from the weights of {tmp_path / 'one'}: ") for line in said)
     for name, leaf in start.items():  # Adam's first step moves a weight by the learning rate at most, and decay by 1e-4
-        np.testing.assert_allclose(result.leaves[name], leaf, atol=0.011, err_msg=name)
-        assert not np.array_equal(result.leaves[name], leaf)
+        np.testing.assert_allclose(result.params[name], leaf, atol=0.011, err_msg=name)
+        assert not np.array_equal(result.params[name], leaf)
 
 
 def test_weights_with_a_missing_leaf_are_refused(whole, features, tmp_path):
     _, result = whole
-    leaves = dict(result.leaves)
+    leaves = dict(result.params)
     leaves.pop("dit.img_in.kernel")
     write_weights(tmp_path / "short", BOTH, leaves)
     with pytest.raises(InputError, match=r"dit\.img_in\.kernel is missing"):

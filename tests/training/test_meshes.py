@@ -12,13 +12,13 @@ from parity import relative_error
 from tiny import STAGE, randomised, tiny_batch, tiny_config
 
 from squeeze_jax.config import OptimizerConfig, StageConfig
-from squeeze_jax.diffusion.flow import noisy
+from squeeze_jax.diffusion.flow import add_noise
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.models import dit
 from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
-from squeeze_jax.training.state import flat_leaves, initial_state, split_system, state_shardings, with_leaves
-from squeeze_jax.training.step import draw, make_train_step, make_validation, step_key
+from squeeze_jax.training.state import flatten_params, initial_state, replace_params, split_system, state_shardings
+from squeeze_jax.training.step import make_train_step, make_validation, sample_randomness, step_key
 
 CONFIG = tiny_config()
 CACHED = dataclasses.replace(CONFIG.model.dit, reference_attention="cached")
@@ -65,25 +65,25 @@ def test_one_device_equals_eight(axes, way):
     before, one, loss = one_device(way)
     split, state = setup(config)
     mesh = make_mesh(*axes)
-    where, leaves = state_shardings(state, mesh), flat_leaves(split.frozen)
-    frozen = with_leaves(split.frozen, jax.device_put(leaves, shardings(leaves, mesh)))
+    where, leaves = state_shardings(state, mesh), flatten_params(split.frozen)
+    frozen = replace_params(split.frozen, jax.device_put(leaves, shardings(leaves, mesh)))
     step = make_train_step(split, SGD, config, stage, where)
     batch = jax.device_put(tiny_batch(rows=8), batch_sharding(mesh))
     eight, metrics = step(jax.device_put(state, where), frozen, batch)
 
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
-    gradients, wanted = eight.moments[0].trace, one.moments[0].trace
+    gradients, wanted = eight.opt_state[0].trace, one.opt_state[0].trace
     moved = [name for name, gradient in wanted.items() if gradient.any()]
     assert len(moved) >= len(wanted) - 1  # a stage without a pooled vector leaves one kernel still
     for name in wanted:
         if name in moved:
             assert relative_error(gradients[name], wanted[name]) < 1e-5, name
-            assert relative_error(eight.trained[name], one.trained[name]) < 1e-5, name
-            assert not np.array_equal(before.trained[name], one.trained[name]), name
+            assert relative_error(eight.params[name], one.params[name]) < 1e-5, name
+            assert not np.array_equal(before.params[name], one.params[name]), name
         else:
             assert not np.asarray(gradients[name]).any(), name
-    for name, leaf in eight.trained.items():
-        assert gradients[name].sharding == leaf.sharding == where.trained[name], name
+    for name, leaf in eight.params.items():
+        assert gradients[name].sharding == leaf.sharding == where.params[name], name
 
     step(eight, frozen, batch)
     assert step._cache_size() == 1, "the state comes out where it went in, so the step is compiled once"
@@ -98,14 +98,14 @@ def test_moments_and_average_lie_as_their_parameters(kind):
     mesh = make_mesh(2, 2, 2)
     state = jax.device_put(state, state_shardings(state, mesh))
     checked = dict.fromkeys(trained, 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.moments, state.average)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.opt_state, state.ema_params)):
         if (name := getattr(path[-1], "key", None)) in trained:
-            place = state.trained[name].sharding
+            place = state.params[name].sharding
             assert leaf.sharding == place, name
             assert {shard.data.shape for shard in leaf.addressable_shards} == {place.shard_shape(leaf.shape)}, name
             checked[name] += 1
     assert set(checked.values()) <= {2, 3}, checked  # Muon's matrices have one moment, AdamW's two
-    up = state.trained["dit.single_blocks.linear1.adapter.parts.0.up"]
+    up = state.params["dit.single_blocks.linear1.adapter.parts.0.up"]
     assert up.shape == (2, 4, 48)
     assert up.addressable_shards[0].data.shape == (2, 2, 24)
 
@@ -118,7 +118,7 @@ def test_step_and_validation_are_traced_on_their_mesh(monkeypatch):
     mesh, batch = make_mesh(2, 4, 1), tiny_batch(rows=8)
     step = make_train_step(split, SGD, CONFIG, STAGE, state_shardings(state, mesh))
     jax.eval_shape(step, state, split.frozen, batch)
-    jax.eval_shape(make_validation(split, CONFIG, STAGE, mesh), state.trained, split.frozen, batch)
+    jax.eval_shape(make_validation(split, CONFIG, STAGE, mesh), state.params, split.frozen, batch)
     assert len(seen) > 10
     assert set(seen) == {mesh}
     assert current_mesh() is None
@@ -129,8 +129,8 @@ def test_noise_is_the_same_however_many_devices_draw_it():
     target = tiny_batch(rows=8).target
 
     def noised(step, target):
-        draws = draw(step_key(CONFIG, step), target.shape, CONFIG, STAGE)
-        return draws, noisy(target, draws.noise, draws.t)
+        draws = sample_randomness(step_key(CONFIG, step), target.shape, CONFIG, STAGE)
+        return draws, add_noise(target, draws.noise, draws.t)
 
     found = []
     for devices in (1, 2, 8):

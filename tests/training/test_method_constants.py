@@ -13,13 +13,13 @@ from small_dit import run as run_dit
 from tiny import randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.config import DiffusionConfig, OptimizerConfig, StageConfig, load_preset
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.diffusion.stages import ConditionDropout
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
-from squeeze_jax.sampling.sampler import noise_for
+from squeeze_jax.sampling.schedule import noise_for
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import initial_state, split_system
-from squeeze_jax.training.step import draw, make_train_step, step_key
+from squeeze_jax.training.step import make_train_step, sample_randomness, step_key
 
 ROOT = Path(__file__).parents[2]
 PRESETS = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.py"))}
@@ -221,7 +221,7 @@ def velocity(system, x, context, t, guidance):
 
 def test_the_step_tells_the_transformer_the_configs_guidance(system, bare):
     """Without conditions the loss is the mean of (v(x_t, t, guidance) − (ε − x_0))²; FLUX.1's own value is another."""
-    draws = draw(step_key(SMALL, 0), BATCH.target.shape, SMALL, ONLY["neither"])
+    draws = sample_randomness(step_key(SMALL, 0), BATCH.target.shape, SMALL, ONLY["neither"])
     t = draws.t[:, None, None]
     x, empty = (1 - t) * BATCH.target + t * draws.noise, jnp.zeros((4, 0, 24))
     squares = {g: np.square(velocity(system, x, empty, draws.t, g) - (draws.noise - BATCH.target)) for g in (2.0, 1.0, 3.5)}
@@ -238,11 +238,11 @@ def test_one_compiled_step_moves_each_weight_as_adamw_does(bare):
     weights, state, metrics = bare
     assert float(metrics.learning_rate) == pytest.approx(1e-4, rel=1e-6)
     still = "dit.vector_in.in_layer.kernel"
-    before, after = (np.float64(leaves[still]) for leaves in (weights, state.trained))
+    before, after = (np.float64(leaves[still]) for leaves in (weights, state.params))
     assert np.sum((after - before) * before) / np.sum(before**2) == pytest.approx(-1e-6, rel=0.1)
     for name in ("dit.img_in.kernel", "dit.img_in.bias"):
         w = np.float64(weights[name])
-        moved, decay = np.float64(state.trained[name]) - w, 0.01 * w if name.endswith("kernel") else 0.0
+        moved, decay = np.float64(state.params[name]) - w, 0.01 * w if name.endswith("kernel") else 0.0
         np.testing.assert_allclose(np.abs(moved + 1e-4 * decay), 1e-4, rtol=5e-3, err_msg=name)
 
 
@@ -250,10 +250,10 @@ def test_the_sampler_tells_the_transformer_the_configs_guidance(system):
     """One Euler step from t = 1 to 0: x − v(x, 1, guidance)."""
     states, noise = row(tiny_batch().hidden_states, 0), noise_for([5], 4, 64)
     states = states._replace(image_mask=np.ones_like(states.image_mask), text_mask=np.ones_like(states.text_mask))
-    drawn = Pipeline.of(system, SMALL, object.__new__(FrozenEncoders)).sample(
+    drawn = Pipeline.of(system, SMALL, object.__new__(FeatureExtractor)).sample(
         states, [[]], [5], Settings(steps=1, cfg_scale=1.0)
     )
-    context = system.context(states).tokens
+    context = system.aggregate(states).tokens
     by_value = {g: noise - velocity(system, noise, context, jnp.ones(1), g) for g in (2.0, 1.0, 3.5)}
     assert relative_error(drawn, by_value[2.0]) < 1e-5
     assert min(relative_error(drawn, by_value[other]) for other in (1.0, 3.5)) > 1e-3
@@ -265,7 +265,7 @@ def test_the_sampler_tells_the_transformer_the_configs_guidance(system):
 def test_time_noise_and_dropped_conditions_of_a_row_have_nothing_to_do_with_each_other():
     """Ranks of 2,000 rows: whatever is drawn twice from one key correlates by about one."""
     stage = StageConfig(4, True, ConditionDropout(0.25, 0.25, 0.25, 0.25))
-    draws = draw(step_key(SMALL, 3), (2000, 4, 16), SMALL, stage)
+    draws = sample_randomness(step_key(SMALL, 3), (2000, 4, 16), SMALL, stage)
 
     def ranked(x):
         ranks = np.asarray(x, np.float64).reshape(2000, -1).argsort(axis=0).argsort(axis=0)
@@ -283,7 +283,7 @@ def test_conditions_are_dropped_as_often_as_the_preset_says(name):
     """The draws of a step, 20,000 rows."""
     config = load_preset(PRESETS[name])
     (stage,) = config.training.stages
-    draws = draw(step_key(config, 0), (20_000, 1, 1), config, stage)
+    draws = sample_randomness(step_key(config, 0), (20_000, 1, 1), config, stage)
     mllm, vae = np.asarray(draws.keep_mllm), np.asarray(draws.keep_vae)
     if not stage.references:
         assert mllm.mean() == pytest.approx(0.9, abs=0.01)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from squeeze_jax.config import Config, CrittersConfig, DataConfig, ModelConfig, OptimizerConfig, StageConfig, TrainingConfig
-from squeeze_jax.data.feature_extractor import FrozenEncoders
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import make_dataset
 from squeeze_jax.data.record_writer import Example, extract
@@ -20,8 +20,8 @@ from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.models.dit import DiTConfig
 from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh
 from squeeze_jax.training.optimizer import make_optimizer
-from squeeze_jax.training.state import create, initial_state, state_shardings
-from squeeze_jax.training.step import draw, losses, make_train_step, make_validation
+from squeeze_jax.training.state import create_params, initial_state, state_shardings
+from squeeze_jax.training.step import compute_losses, make_train_step, make_validation, sample_randomness
 
 STAGE = StageConfig(steps=4, references=True)
 CONFIG = Config(
@@ -81,7 +81,7 @@ def examples():
 def batches(examples, tmp_path_factory):
     """The same examples as records and as they are."""
     folder = tmp_path_factory.mktemp("records")
-    extract(examples, FrozenEncoders.of(CONFIG), folder, target_size=(64, 64), reference_long_side=64)
+    extract(examples, FeatureExtractor.of(CONFIG), folder, target_size=(64, 64), reference_long_side=64)
     records = make_dataset(folder, batch=8, seed=3, layers=CONFIG.aggregator.reads)
     raw = make_online(examples, CONFIG, batch=8, seed=3)
     taken = next(records), next(raw)
@@ -92,7 +92,7 @@ def batches(examples, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def system():
-    trained, split = create(CONFIG, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    trained, split = create_params(CONFIG, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     rng = np.random.default_rng(1)
     trained = {k: jnp.asarray(v + 0.1 * rng.standard_normal(v.shape), v.dtype) for k, v in trained.items()}
     return trained, split
@@ -122,9 +122,9 @@ def test_the_program_makes_what_the_records_hold(batches, system):
 def test_losses_are_those_of_records(batches, system):
     records, raw = batches
     trained, split = system
-    draws = draw(jax.random.key(0), (8, 64, 32), CONFIG, STAGE)
+    draws = sample_randomness(jax.random.key(0), (8, 64, 32), CONFIG, STAGE)
     both = [
-        jax.jit(lambda frozen, b: losses(split.merge(trained, frozen), b, draws, CONFIG, STAGE))(split.frozen, b)
+        jax.jit(lambda frozen, b: compute_losses(split.merge(trained, frozen), b, draws, CONFIG, STAGE))(split.frozen, b)
         for b in (records, raw)
     ]
     np.testing.assert_allclose(*both, rtol=1e-5)
@@ -136,15 +136,15 @@ def test_on_a_mesh_the_same_step_is_made_and_encoders_never_move(batches, axes):
     _, raw = batches
     outcomes = []
     for mesh in (make_mesh(1, 1, 1, devices=jax.devices()[:1]), make_mesh(*axes)):
-        trained, split = create(CONFIG, mesh)
+        trained, split = create_params(CONFIG, mesh)
         assert not [name for name in trained if name.startswith("encoders")]
         sgd = optax.sgd(0.1)
-        state = initial_state(trained, make_optimizer(CONFIG), CONFIG)._replace(moments=sgd.init(trained))
+        state = initial_state(trained, make_optimizer(CONFIG), CONFIG)._replace(opt_state=sgd.init(trained))
         step = make_train_step(split, sgd, CONFIG, STAGE, state_shardings(state, mesh))
         batch = jax.device_put(raw, batch_sharding(mesh))
-        validated = make_validation(split, CONFIG, STAGE, mesh)(state.trained, split.frozen, batch)
+        validated = make_validation(split, CONFIG, STAGE, mesh)(state.params, split.frozen, batch)
         state, metrics = step(state, split.frozen, batch)
-        outcomes.append((metrics.loss, validated, jax.device_get(state.trained)))
+        outcomes.append((metrics.loss, validated, jax.device_get(state.params)))
     (loss, validated, one), (other, again, eight) = outcomes
     np.testing.assert_allclose(loss, other, rtol=1e-5)
     np.testing.assert_allclose(validated, again, rtol=1e-5)
@@ -157,7 +157,7 @@ def test_step_and_validation_trace_the_encoders_on_their_mesh(batches, monkeypat
     seen, plain = [], attention.plain_attention
     monkeypatch.setattr(attention, "plain_attention", lambda *given: (seen.append(current_mesh()), plain(*given))[1])
     mesh = make_mesh(2, 4, 1)
-    trained, split = create(CONFIG, mesh)
+    trained, split = create_params(CONFIG, mesh)
     raw = jax.tree.map(lambda x: np.concatenate([x] * 8)[:8], batches[1])
     state = jax.eval_shape(lambda: initial_state(trained, make_optimizer(CONFIG), CONFIG))
     for program in (

@@ -10,7 +10,7 @@ from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.sharding import make_mesh, parameter_spec
 from squeeze_jax.training.optimizer import make_optimizer
-from squeeze_jax.training.state import create, flat_leaves, make_state, with_leaves
+from squeeze_jax.training.state import create_params, flatten_params, make_state, replace_params
 
 CONFIG = tiny_config(lora=LoRAConfig(rank=4))
 
@@ -23,34 +23,34 @@ def _optax_promotes():
 
 def test_values_do_not_depend_on_the_mesh_and_nothing_lies_whole_that_is_shared():
     one, eight = make_mesh(1, 1, 1, devices=jax.devices()[:1]), make_mesh(1, 4, 2)
-    (alone, split), (shared, parts) = create(CONFIG, one), create(CONFIG, eight)
+    (alone, split), (shared, parts) = create_params(CONFIG, one), create_params(CONFIG, eight)
     for name, leaf in alone.items():
         np.testing.assert_allclose(leaf, shared[name], rtol=1e-6, atol=1e-7, err_msg=name)
     state = make_state(shared, make_optimizer(CONFIG), CONFIG, eight)
     cut = 0
-    for name, leaf in (flat_leaves(parts.frozen) | state.trained | state.average).items():
+    for name, leaf in (flatten_params(parts.frozen) | state.params | state.ema_params).items():
         spec = parameter_spec(name, leaf.shape, eight)
         assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(eight, spec), leaf.ndim), name
         cut += any(spec)
     assert cut > 20
-    assert all(leaf.dtype == jnp.float32 for leaf in state.trained.values())
-    assert flat_leaves(split.frozen).keys() == flat_leaves(parts.frozen).keys()
+    assert all(leaf.dtype == jnp.float32 for leaf in state.params.values())
+    assert flatten_params(split.frozen).keys() == flatten_params(parts.frozen).keys()
 
 
 def test_the_fingerprint_is_of_bits_alone():
-    _, split = create(CONFIG, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    leaves = {name: np.asarray(leaf) for name, leaf in flat_leaves(split.frozen).items()}
+    _, split = create_params(CONFIG, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten_params(split.frozen).items()}
     same = fingerprint(split.frozen)
     mesh = make_mesh(2, 2, 2)
     spread = {
         name: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh)))
         for name, leaf in leaves.items()
     }
-    assert fingerprint(with_leaves(split.frozen, spread)) == same
+    assert fingerprint(replace_params(split.frozen, spread)) == same
     name = "dit.txt_in.kernel"
 
     def changed(leaf):
-        return fingerprint(with_leaves(split.frozen, leaves | {name: leaf}))
+        return fingerprint(replace_params(split.frozen, leaves | {name: leaf}))
 
     bit = leaves[name].copy()
     bit.view(np.uint32)[3, 5] ^= 1

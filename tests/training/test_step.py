@@ -15,7 +15,14 @@ from squeeze_jax.config import OptimizerConfig, StageConfig
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
 from squeeze_jax.training.state import initial_state, split_system
-from squeeze_jax.training.step import draw, losses, make_train_step, make_validation, moving_average, step_key
+from squeeze_jax.training.step import (
+    compute_losses,
+    make_train_step,
+    make_validation,
+    sample_randomness,
+    step_key,
+    update_ema,
+)
 
 CONFIG = tiny_config()
 CACHED = dataclasses.replace(
@@ -53,19 +60,19 @@ def shorten(batch, i):
 @pytest.mark.parametrize("config", [CONFIG, pytest.param(CACHED, marks=pytest.mark.slow)], ids=["joint", "cached"])
 def test_a_samples_loss_in_a_mixed_padded_batch_equals_that_of_a_batch_of_one(config):
     system, batch = randomised(config), tiny_batch()
-    draws = draw(jax.random.key(3), batch.target.shape, config, STAGE)
+    draws = sample_randomness(jax.random.key(3), batch.target.shape, config, STAGE)
     draws = draws._replace(keep_mllm=jnp.ones(4, bool), keep_vae=jnp.ones(4, bool))
-    together = losses(system, batch, draws, config, STAGE)
-    alone = [losses(system, shorten(batch, i), row(draws, i), config, STAGE)[0] for i in range(4)]
+    together = compute_losses(system, batch, draws, config, STAGE)
+    alone = [compute_losses(system, shorten(batch, i), row(draws, i), config, STAGE)[0] for i in range(4)]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CONFIG, CACHED], ids=["joint", "cached"])
 def test_dropped_conditions_equal_conditions_left_out(config):
     system, batch = randomised(config), tiny_batch(mixed=False)
-    draws = draw(jax.random.key(3), batch.target.shape, config, STAGE)
+    draws = sample_randomness(jax.random.key(3), batch.target.shape, config, STAGE)
     off = jnp.zeros(4, bool)
-    dropped = losses(system, batch, draws._replace(keep_mllm=off, keep_vae=off), config, STAGE)
+    dropped = compute_losses(system, batch, draws._replace(keep_mllm=off, keep_vae=off), config, STAGE)
     x = (1 - draws.t[:, None, None]) * batch.target + draws.t[:, None, None] * draws.noise
     empty = Context(jnp.zeros((4, 0, 24)), jnp.zeros((4, 0), bool))
     velocity = system.velocity(x, (2, 2), draws.t, empty, None, config.diffusion.guidance)
@@ -75,10 +82,10 @@ def test_dropped_conditions_equal_conditions_left_out(config):
 
 
 def test_draws_of_a_row_do_not_depend_on_the_batch_and_steps_differ():
-    big = draw(step_key(CONFIG, 5), (8, 4, 64), CONFIG, STAGE)
-    small = draw(step_key(CONFIG, 5), (3, 4, 64), CONFIG, STAGE)
+    big = sample_randomness(step_key(CONFIG, 5), (8, 4, 64), CONFIG, STAGE)
+    small = sample_randomness(step_key(CONFIG, 5), (3, 4, 64), CONFIG, STAGE)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[:3], big), small)
-    assert not np.array_equal(draw(step_key(CONFIG, 6), (3, 4, 64), CONFIG, STAGE).noise, small.noise)
+    assert not np.array_equal(sample_randomness(step_key(CONFIG, 6), (3, 4, 64), CONFIG, STAGE).noise, small.noise)
     assert len(np.unique(np.asarray(big.t))) == 8
 
 
@@ -89,44 +96,44 @@ def test_accumulated_gradients_equal_one_large_batch():
     for c in (CONFIG, config):
         split, _, state = setup(c)
         sgd = optax.sgd(0.1)
-        state = state._replace(moments=sgd.init(state.trained))
+        state = state._replace(opt_state=sgd.init(state.params))
         outcomes.append(make_train_step(split, sgd, c, STAGE)(state, split.frozen, batch))
     (one, m1), (two, m2) = outcomes
     np.testing.assert_allclose(m1.loss, m2.loss, rtol=1e-5)
-    for name in one.trained:
-        np.testing.assert_allclose(one.trained[name], two.trained[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for name in one.params:
+        np.testing.assert_allclose(one.params[name], two.params[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_non_finite_batch_changes_nothing_and_is_counted():
     split, optimizer, state = setup()
-    before = jax.tree.map(np.asarray, (state.trained, state.moments, state.average))
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.ema_params))
     batch = tiny_batch()
     bad = batch._replace(target=np.full_like(batch.target, np.nan))
     step = make_train_step(split, optimizer, CONFIG, STAGE)
     state, metrics = step(state, split.frozen, bad)
-    jax.tree.map(np.testing.assert_array_equal, before, (state.trained, state.moments, state.average))
+    jax.tree.map(np.testing.assert_array_equal, before, (state.params, state.opt_state, state.ema_params))
     assert (int(state.step), int(state.skipped), int(metrics.skipped)) == (1, 1, 1)
     state, metrics = step(state, split.frozen, batch)
     assert int(state.skipped) == 1
     assert np.isfinite(metrics.loss)
     # Adam's first step moves a weight by the rate, which is the warm-up's first: the one before did not count.
-    moved = max(np.max(np.abs(before[0][name] - state.trained[name])) for name in before[0])
+    moved = max(np.max(np.abs(before[0][name] - state.params[name])) for name in before[0])
     assert float(metrics.learning_rate) == pytest.approx(5e-3)
     assert moved == pytest.approx(5e-3, rel=0.05)
 
 
 def test_average_follows_its_closed_form_and_differs_from_the_weights():
     split, optimizer, state = setup()
-    first = np.asarray(next(iter(state.trained.values())))
+    first = np.asarray(next(iter(state.params.values())))
     step, seen = make_train_step(split, optimizer, CONFIG, STAGE), [first]
     for _ in range(2):
         state, _ = step(state, split.frozen, tiny_batch())
-        seen.append(np.asarray(next(iter(state.trained.values()))))
+        seen.append(np.asarray(next(iter(state.params.values()))))
     wanted = seen[0]
     for count, weights in enumerate(seen[1:]):
         decay = min(0.9, (1 + count) / (10 + count))
         wanted = decay * wanted + (1 - decay) * weights
-    got = np.asarray(next(iter(state.average.values())))
+    got = np.asarray(next(iter(state.ema_params.values())))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
     assert not np.array_equal(got, seen[-1])
 
@@ -141,12 +148,12 @@ def test_moments_and_accumulators_are_float32():
         [variable.aval for variable in loop.outvars[: loop.params["num_carry"]]]
         for loop in loops(jax.make_jaxpr(step)(state, split.frozen, tiny_batch()).jaxpr)
     ]
-    sums = [carry for carry in carried if len(carry) == len(state.trained) + 1]
+    sums = [carry for carry in carried if len(carry) == len(state.params) + 1]
     assert len(sums) == 1
     assert {value.dtype for value in sums[0]} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.moments) if leaf.ndim} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in state.trained.values()} == {jnp.dtype("float32")}
-    assert all(".adapter." in name or name.startswith("aggregator") for name in state.trained)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in state.params.values()} == {jnp.dtype("float32")}
+    assert all(".adapter." in name or name.startswith("aggregator") for name in state.params)
 
 
 def loops(jaxpr):
@@ -184,10 +191,10 @@ def test_only_matrices_decay():
 def test_muon_moves_every_leaf():
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(kind="muon", learning_rate=0.02, warmup_steps=1))
     split, optimizer, state = setup(config)
-    before = {name: np.asarray(leaf) for name, leaf in state.trained.items()}
+    before = {name: np.asarray(leaf) for name, leaf in state.params.items()}
     stage = dataclasses.replace(STAGE)
     state, _ = make_train_step(split, optimizer, config, stage)(state, split.frozen, tiny_batch())
-    still = [name for name in before if np.array_equal(before[name], state.trained[name])]
+    still = [name for name in before if np.array_equal(before[name], state.params[name])]
     # The pooled vector is zero, so its first layer's kernel has no gradient and moves by weight decay alone.
     assert not still, still
 
@@ -196,8 +203,8 @@ def test_validation_is_the_same_whatever_the_step():
     split, _, state = setup()
     validate = make_validation(split, CONFIG, STAGE)
     batch = tiny_batch()
-    a = validate(state.trained, split.frozen, batch)
-    b = validate(state.trained, split.frozen, row(batch, 2))
+    a = validate(state.params, split.frozen, batch)
+    b = validate(state.params, split.frozen, row(batch, 2))
     np.testing.assert_allclose(a[2], b[0], rtol=1e-5)
 
 
@@ -216,12 +223,12 @@ def test_one_example_is_learnt_by_heart():
     batch = jax.tree.map(lambda x: np.repeat(x, 16, axis=0), one._replace(target=one.target[..., :4]))
     state, step = initial_state(trained, optimizer, config), make_train_step(split, optimizer, config, stage)
     validate = make_validation(split, config, stage)
-    before = float(np.mean(validate(state.trained, split.frozen, batch)))
+    before = float(np.mean(validate(state.params, split.frozen, batch)))
     for _ in range(steps):
         state, _ = step(state, split.frozen, batch)
-    assert float(np.mean(validate(state.trained, split.frozen, batch))) < 0.1 * before
+    assert float(np.mean(validate(state.params, split.frozen, batch))) < 0.1 * before
 
 
 def test_moving_average_at_step_zero_is_a_tenth_of_the_way_back():
-    average = moving_average({"a": jnp.zeros(1)}, {"a": jnp.ones(1)}, jnp.int32(0), 0.99)
+    average = update_ema({"a": jnp.zeros(1)}, {"a": jnp.ones(1)}, jnp.int32(0), 0.99)
     np.testing.assert_allclose(average["a"], 0.9, rtol=1e-6)

@@ -25,7 +25,7 @@ class Field(System):
     def encoded(self, batch):
         return batch
 
-    def context(self, states):
+    def aggregate(self, states):
         return Context(jnp.ones((states.text.shape[0], 1, 1)), jnp.ones((states.text.shape[0], 1), bool))
 
     def velocity(self, target, target_grid, t, context, references, guidance=1.0, modulation=None):

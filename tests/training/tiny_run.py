@@ -27,12 +27,12 @@ def main():
     from squeeze_jax.commands.run import guarded, setup
     from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, ParallelConfig, StageConfig, TrainingConfig
     from squeeze_jax.models.aggregator import AggregatorConfig
-    from squeeze_jax.processes import is_main, join
+    from squeeze_jax.processes import init_distributed, is_main
     from squeeze_jax.training import loop
 
     setup()
     if "count" in settings:
-        join(settings["address"], settings["count"], settings["index"])
+        init_distributed(settings["address"], settings["count"], settings["index"])
     base = tiny_config()
     config = dataclasses.replace(
         base,
