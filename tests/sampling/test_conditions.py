@@ -48,7 +48,7 @@ class Field(System):
         return Context(jnp.ones((states.text.shape[0], 1, 1)), jnp.ones((states.text.shape[0], 1), bool))
 
     def modulation(self, times, guidance=1.0):
-        return Modulation((), (), ())
+        return Modulation((), (), (times[:, None, None],))
 
     def shown(self, references, guidance=1.0):
         return references
@@ -59,6 +59,10 @@ class Field(System):
 
         vae = jnp.zeros((len(target), 1, 1)) if references is None else some(references.mask)
         return self.formula(target, t[:, None, None], some(context.mask), vae)
+
+    def velocity_after_first(self, target, target_grid, context, references, modulation, kept, threshold):
+        t = jnp.broadcast_to(modulation.final[0][:, 0, 0], target.shape[:1])
+        return self.velocity(target, target_grid, t, context, references), kept._replace(known=jnp.ones((), bool))
 
 
 def pipeline(formula, **sampling):
@@ -87,10 +91,12 @@ def by_hand(x, t, mllm, vae):
 SCALES = [(1.5, 3.0, 6.0), (6.0, 1.5, 3.0), (1.0, 4.0, 2.0), (3.0, 1.0, 1.0)]
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1e-9], ids=["plain", "first-block cache"])
 @pytest.mark.parametrize("scales", SCALES)
-def test_each_stage_has_a_scale_of_its_own(scales):
+def test_each_stage_has_a_scale_of_its_own(scales, threshold):
     """Against the naive sampler, and in float64: v_u + s·(v_c − v_u) with the s of the step's stage."""
-    settings, steps = Settings(steps=9, tau1=0.8, tau2=0.4, cfg_scale=scales), 9
+    steps = 9
+    settings = Settings(steps=steps, tau1=0.8, tau2=0.4, cfg_scale=scales, first_block_threshold=threshold)
     drawn = pipeline(formula).sample(STATES, [LATENTS], [5, 6], settings)
     noise = noise_for([5, 6], TOKENS, 64)
     schedule = make_schedule(steps, TOKENS, 0.8, 0.4, references=True)
