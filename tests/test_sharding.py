@@ -107,7 +107,7 @@ def test_layers_cut_what_the_table_cuts(preset):
     mesh = make_mesh(2, 2, 2)
     for name, linear in linears(system):
         shape = linear.kernel.shape
-        cut = PartitionSpec(*(None,) * (len(shape) - 2), *MATRICES[linear.cut])
+        cut = PartitionSpec(*(None,) * (len(shape) - 2), *MATRICES[linear.tensor_axis])
         assert parameter_spec(f"{name}.kernel", shape, mesh) == drop_indivisible(cut, shape, mesh), name
 
 

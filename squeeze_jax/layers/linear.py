@@ -19,8 +19,8 @@ class Linear(nnx.Module):
 
     `kernel` is [in, out]: the transpose of PyTorch's `weight`. Initial values: normal with standard deviation
     in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored.
-    `tensor_axis` is the axis of the kernel that a mesh's tensor axis cuts: `in` where the inputs come in slices (after attention, or as
-    the second layer of a feed-forward), and as `sharding.PARAMETERS` has it for the layer's name.
+    `tensor_axis` is the axis of the kernel that a mesh's tensor axis splits: `in` where the inputs come in slices (after
+    attention, or as the second layer of a feed-forward), and as `sharding.PARAMETERS` has it for the layer's name.
     """
 
     def __init__(

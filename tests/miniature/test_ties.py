@@ -16,7 +16,7 @@ def test_a_tie_is_a_miss_in_every_task_and_for_every_factor():
 
 
 def test_a_tie_with_one_other_is_a_miss():
-    """The truth's own picture among the others: the scenes of pairs whose candidates are drawn in two colours only."""
+    """The truth's own picture once among the first pair's others: that task alone is lost, of that pair alone."""
     pairs = [pair_at(1, index, "held_out") for index in range(3)]
     plain = score(true_targets(pairs), pairs, seed=0)
     assert all(plain.share(task).value == 1 for task in TASKS)

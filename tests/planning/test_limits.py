@@ -13,7 +13,7 @@ from squeeze_jax.planning.chips import CHIPS, chip_of
 from squeeze_jax.planning.estimate import Estimate, step_estimate
 from squeeze_jax.planning.report import lines, reached, train_report
 from squeeze_jax.planning.search import candidates
-from squeeze_jax.planning.train_program import Compiled
+from squeeze_jax.planning.train_program import Compiled, abstract_system
 from squeeze_jax.sharding import AXES
 
 GIB = 2**30
@@ -69,6 +69,7 @@ def test_a_plan_that_needs_more_than_the_chip_has_does_not_fit(arguments, aliase
     """Donated arguments count once."""
     whole = dataclasses.replace(NOTHING, arguments=arguments, aliased=aliased)
     monkeypatch.setattr(report_module, "compile_train_step", lambda *given: whole)
+    monkeypatch.setattr(report_module, "step_flops", lambda *given: 10**12)
     monkeypatch.setattr(report_module, "step_estimate", lambda *given: Estimate(1.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     report, _ = train_report(tiny_config(), mesh(), CHIPS["v5p"])
     assert report["fits"] is fits
@@ -80,8 +81,10 @@ def test_the_search_leaves_out_what_does_not_fit(monkeypatch):
     monkeypatch.setattr("squeeze_jax.planning.search.link_rate", lambda *given: 1e9)
     monkeypatch.setattr("squeeze_jax.planning.search.traced", lambda *given: (10**12, GIB))
     config, chip = tiny_config(), CHIPS["v5p"]
+    known = abstract_system(config)
+    monkeypatch.setattr("squeeze_jax.planning.search.abstract_system", lambda config: known)
     stage = config.training.stages[0]
-    for memory in (1, 2 * GIB, 8 * GIB, 95 * GIB):
+    for memory in (2 * GIB, 8 * GIB, 95 * GIB):
         found = candidates(config, [mesh()], dataclasses.replace(chip, memory=memory), stage)
         assert bool(found) == (memory >= 8 * GIB)
         assert all(one.memory <= memory and one.batch * GIB < memory for one in found)

@@ -25,7 +25,7 @@ from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.pipeline import make_dataset
 from squeeze_jax.data.record_writer import Example, extract
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.models.backbone import Modulation
+from squeeze_jax.models.backbone import Backbone, BlockInputs, Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
 from squeeze_jax.sampling.schedule import make_schedule, noise_for
@@ -37,18 +37,36 @@ STATES = row(tiny_batch(mixed=False).hidden_states, 0)
 LATENTS = [np.random.default_rng(0).standard_normal((4, 4, 16)).astype(np.float32)]
 
 
+class FieldBackbone(Backbone):
+    """The same velocity for a first-block cache: blocks that do nothing, and the formula behind them."""
+
+    def __init__(self, velocity):
+        self.field = velocity
+
+    def embed_inputs(self, target, target_grid, temb, context, context_mask=None, references=None):
+        context = jnp.broadcast_to(context, (*context.shape[:2], target.shape[-1]))
+        return (context, target), BlockInputs(temb, references, context_mask, None)
+
+    def apply_blocks(self, streams, inputs, start=0, stop=None):
+        return streams
+
+    def predict_velocity(self, hidden, inputs):
+        t = jnp.broadcast_to(inputs.temb.final[0][:, 0, 0], hidden.shape[:1])
+        return self.field(hidden, GRID, t, Context(None, inputs.mask), inputs.rope)
+
+
 class Field(System):
     """A velocity that is a formula of x, t, and of which conditions have tokens that are not masked out."""
 
     def __init__(self, formula):
-        self.formula = formula
+        self.formula, self.dit = formula, FieldBackbone(self.velocity)
         self.unused = nnx.Param(jnp.zeros(()))  # a pipeline looks where its weights lie
 
     def aggregate(self, states):
         return Context(jnp.ones((states.text.shape[0], 1, 1)), jnp.ones((states.text.shape[0], 1), bool))
 
     def make_modulation(self, times, guidance=1.0):
-        return Modulation((), (), ())
+        return Modulation((), (), (times[:, None, None],))
 
     def prepare_references(self, references, guidance=1.0):
         return references
@@ -87,10 +105,12 @@ def by_hand(x, t, mllm, vae):
 SCALES = [(1.5, 3.0, 6.0), (6.0, 1.5, 3.0), (1.0, 4.0, 2.0), (3.0, 1.0, 1.0)]
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1e-9], ids=["plain", "first-block cache"])
 @pytest.mark.parametrize("scales", SCALES)
-def test_each_stage_has_a_scale_of_its_own(scales):
+def test_each_stage_has_a_scale_of_its_own(scales, threshold):
     """Against the naive sampler, and in float64: v_u + s·(v_c − v_u) with the s of the step's stage."""
-    settings, steps = Settings(steps=9, tau1=0.8, tau2=0.4, cfg_scale=scales), 9
+    steps = 9
+    settings = Settings(steps=steps, tau1=0.8, tau2=0.4, cfg_scale=scales, first_block_threshold=threshold)
     drawn = pipeline(formula).sample(STATES, [LATENTS], [5, 6], settings)
     noise = noise_for([5, 6], TOKENS, 64)
     schedule = make_schedule(steps, TOKENS, 0.8, 0.4, references=True)
@@ -200,7 +220,7 @@ def cached():
 def test_cached_references_are_modulated_at_time_zero(cached):
     """Their values in the first double block in float64: embeddings of 0 and guidance, shift, scale, norm, linear."""
     dit, references = cached.dit, jax.tree.map(jnp.asarray, tiny_batch(rows=2).references)
-    shown = cached.shown(references, 2.0)
+    shown = cached.prepare_references(references, 2.0)
 
     def linear(layer, x, block=None):
         kernel, bias = (np.asarray(leaf[...] if block is None else leaf[...][block], np.float64)
@@ -230,7 +250,7 @@ def test_cached_references_are_modulated_at_time_zero(cached):
 
 
 def test_a_call_with_cached_references_is_modulated_as_they_are(cached):
-    """The transformer's own call: the same as by references that are `shown` once."""
+    """The transformer's own call: the same as by references that were prepared once."""
     rng = np.random.default_rng(3)
     x, tokens, context = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 4, 64), (1, 4, 64), (1, 3, 24))
@@ -238,6 +258,6 @@ def test_a_call_with_cached_references_is_modulated_as_they_are(cached):
     t, guidance = jnp.full(1, 0.7), jnp.full(1, 2.0)
     from_call = cached.dit(x, context, t, guidance, target_grid=GRID, references=[(tokens, GRID)])
     positions = jnp.asarray(reference_positions(GRID, [GRID]))[None]
-    shown = cached.shown(References(tokens, jnp.ones((1, 4), bool), positions), 2.0)
+    shown = cached.prepare_references(References(tokens, jnp.ones((1, 4), bool), positions), 2.0)
     by_parts = cached.velocity(x, GRID, t, Context(context, jnp.ones((1, 3), bool)), shown, 2.0)
     assert relative_error(from_call, by_parts) < 1e-5
