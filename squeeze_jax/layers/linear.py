@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -57,3 +58,8 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             y = self.adapter(x, y)
         return checkpoint_name(y, PRODUCT)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x · sigmoid(x). `jax.nn.silu` is compiled apart, which changes the last bit of gradients of runs to be resumed."""
+    return x * jax.nn.sigmoid(x)

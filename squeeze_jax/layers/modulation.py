@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.linear import Linear, silu
 from squeeze_jax.layers.norm import layer_norm
 
 NORM_EPS = 1e-6  # FLUX.1: every LayerNorm and q/k RMSNorm
@@ -31,7 +31,7 @@ class Embedder(nnx.Module):
         self.out_layer = Linear(width, width, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B _"]) -> Float[Array, "B C"]:
-        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+        return self.out_layer(silu(self.in_layer(x)))
 
 
 class AdaLN(nnx.Module):
@@ -42,7 +42,7 @@ class AdaLN(nnx.Module):
         self.count = count
 
     def __call__(self, vec: Float[Array, "B C"]) -> tuple[Float[Array, "B 1 C"], ...]:
-        return tuple(jnp.split(self.lin(jax.nn.silu(vec))[:, None, :], self.count, axis=-1))
+        return tuple(jnp.split(self.lin(silu(vec))[:, None, :], self.count, axis=-1))
 
 
 def modulate(

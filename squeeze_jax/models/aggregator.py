@@ -15,7 +15,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Bool, DType, Float
 from squeeze_jax.batch import Context, HiddenStates
 from squeeze_jax.layers.attention import attention
-from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.linear import Linear, silu
 from squeeze_jax.layers.norm import RMSNorm
 from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stack_blocks
 from squeeze_jax.sharding import constrain
@@ -188,4 +188,4 @@ class FusionBlock(nnx.Module):
         mixed = attention(q, k, v, mask=mask, name=ATTENTION).reshape(y.shape)
         x = constrain(x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y))), "tokens")
         y = self.norm2(x)
-        return constrain(x + self.ff_down(constrain(jax.nn.silu(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens")
+        return constrain(x + self.ff_down(constrain(silu(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens")

@@ -13,7 +13,7 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float, Key
 from squeeze_jax.layers.attention import attention
-from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.linear import Linear, silu
 from squeeze_jax.layers.norm import per_channel
 
 NORM_EPS = 1e-6
@@ -135,7 +135,7 @@ class Encoder(nnx.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class Decoder(nnx.Module):
@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(raw))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class Level(nnx.Module):
@@ -202,7 +202,7 @@ class MidBlock(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(jax.nn.silu(norm(conv(jax.nn.silu(norm(x)))))), with a 1x1 shortcut where the width changes.
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes.
 
     The second convolution starts at zero, so that a fresh autoencoder is almost linear and learns quickly (ours).
     """
@@ -218,8 +218,8 @@ class ResidualBlock(nnx.Module):
         self.conv_shortcut = Conv(width_in, width, size=1, **how) if width_in != width else None
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w F"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        y = self.conv1(silu(self.norm1(x)))
+        y = self.conv2(silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

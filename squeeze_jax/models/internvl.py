@@ -14,7 +14,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.layers.attention import attention
-from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.linear import Linear, silu
 from squeeze_jax.layers.norm import RMSNorm
 from squeeze_jax.layers.stack import scan_blocks, stack_blocks
 from squeeze_jax.models.internvl_vision import Projector, VisionConfig, VisionTower, pixel_shuffle
@@ -202,7 +202,7 @@ class DecoderBlock(nnx.Module):
         y = attention(query, key, self.value(y).reshape(heads), mask=mask)
         x = x + self.attention_output(y.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        return x + self.down(silu(self.gate(y)) * self.up(y))
 
 
 def rotary_phases(

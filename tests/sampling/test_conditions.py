@@ -40,6 +40,8 @@ LATENTS = [np.random.default_rng(0).standard_normal((4, 4, 16)).astype(np.float3
 class FieldBackbone(Backbone):
     """The same velocity for a first-block cache: blocks that do nothing, and the formula behind them."""
 
+    config = CONFIG.model.dit
+
     def __init__(self, velocity):
         self.field = velocity
 
