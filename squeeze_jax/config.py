@@ -81,7 +81,8 @@ class DataConfig:
     skip_bad: bool = False
     """Leaves rows of a manifest out that cannot be used, and lists them, instead of refusing it."""
     batch_per_chip: int = 1
-    """Examples a step on each device; the global batch is this times the devices."""
+    """Examples a step on each device; the global batch is this times the mesh's data and fsdp axes (devices along the
+    tensor axis share examples)."""
     codec: Literal["bf16", "int8"] = "bf16"
     """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error it makes)."""
     online: bool = False

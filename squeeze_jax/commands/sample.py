@@ -42,7 +42,7 @@ class Sample:
     solver: Literal["euler", "multistep"] = "euler"
     """multistep: second order, one evaluation a step."""
     cache_interval: int = 1
-    """TaylorSeer: of so many steps in a row one is evaluated, the others are foretold; 1 evaluates all."""
+    """TaylorSeer: of so many steps in a row one is evaluated, the others are extrapolated; 1 evaluates all."""
     max_order: int = 1
     """Order of TaylorSeer's expansion, 0 to 2."""
     first_block_threshold: float = 0.0

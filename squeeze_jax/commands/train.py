@@ -17,7 +17,7 @@ Trains, or resumes if DIR has a checkpoint. PRESET is a file of configs/; any fi
                   exported folder, a LoRA file, or a FLUX.1 transformer (under a config with a LoRA it becomes the base)
   --accept-changes   continue a run though the preset differs from the one that it was saved with
 
-Several processes (docs/scaling.md) run the same command, each with
+Several processes (docs/pods.md) run the same command, each with
 
   --distributed   on Cloud TPU, under Slurm or MPI, where the environment says who the others are; or
   --coordinator HOST:PORT --num-processes N --process-id I

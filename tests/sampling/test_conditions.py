@@ -46,15 +46,16 @@ class FieldBackbone(Backbone):
         self.field = velocity
 
     def embed_inputs(self, target, target_grid, temb, context, context_mask=None, references=None):
-        context = jnp.broadcast_to(context, (*context.shape[:2], target.shape[-1]))
-        return (context, target), BlockInputs(temb, references, context_mask, None)
+        context, hidden = (jnp.zeros((*x.shape[:2], self.config.width)) for x in (context, target))
+        return (context, hidden), BlockInputs(temb, (references, target), context_mask, None)
 
     def apply_blocks(self, streams, inputs, start=0, stop=None):
         return streams
 
     def predict_velocity(self, hidden, inputs):
-        t = jnp.broadcast_to(inputs.temb.final[0][:, 0, 0], hidden.shape[:1])
-        return self.field(hidden, GRID, t, Context(None, inputs.mask), inputs.rope)
+        references, target = inputs.rope
+        t = jnp.broadcast_to(inputs.temb.final[0][:, 0, 0], target.shape[:1])
+        return self.field(target, GRID, t, Context(None, inputs.mask), references)
 
 
 class Field(System):
