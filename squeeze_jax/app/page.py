@@ -1,4 +1,4 @@
-"""The page itself: components, where they stand, and which function of `drawing` each of them calls."""
+"""The page itself: components, where they stand, and which function of `session` each of them calls."""
 
 import html
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from squeeze_jax.app import session as drawing
+from squeeze_jax.app import session
 from squeeze_jax.app.session import AppState, Upload
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
@@ -68,20 +68,20 @@ def build(studio: AppState) -> gr.Blocks:
     small = ["small"] if max(own["height"], own["width"]) < 256 else []
 
     def take(gallery: Any) -> tuple[Any, gr.HTML]:
-        good, wrong = drawing.accept(held(gallery), studio.folder)
+        good, wrong = session.accept(held(gallery), studio.folder)
         return [(str(upload.path), upload.name) for upload in good], notice(wrong, wrong=True)
 
     def preview_plan(gallery: Any, *values: int | float | None) -> str | gr.HTML:
         try:
-            return drawing.plan(studio, drawing.settings_of(dict(zip(LABELS, values))), bool(gallery))
+            return session.plan(studio, session.settings_of(dict(zip(LABELS, values))), bool(gallery))
         except InputError as error:
             return notice(str(error), wrong=True)
 
     def run(prompt: str, gallery: Any, *values: int | float | None) -> Iterator[tuple[Any, ...]]:
         # Each update is whole: of several that come at once, the browser shows the last alone.
         try:
-            settings = drawing.settings_of(dict(zip(LABELS, values)))
-            for view in drawing.draw(studio, prompt, held(gallery), settings):
+            settings = session.settings_of(dict(zip(LABELS, values)))
+            for view in session.draw(studio, prompt, held(gallery), settings):
                 pictures = gr.skip() if view.pictures is None else shown(view.pictures)
                 yield pictures, view.strip, notice(view.said), gr.Button(interactive=not view.finished)
         except InputError as error:
@@ -93,7 +93,7 @@ def build(studio: AppState) -> gr.Blocks:
     def carry(height: float | None, width: float | None, tau1: Any, tau2: Any, before: list[float]) -> list[Any]:
         """τ at another size; what the user has moved stays."""
         try:
-            after = drawing.carried(studio, int(height or 0), int(width or 0))
+            after = session.carried(studio, int(height or 0), int(width or 0))
         except InputError:
             return [gr.skip(), gr.skip(), before]
         moved = [value is None or abs(value - own) > 0.005 for value, own in zip((tau1, tau2), before)]
@@ -107,7 +107,7 @@ def build(studio: AppState) -> gr.Blocks:
             return [gr.skip() for _ in range(len(LABELS) + 1)] + [notice("")]
         try:
             picture = embedded.read(path)
-            values, notes = drawing.restore(studio, picture)
+            values, notes = session.restore(studio, picture)
         except InputError as error:
             return [gr.skip() for _ in range(len(LABELS) + 1)] + [notice(str(error), wrong=True)]
         return [picture.prompt, *(values.get(name, gr.skip()) for name in LABELS), notice(["Settings restored.", *notes])]
@@ -117,8 +117,8 @@ def build(studio: AppState) -> gr.Blocks:
         with gr.Row(equal_height=False):
             with gr.Column(scale=9):
                 references = gr.Gallery(
-                    [(str(EXAMPLE), EXAMPLE.name)] if demo else None, label=f"References ({drawing.LIMITS})",
-                    interactive=True, columns=drawing.MAX_REFERENCES, fit_columns=False, height=170,
+                    [(str(EXAMPLE), EXAMPLE.name)] if demo else None, label=f"References ({session.LIMITS})",
+                    interactive=True, columns=session.MAX_REFERENCES, fit_columns=False, height=170,
                     object_fit="contain", elem_id="references", elem_classes=small, sources=["upload"], file_types=["file"],
                 )  # fmt: skip
                 about_references = gr.HTML(visible=False, elem_id="about-references", padding=False)
@@ -142,7 +142,7 @@ def build(studio: AppState) -> gr.Blocks:
                     label="Pictures (PNG, settings inside)", interactive=False, format="png", object_fit="contain",
                     elem_id="pictures", elem_classes=small, buttons=["download", "fullscreen"],
                 )  # fmt: skip
-                strip = gr.HTML(drawing.plan(studio, Settings(), demo), elem_id="strip", padding=False)
+                strip = gr.HTML(session.plan(studio, Settings(), demo), elem_id="strip", padding=False)
                 status = gr.HTML(visible=False, elem_id="status", padding=False)
                 picture = gr.File(
                     label="Drop a picture made here to restore its settings", file_types=[".png"], height=160,

@@ -6,7 +6,7 @@ from itertools import groupby
 from squeeze_jax.config import Config
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.sampling.pipeline import STAGE_NAMES, Resolved
-from squeeze_jax.sampling.schedule import STAGES
+from squeeze_jax.sampling.schedule import STAGES, Conditions
 
 BLUE, ORANGE = "#4c7fb8", "#f0933a"
 PAINT = {
@@ -32,7 +32,7 @@ def stages_of_steps(config: Config, settings: Resolved, references: bool) -> lis
     rows, columns = config.grid(settings.height, settings.width)
     times = time_steps(settings.steps, rows * columns, config.sampling.shifted)
     plan = plan_stages(times, settings.tau1, settings.tau2, references)
-    return [NAMES[stage.mllm, stage.vae] for stage in plan for _ in range(*stage.steps)]
+    return [NAMES[Conditions(stage.mllm, stage.vae)] for stage in plan for _ in range(*stage.steps)]
 
 
 def counts(stages: Sequence[str]) -> list[tuple[str, int]]:

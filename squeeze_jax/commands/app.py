@@ -44,19 +44,18 @@ def run(given: App) -> None:
         except ImportError:
             raise InputError('the page needs gradio; install it with pip install "squeeze_jax[app]"') from None
         setup()
-        from squeeze_jax.app import page, strip
-        from squeeze_jax.app import session as drawing
+        from squeeze_jax.app import page, session, strip
         from squeeze_jax.sampling.pipeline import Pipeline
 
         print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)
-        studio = drawing.Studio(Pipeline.load(given.checkpoint), str(given.checkpoint or "demo"), Path(folder))
+        studio = session.AppState(Pipeline.load(given.checkpoint), str(given.checkpoint or "demo"), Path(folder))
         host = f"[{given.host}]" if ":" in given.host else given.host  # IPv6
         blocks = page.build(studio).queue(max_size=16, api_open=False)
         try:
             _, url, _ = blocks.launch(
                 server_name=host, server_port=given.port, prevent_thread_lock=True, quiet=True, footer_links=[],
                 share=False, inbrowser=False, ssr_mode=False, pwa=False, mcp_server=False,
-                max_file_size=8 * drawing.MAX_BYTES,  # what is smaller reaches `drawing`, which says more
+                max_file_size=8 * session.MAX_BYTES,  # what is smaller reaches `session`, which says more
                 theme=page.THEME, css=page.STYLE + strip.STYLE,
             )  # fmt: skip
         except OSError as error:

@@ -48,16 +48,18 @@ def write_exported(
     dialect: DialectName | None = None,
 ) -> None:  # fmt: skip
     """Writes everything but the card and the certificate. `dialect`: one more LoRA file, in a folder of its name."""
+    dit = system.dit
+    assert isinstance(dit, DiT)  # the formats of LoRA files and merged transformers here are FLUX.1's
     aggregator = export_entries(system.aggregator, aggregator_format.entries(config.aggregator))
     aggregator = {name: tensor.astype(np.dtype(dtype)) for name, tensor in aggregator.items()}
     write_tensors(folder / AGGREGATOR / "model.safetensors", aggregator)
     write_json(folder / AGGREGATOR / "config.json", aggregator_format.config_to_json(config.aggregator))
     if config.lora is not None:
-        save_lora(folder / LORA, system.dit, "diffusers", dtype, header=True)
+        save_lora(folder / LORA, dit, "diffusers", dtype, header=True)
     if dialect is not None:
-        save_lora(folder / dialect / "lora.safetensors", system.dit, dialect, dtype)
+        save_lora(folder / dialect / "lora.safetensors", dit, dialect, dtype)
     if merge or config.lora is None:
-        save_merged(folder / TRANSFORMER, system.dit, dtype)
+        save_merged(folder / TRANSFORMER, dit, dtype)
     for name, part in ENCODERS.items():
         if getattr(config.model, part) == "demo":
             shutil.copytree(DEMO / part, folder / name)

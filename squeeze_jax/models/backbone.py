@@ -160,10 +160,12 @@ def join_masks(
     """One mask of the joint sequence; `sizes` are (batch, context tokens, image tokens). None where all count."""
     if context is None and image is None:
         return None
-    batch, context_length, image_length = sizes
-    context = jnp.ones((batch, context_length), bool) if context is None else context
-    image = jnp.ones((batch, image_length), bool) if image is None else image
-    return jnp.concatenate([context, image], axis=1)
+    batch, *lengths = sizes
+    masks = [
+        jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask)
+        for mask, length in zip((context, image), lengths)
+    ]
+    return jnp.concatenate(masks, axis=1)
 
 
 def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -188,7 +190,9 @@ def joint_attention(
     q, k, v = (constrain(x, "heads") for x in (rotate(q, rope), rotate(k, rope), v))
     kv = k, v
     if cached_kv is not None:  # one row of the cache may serve several images of a prompt
-        repeated = [jnp.repeat(x, q.shape[0] // x.shape[0], axis=0) for x in cached_kv]
-        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(kv, repeated))
+        k, v = (
+            jnp.concatenate([own, jnp.repeat(cached, q.shape[0] // cached.shape[0], axis=0)], axis=1)
+            for own, cached in zip(kv, cached_kv)
+        )
     mixed = attention(q, k, v, mask=mask, name=ATTENTION)
     return mixed.reshape(*mixed.shape[:2], -1), kv

@@ -163,6 +163,7 @@ class DiT(nnx.Module):
         img = constrain(self.img_in(references.tokens), "tokens")
         (_, img), double = self._apply_double((img[:, :0], img), inputs, None, return_kv=True)
         _, single = self._apply_single(img, inputs, None, return_kv=True)
+        assert double is not None and single is not None
         return CachedReferences(double, single, references.mask)
 
     def velocity(

@@ -173,7 +173,7 @@ def block_program(
             block = block_of(trained, frozen)
             return block(*streams, block.modulation(at) if backward else at, by, mask)[0]
 
-        return rematerialised(run, config.parallel.remat if backward else "none", alone=True)(trained, streams)
+        return rematerialised(run, config.parallel.remat if backward else "none", prevent_cse=True)(trained, streams)
 
     def both(trained: Any, streams: Any, change: Any, *rest: Any) -> Any:
         with use_mesh(mesh):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_config
 
-from squeeze_jax.app import session as drawing
+from squeeze_jax.app import session
 from squeeze_jax.app.session import MAX_BYTES, MAX_REFERENCES, AppState, Upload
 from squeeze_jax.app.strip import PAINT, counts, stages_of_steps, strip
 from squeeze_jax.commands import app
@@ -150,7 +150,7 @@ def test_broken_uploads_are_named_and_the_good_ones_stay(tmp_path):
     turned.save(tmp_path / "phone.png", exif=exif)
     (tmp_path / "pages").mkdir()
     uploads = [Upload(path, path.name) for path in [files[0][0], tmp_path / "phone.png", *(path for path, _ in files[1:])]]
-    good, wrong = drawing.accept(uploads, tmp_path / "pages")
+    good, wrong = session.accept(uploads, tmp_path / "pages")
     assert [upload.name for upload in good] == ["phone.png"]
     assert len(wrong) == len(files)
     for (path, word), sentence in zip(files, wrong):
@@ -158,7 +158,7 @@ def test_broken_uploads_are_named_and_the_good_ones_stay(tmp_path):
         assert str(tmp_path) not in sentence
     upright = Image.open(good[0].path)
     assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (255, 255, 255)
-    again, wrong = drawing.accept(good * (MAX_REFERENCES + 1), tmp_path / "pages")
+    again, wrong = session.accept(good * (MAX_REFERENCES + 1), tmp_path / "pages")
     assert again == good * MAX_REFERENCES and "5 references" in wrong[0]
 
 
@@ -168,7 +168,7 @@ def test_broken_uploads_are_named_and_the_good_ones_stay(tmp_path):
 def test_a_run_shows_its_steps_and_ends_in_files_with_their_own_seeds(studio, tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "cat.png")
     settings = Settings(steps=30, seed=5, num_images=3)
-    first, *middle, last = drawing.draw(studio, "A cat, jumping!", [Upload(tmp_path / "cat.png", "my cat.png")], settings)
+    first, *middle, last = session.draw(studio, "A cat, jumping!", [Upload(tmp_path / "cat.png", "my cat.png")], settings)
     assert first.pictures is None
     assert len(middle) == 10
     assert [view.strip.count('class="done"') for view in middle] == list(range(3, 31, 3))
@@ -189,20 +189,20 @@ def test_a_run_shows_its_steps_and_ends_in_files_with_their_own_seeds(studio, tm
 )
 def test_what_cannot_be_drawn_is_one_sentence(studio, prompt, settings, words):
     with pytest.raises(InputError, match=words):
-        list(drawing.draw(studio, prompt, [], settings))
+        list(session.draw(studio, prompt, [], settings))
     assert not studio.pipeline.asked
 
 
 def test_restoring_takes_what_fits_and_names_what_does_not(studio):
     settings = Resolved(height=1024, width=48, steps=5, tau1=0.835, tau2=0.5, cfg_scale=1.0, seed=9, num_images=1)
     picture = Embedded("p", (Reference("/home/me/cat.jpg", 10, 20),), "demo", None, settings)
-    values, notes = drawing.restore(studio, picture)
+    values, notes = session.restore(studio, picture)
     assert values == {k: v for k, v in vars(settings).items() if k in studio.ranges and k != "height"}
     assert [word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
     for settings in (RESOLVED, dataclasses.replace(RESOLVED, max_order=2)):  # an order that nothing is expanded to
-        assert drawing.restore(studio, Embedded("p", (), "tiny", 12, settings))[1] == []
+        assert session.restore(studio, Embedded("p", (), "tiny", 12, settings))[1] == []
     late = dataclasses.replace(RESOLVED, seed=2**32)  # as an older version wrote the image after the last seed
-    values, notes = drawing.restore(studio, Embedded("p", (), "tiny", 12, late))
+    values, notes = session.restore(studio, Embedded("p", (), "tiny", 12, late))
     assert (values["seed"], notes) == (0, [])
 
 
@@ -211,35 +211,35 @@ def test_guidance_of_each_stage_survives_in_a_picture_and_the_page_names_it(stud
     save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), text_of("p", [], "tiny", 12, settings, 0))
     picture = embedded.read(tmp_path / "a.png")
     assert picture.settings == dataclasses.replace(settings, num_images=1)
-    values, notes = drawing.restore(studio, picture)
+    values, notes = session.restore(studio, picture)
     assert "cfg_scale" not in values and "one number a stage" in notes[0]
-    notes = drawing.restore(studio, Embedded("p", (), "tiny", 12, dataclasses.replace(RESOLVED, solver="multistep")))[1]
+    notes = session.restore(studio, Embedded("p", (), "tiny", 12, dataclasses.replace(RESOLVED, solver="multistep")))[1]
     assert "multistep" in notes[0] and len(notes) == 1
 
 
 def test_settings_from_sliders_are_whole_where_they_must_be(studio):
     sliders = {name: value for name, value in vars(RESOLVED).items() if name in studio.ranges}
-    settings = drawing.settings_of({**sliders, "steps": 5.0, "seed": 7.0})
+    settings = session.settings_of({**sliders, "steps": 5.0, "seed": 7.0})
     assert Resolved(**vars(settings)) == RESOLVED and type(settings.steps) is int
 
 
 def test_an_emptied_field_is_one_sentence():
     with pytest.raises(InputError, match="seed is empty; give a number"):
-        drawing.settings_of({"steps": 5, "seed": None})
+        session.settings_of({"steps": 5, "seed": None})
 
 
 def test_thresholds_move_with_the_size_where_the_checkpoint_says_so(studio):
     own = studio.pipeline.resolved(OWN)
-    assert drawing.carried(studio, 64, 64) == (own.tau1, own.tau2)
+    assert session.carried(studio, 64, 64) == (own.tau1, own.tau2)
     sampling = dataclasses.replace(studio.pipeline.config.sampling, tau_tokens=4)
     studio.pipeline.config = dataclasses.replace(studio.pipeline.config, sampling=sampling)
-    assert drawing.carried(studio, 32, 32) == (own.tau1, own.tau2)
-    assert drawing.carried(studio, 64, 64)[1] == pytest.approx(2 / 3)  # odds 1 at four times the tokens: odds 2
+    assert session.carried(studio, 32, 32) == (own.tau1, own.tau2)
+    assert session.carried(studio, 64, 64)[1] == pytest.approx(2 / 3)  # odds 1 at four times the tokens: odds 2
 
 
 def test_a_reference_that_is_gone_is_named(studio, tmp_path):
     with pytest.raises(InputError, match=r"my cat\.png: it is not kept here any more; add it again"):
-        list(drawing.draw(studio, "a", [Upload(tmp_path / "gone" / "reference.png", "my cat.png")], OWN))
+        list(session.draw(studio, "a", [Upload(tmp_path / "gone" / "reference.png", "my cat.png")], OWN))
 
 
 def test_two_runs_never_compute_at_once(studio, monkeypatch):
@@ -255,7 +255,7 @@ def test_two_runs_never_compute_at_once(studio, monkeypatch):
             yield progress
 
     monkeypatch.setattr(Painter, "stream", slow)
-    threads = [threading.Thread(target=lambda: list(drawing.draw(studio, "a", [], Settings(steps=10)))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: list(session.draw(studio, "a", [], Settings(steps=10)))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
