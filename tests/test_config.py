@@ -9,7 +9,8 @@ from flax import nnx
 from tiny import tiny_config
 
 from squeeze_jax.checkpoints.build import build_system
-from squeeze_jax.config import Config, differences, from_json, load_preset, override, to_json
+from squeeze_jax.config import Config, load_preset, override
+from squeeze_jax.config_json import differences, from_json, to_json
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.models.dit import DiTConfig

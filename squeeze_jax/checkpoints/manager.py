@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from squeeze_jax.config import Config, differences, from_json, to_json
+from squeeze_jax.config import Config
+from squeeze_jax.config_json import differences, from_json, to_json
 from squeeze_jax.errors import InputError, OutputError
 from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
 from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors

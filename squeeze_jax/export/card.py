@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from squeeze_jax.config import Config, to_json
+from squeeze_jax.config import Config
+from squeeze_jax.config_json import to_json
 from squeeze_jax.interop.exported import LORA, TRANSFORMER
 from squeeze_jax.interop.tensors import read_json
 from squeeze_jax.models.dit import DiTConfig

@@ -21,7 +21,8 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from squeeze_jax.array_types import DType
-from squeeze_jax.config import Config, to_json
+from squeeze_jax.config import Config
+from squeeze_jax.config_json import to_json
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import aggregator as aggregator_format
 from squeeze_jax.interop.adapters import adapter_leaves

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from qwen_like import qwen_like
 
-from squeeze_jax.config import load_preset, to_json
+from squeeze_jax.config import load_preset
+from squeeze_jax.config_json import to_json
 from squeeze_jax.interop.exported import TORCH_FILES
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")

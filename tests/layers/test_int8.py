@@ -13,7 +13,7 @@ from small_dit import inputs, random_dit, run
 from tiny import tiny_config
 
 from squeeze_jax.checkpoints.build import build_system, load_base
-from squeeze_jax.config import from_json, to_json
+from squeeze_jax.config_json import from_json, to_json
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import save_dit
 from squeeze_jax.layers.int8 import quantise

@@ -1,0 +1,55 @@
+"""Configs as JSON: how checkpoints and exported folders note them, and what differs between two."""
+
+import dataclasses
+import json
+from typing import Any, get_args
+
+from squeeze_jax.config import Config
+from squeeze_jax.errors import InputError
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON, fields in order."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; a missing field has its default. Raises InputError for what is no config."""
+    try:
+        return _build(Config, json.loads(text), "config")
+    except (TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"not a config ({error})") from error
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A value of the annotated type from JSON, dataclasses and tuples of them included."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} must be an object, it is {value!r}")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = sorted(set(value) - set(fields))
+        if unknown:
+            raise InputError(f"{where} has unknown fields {', '.join(unknown)}: it was written by another version")
+        return kind(**{name: _build(fields[name].type, item, f"{where}.{name}") for name, item in value.items()})  # type: ignore
+    arguments = get_args(kind)
+    if value is None or not arguments:
+        return value
+    if getattr(kind, "__origin__", None) is tuple:
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_build(k, v, where) for k, v in zip(inner, value))
+    for option in arguments:  # X | None: the first dataclass that it can be
+        if dataclasses.is_dataclass(option):
+            return _build(option, value, where)
+    return value
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`path: old → new` for every field that differs."""
+
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, item in value.items() for k, v in flat(f"{prefix}.{name}".lstrip("."), item).items()}
+        return {prefix: value}
+
+    a, b = flat("", dataclasses.asdict(old)), flat("", dataclasses.asdict(new))
+    return [f"{k}: {a.get(k)} → {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
