@@ -184,7 +184,7 @@ class DiT(nnx.Module):
         `make_modulation` computed of one for all. `references_full` says that no reference token is padding, so
         that no mask is needed.
         """
-        # Both streams enter at the transformer's width; the target's tokens stand first in the image stream.
+        # The target's tokens stand first in the image stream.
         streams, inputs = self.embed_inputs(
             target, target_grid, temb, context, context_mask, references, references_full=references_full
         )
@@ -392,9 +392,8 @@ class FinalLayer(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         self.adaLN_modulation = AdaLN(config.width, 2, param_dtype=param_dtype, rngs=rngs)
-        self.linear = Linear(
-            config.width, config.in_channels, gain=0.0, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.linear = Linear(config.width, config.in_channels, gain=0.0, **kinds)
 
     def __call__(self, x: Float[Array, "B N C"], modulated: Modulated) -> Float[Array, "B N c"]:
         shift, scale = modulated
