@@ -3,81 +3,65 @@
 import dataclasses
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from squeeze_jax.commands.run import guarded, setup
 
-USAGE = """usage: python train.py PRESET [--path.to.field VALUE …] [--workdir DIR] [--from DIR]
+Flag = tyro.conf.FlagCreatePairsOff[bool]
 
-Trains, or resumes if DIR has a checkpoint. PRESET is a file of configs/; any field of it can be overridden
-(`python train.py PRESET --help` lists all, with their meaning and default).
 
-  --workdir DIR   where checkpoints, metrics and pictures go (default: runs/<name of the preset>)
-  --from DIR      begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or with an
-                  exported folder, a LoRA file, or a FLUX.1 transformer (under a config with a LoRA it becomes the base)
-  --accept-changes   continue a run though the preset differs from the one that it was saved with
+@dataclass(frozen=True)
+class Train:
+    """Trains a preset, or resumes it if its work folder has a checkpoint.
 
-Several processes (docs/pods.md) run the same command, each with
+    Any field of the preset can be overridden (`--optimizer.learning-rate 3e-4`); `python train.py PRESET --help` lists
+    all of them, with their meaning and default.
 
-  --distributed   on Cloud TPU, under Slurm or MPI, where the environment says who the others are; or
-  --coordinator HOST:PORT --num-processes N --process-id I
-"""
+    Several processes (docs/pods.md) run the same command, each with `--distributed`, or with `--coordinator`,
+    `--num-processes` and `--process-id`.
+    """
+
+    preset: Annotated[Path, tyro.conf.Positional]
+    """A file of configs/."""
+    workdir: str | None = None
+    """Where checkpoints, metrics and pictures go; none: runs/<name of the preset>."""
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or with an exported folder,
+    a LoRA file, or a FLUX.1 transformer (under a config with a LoRA it becomes the base)."""
+    accept_changes: Flag = False
+    """Continue a run though the preset differs from the one that it was saved with."""
+    distributed: Flag = False
+    """Find the other processes by the environment: Cloud TPU, Slurm, MPI."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    return guarded(lambda: run(arguments))
+    # Without a preset, help is about the flags here; behind one, it is the preset's own.
+    about_preset = bool(arguments) and not arguments[0].startswith("-")
+    given, overrides = tyro.cli(
+        Train, args=arguments, prog="train.py", return_unknown_args=True, add_help=not about_preset
+    )
+    return guarded(lambda: run(given, overrides))
 
 
-def take(arguments: list[str], flag: str) -> str | None:
-    """Removes `flag VALUE` (or `flag=VALUE`) from the arguments and returns the value."""
-    from squeeze_jax.errors import InputError
-
-    for place, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            return arguments.pop(place).split("=", 1)[1]
-        if argument == flag:
-            if place + 1 == len(arguments):
-                raise InputError(f"{flag} needs a value")
-            arguments.pop(place)
-            return arguments.pop(place)
-    return None
-
-
-def take_switch(arguments: list[str], flag: str) -> bool:
-    """Removes a flag without a value and returns whether it was there."""
-    there = flag in arguments
-    arguments[:] = [argument for argument in arguments if argument != flag]
-    return there
-
-
-def take_number(arguments: list[str], flag: str) -> int | None:
-    """`take`, as a whole number."""
-    from squeeze_jax.errors import InputError
-
-    value = take(arguments, flag)
-    try:
-        return None if value is None else int(value)
-    except ValueError:
-        raise InputError(f"{flag} {value!r} must be a whole number") from None
-
-
-def run(arguments: list[str]) -> None:
+def run(given: Train, overrides: list[str]) -> None:
     setup()
     import jax
 
     from squeeze_jax.processes import barrier, init_distributed, is_main
 
-    others = (
-        take(arguments, "--coordinator"),
-        take_number(arguments, "--num-processes"),
-        take_number(arguments, "--process-id"),
-    )
-    if take_switch(arguments, "--distributed") or any(part is not None for part in others):
+    others = given.coordinator, given.num_processes, given.process_id
+    if given.distributed or any(part is not None for part in others):
         init_distributed(*others)
+    # What follows may ask for devices, so it is imported once the processes have met.
     from squeeze_jax.checkpoints.manager import write_config
     from squeeze_jax.checkpoints.trained import start_of
     from squeeze_jax.config import load_preset, override
@@ -91,10 +75,8 @@ def run(arguments: list[str]) -> None:
 
     say = print if is_main() else lambda text: None
     started = time.perf_counter()
-    workdir, start_from = take(arguments, "--workdir"), take(arguments, "--from")
-    accept_changes = take_switch(arguments, "--accept-changes")
-    preset = load_preset(arguments[0])
-    config = override(preset, arguments[1:], f"train.py {arguments[0]}")
+    workdir, start_from = given.workdir, given.start_from
+    config = override(load_preset(given.preset), overrides, f"train.py {given.preset}")
     if workdir and "://" in workdir:
         raise InputError(
             f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the bucket (docs/pods.md "
@@ -104,7 +86,7 @@ def run(arguments: list[str]) -> None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=start_from))
         say(f"the base under the LoRA: {start_from}")
         start_from = None
-    folder = Path(workdir) if workdir else Path("runs") / Path(arguments[0]).stem
+    folder = Path(workdir) if workdir else Path("runs") / given.preset.stem
     folder.mkdir(parents=True, exist_ok=True)
 
     features = reachable(config.data.features or folder / "features")  # may lie in a bucket
@@ -118,7 +100,7 @@ def run(arguments: list[str]) -> None:
         folder,
         features,
         start_from=Path(start_from) if start_from else None,
-        accept_changes=accept_changes,
+        accept_changes=given.accept_changes,
         sample=grid_sampler(config, folder, features),
         work=lambda stage, batch: step_work(config, stage, batch),
         examples=open_examples(config) if config.data.online else None,

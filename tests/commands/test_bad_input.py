@@ -90,12 +90,31 @@ def test_extract_refuses_a_bad_manifest_before_anything_runs(capsys, tmp_path, p
 
 def test_train_refuses_an_unknown_preset_and_an_impossible_config(capsys, tmp_path):
     refused(capsys, train.main, [ROOT / "configs" / "demoo.py"], "demoo.py", "demo.py")
-    refused(capsys, train.main, [DEMO, "--workdir"], "--workdir")
     with pytest.raises(SystemExit) as stop:
         train.main([DEMO, "--workdir", str(tmp_path / "w"), "--data.height", "60"])
     assert stop.value.code == 2
     assert "data.height 60" in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--num-processes", "two"], ["--workdir"]])
+def test_train_names_the_flag_whose_value_is_wrong(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(DEMO), *arguments])
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_help_is_of_the_command_and_behind_a_preset_of_its_fields(capsys):
+    for arguments, wanted, other in (
+        (["--help"], "--coordinator", "--optimizer."), ([str(DEMO), "--help"], "--optimizer.", "--coordinator"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert not stop.value.code
+        shown = capsys.readouterr().out
+        assert wanted in shown
+        assert other not in shown.replace("`--optimizer.learning-rate", "").replace("`--coordinator`", "")
 
 
 def test_an_unknown_override_is_named_with_the_nearest(capsys):
@@ -117,8 +136,6 @@ def test_weights_of_another_size_are_refused():
         (["--workdir", "gs://bucket/run"], "mount the bucket"),
         (["--coordinator", "localhost:1"], "give all three"),
         (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "must be from 0 to 1"),
-        (["--num-processes", "two"], "must be a whole number"),
-        (["--workdir"], "needs a value"),
     ],
 )
 def test_train_refuses_what_it_cannot_be_started_with(capsys, monkeypatch, tmp_path, arguments, words):
