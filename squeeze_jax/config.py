@@ -5,12 +5,14 @@ A preset is a Python file in `configs/` with a variable `config`. Any field can 
 """
 
 import importlib.util
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import tyro
 
+from squeeze_jax.config_checks import Checked, above_zero, between
 from squeeze_jax.diffusion.flow import TimeSampling
 from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.diffusion.stages import ConditionDropout
@@ -24,7 +26,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The transformer, and where the frozen parts come from."""
 
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -43,6 +45,16 @@ class ModelConfig:
     dtype: Precision = "bfloat16"
     """What activations are computed in; norms, softmax, modulation, rotary phases and loss are float32 always."""
 
+    def _problems(self) -> Iterator[str]:
+        if self.latent_pixels not in (1, 2, 4, 8):
+            yield f"model.latent_pixels is {self.latent_pixels}; it must be 1, 2, 4 or 8"
+        kinds = get_args(Precision)
+        if self.dtype not in kinds or self.frozen_dtype not in (*kinds, "int8"):
+            yield (
+                f"model.dtype and model.frozen_dtype must each be one of {', '.join(kinds)}; "
+                "the latter may be int8, too"
+            )
+
 
 @dataclass(frozen=True)
 class CrittersConfig:
@@ -58,7 +70,7 @@ class CrittersConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Where examples come from and how large they are."""
 
     manifest: str | None = None
@@ -97,6 +109,41 @@ class DataConfig:
     max_tiles: int = 1
     """Most tiles of a reference that InternVL sees, 1 to 12 (published option; one tile is our decision)."""
 
+    def _problems(self) -> Iterator[str]:
+        for name in ("height", "width", "reference_long_side"):
+            value = getattr(self, name)
+            if value < 16 or value % 16:
+                why = "(8x autoencoder, 2x2 patches)"
+                yield f"data.{name} {value} must be a positive multiple of 16 {why}"
+        for height, width in self.buckets:
+            if min(height, width) <= 0 or height % 16 or width % 16:
+                size = f"{height}x{width}"
+                yield f"data.buckets has {size}; both sides must be positive multiples of 16"
+        if len(set(self.buckets)) != len(self.buckets):
+            yield "data.buckets names a size twice"
+        if self.held_out < 1:
+            yield f"data.held_out is {self.held_out}; it must be at least 1"
+        for name, why in (
+            ("features", "it reads no records"),
+            ("buckets", "it has one size"),
+            ("workers", "it reads in threads"),
+        ):
+            if self.online and getattr(self, name):
+                yield f"data.online and data.{name} are both set; leave one out: on-line, {why}"
+        if self.critters is not None:
+            if self.buckets:
+                sizes = "pictures of several sizes"
+                yield f"data.buckets is for {sizes}; data.critters are all drawn at one"
+            if self.manifest is not None:
+                yield "data.critters and data.manifest are both set; choose one source of examples"
+            if self.critters.size != self.height:
+                yield (
+                    f"data.critters.size {self.critters.size} must equal data.height "
+                    f"{self.height}: they are drawn at that size"
+                )
+        yield from between(1, 12, "data", self, "max_tiles")
+        yield from above_zero("data", self, "batch_per_chip", "extract_batch")
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:
@@ -120,7 +167,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW with warm-up and clipping (our decision throughout: PAPER, decision 8)."""
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -142,9 +189,13 @@ class OptimizerConfig:
     ema: float = 0.0
     """Decay of the running average of trained weights that sampling uses; 0 keeps none."""
 
+    def _problems(self) -> Iterator[str]:
+        yield from between(0.0, 0.999999, "optimizer", self, "ema", "b1", "b2")
+        yield from above_zero("optimizer", self, "learning_rate", "clip_norm", "accumulate")
+
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """What a run does from start to end."""
 
     stages: tuple[StageConfig, ...] = (StageConfig(steps=10_000, references=True),)
@@ -155,9 +206,17 @@ class TrainingConfig:
     sample_every: int = 1000
     """Steps between grids of sampled pictures; 0 draws none before the end."""
 
+    def _problems(self) -> Iterator[str]:
+        if not self.stages:
+            yield "training.stages is empty; give at least one stage"
+        for i, stage in enumerate(self.stages):
+            if stage.steps < 1:
+                yield f"training.stages.{i}.steps is {stage.steps}; it must be at least 1"
+        yield from above_zero("training", self, "validate_every")
+
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """Defaults of `sample.py` for checkpoints of this config."""
 
     steps: int = 25
@@ -173,9 +232,20 @@ class SamplingConfig:
     shifted: bool = True
     """FLUX.1's shifted schedule; schnell's is not."""
 
+    def _problems(self) -> Iterator[str]:
+        if self.tau2 > self.tau1:
+            yield f"sampling.tau2 {self.tau2} must not be larger than sampling.tau1 {self.tau1}"
+        yield from between(0.0, 1.0, "sampling", self, "tau1", "tau2")
+        yield from above_zero("sampling", self, "steps")
+        if self.tau_tokens is not None and self.tau_tokens < 1:
+            yield (
+                f"sampling.tau_tokens is {self.tau_tokens}; "
+                "it must be a number of target tokens, or None"
+            )
+
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Checked):
     """Mesh and memory."""
 
     data: int = 1
@@ -187,9 +257,13 @@ class ParallelConfig:
     unroll: int = 1
     """Blocks of a stack unrolled in the scan: more compile time for fewer copies; pays on CPUs."""
 
+    def _problems(self) -> Iterator[str]:
+        if self.remat not in REMAT:
+            yield f"parallel.remat is {self.remat!r}; choose one of {', '.join(REMAT)}"
+
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
     every: int = 500
     """Steps between saves; the last step of a run is saved always."""
     keep: int = 2
@@ -197,9 +271,12 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this stay for ever; 0: none does."""
 
+    def _problems(self) -> Iterator[str]:
+        yield from above_zero("checkpoint", self, "every", "keep")
+
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Checked):
     every: int = 20
     """Steps between lines of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
@@ -210,9 +287,14 @@ class LogConfig:
     score: int = 0
     """Held-out critters to score by retrieval at the end of a run; 0 scores none."""
 
+    def _problems(self) -> Iterator[str]:
+        if self.grid < 0:
+            yield f"log.grid is {self.grid}; it must be at least 0 (0: no pictures)"
+        yield from above_zero("log", self, "every")
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Everything that decides a run."""
 
     name: str
@@ -229,10 +311,32 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    def __post_init__(self) -> None:
-        problems = list(_impossible(self))
-        if problems:
-            raise InputError("impossible configuration: " + "; ".join(problems))
+    def _problems(self) -> Iterator[str]:
+        """Yields a sentence for what cannot work between sections; each checks itself."""
+        dit, aggregator, model, data = self.model.dit, self.aggregator, self.model, self.data
+        if aggregator.out_width != dit.context_width:
+            yield (
+                f"aggregator.out_width {aggregator.out_width} must equal model.dit.context_width "
+                f"{dit.context_width}, since the aggregator's tokens enter the transformer there"
+            )
+        if data.max_tiles != 1 and model.mllm_source != "internvl":
+            yield (
+                f"data.max_tiles is {data.max_tiles}, which only model.mllm_source internvl reads; "
+                "leave it at 1"
+            )
+        if data.online and model.mllm_source != "internvl":
+            yield (
+                "data.online runs our InternVL in the program; "
+                "set model.mllm_source internvl, or extract records"
+            )
+        profile, last = self.log.profile, self.total_steps
+        if profile is not None and not 1 <= profile[0] <= profile[1] <= last:
+            yield f"log.profile is {profile}; give the first and the last of steps 1 to {last}"
+        if model.frozen_dtype == "int8" and self.lora is None:
+            yield (
+                "model.frozen_dtype is int8, which cannot be trained; "
+                "set lora, or keep the weights in float32"
+            )
 
     @property
     def target_grid(self) -> tuple[int, int]:
@@ -254,92 +358,14 @@ class Config:
         return sum(stage.steps for stage in self.training.stages)
 
 
-def _impossible(config: Config):
-    """Yields one sentence for every combination that cannot work."""
-    dit, aggregator, data, sampling = config.model.dit, config.aggregator, config.data, config.sampling
-    if aggregator.out_width != dit.context_width:
-        yield (
-            f"aggregator.out_width {aggregator.out_width} must equal model.dit.context_width {dit.context_width}, "
-            "since the aggregator's tokens enter the transformer there"
-        )
-    for name in ("height", "width", "reference_long_side"):
-        value = getattr(data, name)
-        if value < 16 or value % 16:
-            yield f"data.{name} {value} must be a positive multiple of 16 (8x autoencoder, 2x2 patches)"
-    for size in data.buckets:
-        if any(side <= 0 or side % 16 for side in size):
-            yield f"data.buckets has {size[0]}x{size[1]}; both sides must be positive multiples of 16"
-    if len(set(data.buckets)) != len(data.buckets):
-        yield "data.buckets names a size twice"
-    if data.held_out < 1:
-        yield f"data.held_out is {data.held_out}; it must be at least 1"
-    if config.log.grid < 0:
-        yield f"log.grid is {config.log.grid}; it must be at least 0 (0: no pictures)"
-    if data.buckets and data.critters is not None:
-        yield "data.buckets is for pictures of several sizes; data.critters are all drawn at one"
-    if config.model.latent_pixels not in (1, 2, 4, 8):
-        yield f"model.latent_pixels is {config.model.latent_pixels}; it must be 1, 2, 4 or 8"
-    if data.max_tiles != 1 and config.model.mllm_source != "internvl":
-        yield f"data.max_tiles is {data.max_tiles}, which only model.mllm_source internvl reads; leave it at 1"
-    if config.log.profile is not None and not 1 <= config.log.profile[0] <= config.log.profile[1] <= config.total_steps:
-        yield f"log.profile is {config.log.profile}; give the first and the last of steps 1 to {config.total_steps}"
-    if data.online:
-        unused = {"features": "it reads no records", "buckets": "it has one size", "workers": "it reads in threads"}
-        for name, why in unused.items():
-            if getattr(data, name):
-                yield f"data.online and data.{name} are both set; leave one out: on-line, {why}"
-        if config.model.mllm_source != "internvl":
-            yield "data.online runs our InternVL in the program; set model.mllm_source internvl, or extract records"
-    if data.critters is not None and data.manifest is not None:
-        yield "data.critters and data.manifest are both set; choose one source of examples"
-    if data.critters is not None and data.critters.size != data.height:
-        yield f"data.critters.size {data.critters.size} must equal data.height {data.height}: they are drawn at that size"
-    if sampling.tau2 > sampling.tau1:
-        yield f"sampling.tau2 {sampling.tau2} must not be larger than sampling.tau1 {sampling.tau1}"
-    if not config.training.stages:
-        yield "training.stages is empty; give at least one stage"
-    for i, stage in enumerate(config.training.stages):
-        if stage.steps < 1:
-            yield f"training.stages.{i}.steps is {stage.steps}; it must be at least 1"
-    for path, low, high in (
-        ("optimizer.ema", 0.0, 0.999999),
-        ("optimizer.b1", 0.0, 0.999999),
-        ("optimizer.b2", 0.0, 0.999999),
-        ("sampling.tau1", 0.0, 1.0),
-        ("sampling.tau2", 0.0, 1.0),
-        ("data.max_tiles", 1, 12),
-    ):
-        section, name = path.split(".")
-        value = getattr(getattr(config, section), name)
-        if not low <= value <= high:
-            yield f"{path} is {value}; it must be between {low:g} and {high:g}"
-    for path in (
-        "optimizer.learning_rate",
-        "optimizer.clip_norm",
-        "optimizer.accumulate",
-        "data.batch_per_chip",
-        "data.extract_batch",
-        "sampling.steps",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "log.every",
-        "training.validate_every",
-    ):
-        section, name = path.split(".")
-        value = getattr(getattr(config, section), name)
-        if value <= 0:
-            yield f"{path} is {value}; it must be larger than 0"
-    if config.parallel.remat not in REMAT:
-        yield f"parallel.remat is {config.parallel.remat!r}; choose one of {', '.join(REMAT)}"
-    if sampling.tau_tokens is not None and sampling.tau_tokens < 1:
-        yield f"sampling.tau_tokens is {sampling.tau_tokens}; it must be a number of target tokens, or None"
-    if dit.reference_attention not in ("joint", "cached"):
-        yield f"model.dit.reference_attention is {dit.reference_attention!r}; choose joint or cached"
-    kinds = get_args(Precision)
-    if config.model.dtype not in kinds or config.model.frozen_dtype not in (*kinds, "int8"):
-        yield f"model.dtype and model.frozen_dtype must each be one of {', '.join(kinds)}; the latter may be int8, too"
-    if config.model.frozen_dtype == "int8" and config.lora is None:
-        yield "model.frozen_dtype is int8, which cannot be trained; set lora, or keep the weights in float32"
+def global_batch(config: Config, mesh_shape: Mapping[str, int]) -> int:
+    """Returns the examples that one update sees, all its accumulated batches together.
+
+    Devices along the mesh's data and fsdp axes have examples of their own; those along the tensor
+    axis share them.
+    """
+    rows = config.data.batch_per_chip * mesh_shape["data"] * mesh_shape["fsdp"]
+    return rows * config.optimizer.accumulate
 
 
 def load_preset(path: str | Path) -> Config:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from flax import nnx
 from tiny import tiny_config
 
 from squeeze_jax.checkpoints.build import build_system
-from squeeze_jax.config import Config, load_preset, override
+from squeeze_jax.config import Config, global_batch, load_preset, override
 from squeeze_jax.config_json import differences, from_json, to_json
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
@@ -84,10 +85,43 @@ def test_buckets_are_given_in_pairs_and_survive_json():
     assert tiny_config().training_grids == (tiny_config().target_grid,)
 
 
-def test_all_reasons_are_given_at_once():
-    data = dataclasses.replace(tiny_config().data, height=60, batch_per_chip=0)
-    with pytest.raises(InputError, match=r"data\.height 60.*; data\.batch_per_chip is 0"):
-        tiny_config(data=data)
+def test_a_section_gives_all_its_reasons_at_once():
+    data = tiny_config().data
+    with pytest.raises(InputError, match=r"data\.height 60.*; data\.batch_per_chip is 0; it must"):
+        dataclasses.replace(data, height=60, batch_per_chip=0)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("model", {"latent_pixels": 3}, "model.latent_pixels is 3; it must be 1, 2, 4 or 8"),
+        ("data", {"batch_per_chip": 0}, "data.batch_per_chip is 0; it must be larger than 0"),
+        ("data", {"online": True, "workers": 2}, "data.online and data.workers are both set"),
+        ("optimizer", {"ema": 1.0}, "optimizer.ema is 1.0; it must be between 0 and 0.999999"),
+        ("optimizer", {"clip_norm": 0.0}, "optimizer.clip_norm is 0.0; it must be larger than 0"),
+        ("training", {"stages": ()}, "training.stages is empty"),
+        ("training", {"validate_every": 0}, "training.validate_every is 0"),
+        ("sampling", {"tau2": 0.99}, "sampling.tau2 0.99 must not be larger than sampling.tau1"),
+        ("sampling", {"tau_tokens": 0}, "sampling.tau_tokens is 0"),
+        ("checkpoint", {"keep": 0}, "checkpoint.keep is 0; it must be larger than 0"),
+        ("log", {"every": 0}, "log.every is 0; it must be larger than 0"),
+    ],
+)
+def test_a_section_checks_itself_and_names_the_whole_path(section, changes, message):
+    with pytest.raises(InputError) as stop:
+        dataclasses.replace(getattr(tiny_config(), section), **changes)
+    assert message in str(stop.value)
+    values = json.loads(to_json(tiny_config()))
+    values[section] |= changes
+    with pytest.raises(InputError, match=re.escape(message)):
+        from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 1, 1), (2, 4, 1), (1, 4, 2), (3, 2, 4)])
+def test_the_global_batch_is_per_chip_by_data_by_fsdp_by_accumulated(data, fsdp, tensor):
+    optimizer = dataclasses.replace(tiny_config().optimizer, accumulate=5)
+    shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    assert global_batch(tiny_config(optimizer=optimizer), shape) == 4 * data * fsdp * 5
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from flax import nnx
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import reference_positions
+from squeeze_jax.errors import InputError
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, add_gated, modulate, sinusoidal
 from squeeze_jax.layers.norm import RMSNorm
@@ -69,6 +70,11 @@ class DiTConfig:
             raise ValueError(f"dit.rope_axes {self.rope_axes} must sum to dit.head_width {self.head_width}")
         if any(axis % 2 for axis in self.rope_axes):
             raise ValueError(f"dit.rope_axes {self.rope_axes} must be even: channels turn in pairs")
+        if self.reference_attention not in ("joint", "cached"):
+            raise InputError(
+                f"model.dit.reference_attention is {self.reference_attention!r}; "
+                "choose joint or cached"
+            )
 
 
 BLOCK_STACKS = ("double_blocks", "single_blocks")

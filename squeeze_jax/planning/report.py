@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.config import Config, StageConfig, global_batch
 from squeeze_jax.layers.splash import padded
 from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.collectives import Collective
@@ -31,7 +31,7 @@ PAPER_STAGES = (StageConfig(steps=25_000, references=False), StageConfig(steps=1
 def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) -> tuple[Report, Compiled]:
     """The plan of a training run's last stage. Another stage's step is taken to last in proportion to its FLOPs."""
     stage = config.training.stages[-1]
-    rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
+    rows = global_batch(config, mesh.shape)
     flops = step_flops(config, stage, rows, references)
     whole = compile_train_step(config, mesh, stage, references)
     estimate = step_estimate(config, mesh, chip, stage, whole, references)

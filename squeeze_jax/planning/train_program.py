@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from squeeze_jax.batch import HiddenStates, RawBatch, References, TrainingBatch
 from squeeze_jax.checkpoints.build import build_system
-from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.config import Config, StageConfig, global_batch
 from squeeze_jax.data.chat import MAX_TEXT_TOKENS
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_configs
@@ -169,7 +169,7 @@ def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, reference
     """The step that `train` runs, compiled for the mesh."""
     state, split = abstract_system(config)
     where = state_shardings(state, mesh)
-    rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
+    rows = global_batch(config, mesh.shape)
     examples = batch_sharding(mesh)
     batch = jax.tree.map(lambda x: _placed(x, examples), abstract_input(config, rows, references))
     frozen = placed(split.frozen, mesh)
