@@ -9,7 +9,10 @@ from squeeze_jax.array_types import Array, Bool, Float, Int, UInt8
 
 
 class HiddenStates(NamedTuple):
-    """All hidden states of the MLLM for a batch, text and image tokens apart (DESIGN: "Hidden states")."""
+    """All hidden states of the MLLM for a batch, text and image tokens apart.
+
+    Source: docs/decisions.md, "Hidden states".
+    """
 
     text: Float[Array, "B M Lt C"]
     text_mask: Bool[Array, "B Lt"]

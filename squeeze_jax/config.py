@@ -1,7 +1,8 @@
 """The one configuration tree: typed, frozen, validated when it is built.
 
 A preset is a Python file in `configs/` with a variable `config`. Any field can be overridden on the command line
-(`--optimizer.learning-rate 3e-4`). Fields marked "our decision" stand where the paper is silent (PAPER, [D]).
+(`--optimizer.learning-rate 3e-4`). Fields marked "our decision" stand where the paper is silent:
+docs/decisions.md has the reasons.
 """
 
 import importlib.util
@@ -168,7 +169,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """AdamW with warm-up and clipping (our decision throughout: PAPER, decision 8)."""
+    """AdamW with warm-up and clipping (our decision throughout: docs/decisions.md, "Optimizer")."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the updates of matrices (AdamW moves the rest): fewer, dearer steps, for small models."""

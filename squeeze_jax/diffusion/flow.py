@@ -1,6 +1,7 @@
 """Rectified flow: the path, the velocity, the loss, and how times are drawn.
 
-x_t = (1 − t)·x_0 + t·ε with t in [0, 1], 1 = pure noise; the model predicts v = ε − x_0 (PAPER, "Training").
+x_t = (1 − t)·x_0 + t·ε with t in [0, 1], 1 = pure noise; the model predicts v = ε − x_0
+(docs/decisions.md, "Training").
 """
 
 import math
@@ -29,7 +30,10 @@ def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
 
 
 def sample_times(key: Key, batch: int, sampling: TimeSampling, mu: float) -> Float[Array, " B"]:
-    """Training times: the schedule's shift of uniform times (PAPER, decision 8), or of logit-normal ones."""
+    """Draws training times: uniform or logit-normal ones, shifted as the schedule shifts its own.
+
+    Source: docs/decisions.md, "Training times".
+    """
     if sampling == "shifted_uniform":
         s = jax.random.uniform(key, (batch,))
     else:

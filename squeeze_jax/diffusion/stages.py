@@ -14,7 +14,7 @@ from squeeze_jax.diffusion.flow import schedule_shift, shift_time
 
 @dataclass(frozen=True)
 class ConditionDropout:
-    """Probabilities of one categorical draw a sample: which conditions it keeps (AMENDMENTS, "Condition dropout").
+    """Probabilities of one categorical draw a sample: which conditions it keeps (docs/decisions.md, "Condition dropout").
 
     Without references (stage 1, text only) the outcomes fold: `both` and `mllm` keep the MLLM, the others drop it.
     """
@@ -67,7 +67,7 @@ def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
 
 
 def plan_stages(times: np.ndarray, tau1: float, tau2: float, references: bool = True) -> tuple[Stage, ...]:
-    """The stages of a run (PAPER, "Multi-stage denoising"); a stage without steps is left out.
+    """The stages of a run (docs/decisions.md, "Multi-stage denoising"); a stage without steps is left out.
 
     A step belongs to the stage of the time at its start: t ≥ τ1 MLLM alone, τ2 ≤ t < τ1 both, t < τ2 VAE alone.
     Without references the MLLM stays on throughout.

@@ -22,7 +22,10 @@ from squeeze_jax.sharding import all_gather_fsdp
 QKVLayout = Literal["shared", "separate"]
 
 UNO = r"double_blocks\.(img|txt)_attn\.(qkv|proj)|single_blocks\.linear[12]"
-"""UNO's placement (arXiv 2504.02160), whose rank 512 the paper shares (PAPER, decision 9)."""
+"""UNO's placement (arXiv 2504.02160), whose rank 512 the paper shares.
+
+Source: docs/decisions.md, "LoRA placement".
+"""
 
 
 class LoRAParam(nnx.Param):

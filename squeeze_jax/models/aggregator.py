@@ -2,7 +2,8 @@
 
 Layerwise attention pooling (LAP, from UniFusion, arXiv 2510.12789) lets every token attend across the layer axis of its
 own stack of hidden states, then pools that axis to one vector. The Dual Layer Aggregator (DLA, arXiv 2605.26111) has one
-LAP for text tokens and one for image tokens. The inside follows Krea 2's `text_fusion` (PAPER, decision 1).
+LAP for text tokens and one for image tokens. The inside follows Krea 2's `text_fusion`
+(docs/decisions.md, "Inside the aggregator").
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ EPS = 1e-5  # Krea 2's
 
 @dataclass(frozen=True)
 class AggregatorConfig:
-    """How hidden states become context tokens; the defaults are PAPER's decision 1 for InternVL3-8B."""
+    """How hidden states become context tokens; the defaults are for InternVL3-8B.
+
+    Source: docs/decisions.md, "Inside the aggregator".
+    """
 
     kind: Kind = "dla"
     """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last hidden state;

@@ -47,7 +47,7 @@ class DiTConfig:
     context_width: int = 4096
     """Width of a context token (the aggregator's output takes the place of the T5 features)."""
     pooled_width: int = 768
-    """Width of the pooled text vector; this system feeds zeros (PAPER, decision 2)."""
+    """Width of the pooled text vector; this system feeds zeros (docs/decisions.md, "Entry to the backbone")."""
     heads: int = 24
     head_width: int = 128
     double_blocks: int = 19

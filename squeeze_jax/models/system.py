@@ -55,9 +55,10 @@ class System(nnx.Module):
         """Predicts the velocity of noisy target tokens; masked context and reference tokens have no influence.
 
         `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch. `references=None` leaves
-        reference tokens out. `guidance` is the distilled value (PAPER, decision 5: 1.0), unused by a backbone that
-        takes none; the pooled vector is zero (decision 2). `modulation` is that of `t`, where all samples have one
-        and it is known already.
+        reference tokens out. `guidance` is the distilled value (1.0: docs/decisions.md,
+        "Classifier-free guidance"), unused by a backbone that takes none; the pooled vector is zero
+        (docs/decisions.md, "Entry to the backbone"). `modulation` is that of `t`, where all samples
+        have one and it is known already.
         """
         if isinstance(references, References):
             references = self.prepare_references(references, guidance)

@@ -284,7 +284,8 @@ class Pipeline:
         resolved = self.resolved(settings)
         grid = self.config.grid(resolved.height, resolved.width)
         references = pad_references(latents, grid)
-        # A system trained on the MLLM alone has never seen reference tokens (AMENDMENTS): it samples without them.
+        # A system trained on the MLLM alone has never seen reference tokens: it samples without
+        # them (docs/decisions.md, "Sampling without references").
         if not self.uses_references:
             references = None
         elif len({bool(row) for row in latents}) > 1:

@@ -24,9 +24,10 @@ class Conditions(NamedTuple):
 
 
 STAGES = (Conditions(True, False), Conditions(True, True), Conditions(False, True))
-"""The stages in order: MLLM alone, both, VAE alone (PAPER, "Multi-stage denoising")."""
+"""The stages in order: MLLM alone, both, VAE alone (docs/decisions.md, "Multi-stage denoising")."""
 UNCONDITIONAL = Conditions(False, False)
-"""The other branch of classifier-free guidance: the target alone (PAPER, decision 5)."""
+"""The other branch of classifier-free guidance: the target alone (docs/decisions.md,
+"Classifier-free guidance")."""
 
 
 class Schedule(NamedTuple):

@@ -16,7 +16,7 @@ FRACTION = st.floats(0, 1, width=32)
 
 
 def by_hand(t, tau1, tau2):
-    """PAPER's table, for one step."""
+    """The table of docs/decisions.md, "Multi-stage denoising", for one step."""
     return (True, False) if t >= tau1 else (True, True) if t >= tau2 else (False, True)
 
 
@@ -75,7 +75,7 @@ def test_dropout_has_its_probabilities(dropout):
 
 
 def test_without_references_the_mllm_is_kept_by_both_and_mllm():
-    """Stage 1: dropped one time in ten (AMENDMENTS)."""
+    """Stage 1: dropped one time in ten (docs/decisions.md, "Condition dropout")."""
     mllm, _ = ConditionDropout(0.9, 0.0, 0.0, 0.1).draw(jax.random.key(1), 40_000)
     assert float(mllm.mean()) == pytest.approx(0.9, abs=0.006)
 

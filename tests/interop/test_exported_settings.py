@@ -69,7 +69,10 @@ def times(steps, tokens, shifted):
 
 
 def test_stage_one_never_shows_its_transformer_a_reference(theirs):
-    """It has never seen any (AMENDMENTS): the MLLM stays on throughout, whatever τ the caller gives."""
+    """It has never seen any: the MLLM stays on throughout, whatever τ the caller gives.
+
+    Source: docs/decisions.md, "Sampling without references".
+    """
     for thresholds in ({}, {"tau1": 0.95, "tau2": 0.85}):
         told, encoded = steps_of(theirs, preset("flux_stage1"), references=2, **thresholds)
         assert not encoded

@@ -358,7 +358,7 @@ def test_what_is_trained_is_the_aggregator_and_the_adapters():
 
 
 def test_full_size_counts():
-    """AMENDMENTS, "Sizes": LoRA 956 M values, DLA about 690 M, over FLUX.1's 11.9 B."""
+    """docs/decisions.md, "LoRA placement": LoRA 956 M values, DLA about 690 M, over FLUX.1's 11.9 B."""
     full = load_preset(Path(__file__).parents[2] / "configs" / "flux_stage2.py")
     found = {part: sum(leaves) for part, leaves in sizes(full).items()}
     assert found["trained dit"] == 512 * 3072 * (19 * 2 * (4 + 2) + 38 * (4 + 6)) == 956_301_312

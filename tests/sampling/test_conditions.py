@@ -88,7 +88,7 @@ def pipeline(formula, **sampling):
 
 
 def times_by_hand(steps, tokens, shifted):
-    """PAPER, decision 6; AMENDMENTS, "Schedule"."""
+    """docs/decisions.md, "Schedule and solver"."""
     s = 1.0 - np.arange(steps + 1) / steps
     factor = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)) if shifted else 1.0
     return factor * s / (factor * s + 1.0 - s)

@@ -494,7 +494,7 @@ def test_text_alone_equals_the_mllm_throughout(pipeline, programs):
 
 
 def test_a_checkpoint_of_stage_one_samples_without_references(system, pipeline, programs):
-    """It has never seen reference tokens (AMENDMENTS): the MLLM stays on throughout, whatever references are given."""
+    """It has never seen reference tokens: the MLLM stays on throughout, whatever references are given."""
     stage = TrainingConfig(stages=(StageConfig(steps=1, references=False),))
     first = Pipeline.of(system, dataclasses.replace(CONFIG, training=stage), NO_ENCODERS)
     assert not first.uses_references and pipeline.uses_references

@@ -26,7 +26,7 @@ PRESETS = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.py"))}
 
 # --- what the presets resolve to ---------------------------------------------------------------------------------------
 
-PAPER = {
+STAGE2 = {
     "learning_rate": 1e-4, "warmup_steps": 100, "decay": "constant", "kind": "adamw", "b1": 0.9, "b2": 0.999,
     "weight_decay": 0.01, "clip_norm": 1.0, "accumulate": 1, "ema": 0.0,
     "guidance": 1.0, "time_sampling": "shifted_uniform", "takes_guidance": True,
@@ -35,11 +35,11 @@ PAPER = {
     "sampling": (25, 0.95, 0.85, 2.5, True, None), "dtypes": ("bfloat16", "bfloat16"),
     "steps": (10_000,), "references": (True,), "dropout": ((0.6, 0.1, 0.2, 0.1),),
 }  # fmt: skip
-"""Stage 2 (PAPER "Training", decisions 5 to 9; AMENDMENTS, "Condition dropout")."""
+"""Stage 2: docs/decisions.md, "Training" and what is decided below it."""
 
 DROPPED_A_TENTH = ((0.9, 0.1),)
 ONE = {"steps": (25_000,), "references": (False,), "dropout": DROPPED_A_TENTH, "sampling": (25, 0.0, 0.0, 2.5, True, None)}
-BOTH = {"steps": (25_000, 10_000), "references": (False, True), "dropout": DROPPED_A_TENTH + PAPER["dropout"]}
+BOTH = {"steps": (25_000, 10_000), "references": (False, True), "dropout": DROPPED_A_TENTH + STAGE2["dropout"]}
 SINGLE = {"steps": (35_000,)}
 
 
@@ -79,7 +79,7 @@ def resolved(config):
         d = stage.dropout
         return (d.both, d.mllm, d.vae, d.neither) if stage.references else (d.both + d.mllm, d.vae + d.neither)
 
-    return {name: getattr(optimizer, name) for name in PAPER if hasattr(optimizer, name)} | {
+    return {name: getattr(optimizer, name) for name in STAGE2 if hasattr(optimizer, name)} | {
         "guidance": config.diffusion.guidance,
         "time_sampling": config.diffusion.time_sampling,
         "takes_guidance": dit.guidance,
@@ -108,7 +108,7 @@ def test_every_preset_is_in_the_table():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_preset_resolves_to_the_papers_numbers(name):
-    found, wanted = resolved(load_preset(PRESETS[name])), PAPER | OTHERS[name]
+    found, wanted = resolved(load_preset(PRESETS[name])), STAGE2 | OTHERS[name]
     assert {key: value for key, value in found.items() if value != wanted[key]} == {}
     assert set(found) == set(wanted)
 
