@@ -22,7 +22,7 @@ from squeeze_jax.checkpoints.manager import (
     write_config,
 )
 from squeeze_jax.checkpoints.trained import start_of, starting_leaves
-from squeeze_jax.config import Config, StageConfig
+from squeeze_jax.config import Config, StageConfig, global_batch
 from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import BatchIterator, make_dataset
 from squeeze_jax.data.records import read_metadata
@@ -96,7 +96,7 @@ def train(
     say = say if is_main() else lambda text: None
     parallel = config.parallel
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
-    rows = config.data.batch_per_chip * mesh.shape["data"] * mesh.shape["fsdp"] * config.optimizer.accumulate
+    rows = global_batch(config, mesh.shape)
     data, held_out = batches_of(features, examples, config, mesh, rows)
     say(data.describe())
 
