@@ -1,7 +1,6 @@
 """From a config to modules: the trained system, with its frozen base and its adapters, and which leaves are trained."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,13 +8,20 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from squeeze_jax.config import Config
-from squeeze_jax.errors import InputError
-from squeeze_jax.interop.load import encoder_configs, load_autoencoder, load_dit, load_internvl
+from squeeze_jax.interop.formats import format_of
+from squeeze_jax.interop.load import (
+    check_transformer,
+    dit_source,
+    encoder_configs,
+    load_autoencoder,
+    load_dit,
+    load_internvl,
+)
 from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.lora import LoRAParam, add_lora
 from squeeze_jax.models.aggregator import Aggregator
 from squeeze_jax.models.autoencoder import Autoencoder
-from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.backbone import Backbone
 from squeeze_jax.models.internvl import InternVL
 from squeeze_jax.models.online_encoders import Encoders
 from squeeze_jax.models.system import System
@@ -38,7 +44,8 @@ def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = 
     if config.model.dit_weights and with_base:
         dit = load_base(config, mesh)
     else:
-        dit = DiT(config.model.dit, dtype=dtype, param_dtype=kept, rngs=rngs, **options)
+        module = format_of(config.model.dit).module
+        dit = module(config.model.dit, dtype=dtype, param_dtype=kept, rngs=rngs, **options)
         if config.model.frozen_dtype == "int8":
             quantise(dit)
     if config.lora is not None:
@@ -65,19 +72,16 @@ def random_encoders(config: Config, rngs: nnx.Rngs) -> Encoders:
     )
 
 
-def load_base(config: Config, mesh: Mesh | None = None) -> DiT:
+def load_base(config: Config, mesh: Mesh | None = None) -> Backbone:
     """The transformer that `model.dit_weights` names, without adapters. Raises InputError where it is another's."""
     assert config.model.dit_weights is not None
     dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
     kept = jnp.float32 if config.lora is None else frozen
     options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
-    dit = load_dit(config.model.dit_weights, kept, compute_dtype=dtype, mesh=mesh, **options)
-    # How references are looked at is no property of published weights.
-    dit.config = replace(dit.config, reference_attention=config.model.dit.reference_attention)
-    if dit.config != config.model.dit:
-        raise InputError(
-            f"{config.model.dit_weights} holds {dit.config}, but model.dit is {config.model.dit}: make them equal"
-        )
+    seen = config.model.dit.reference_attention
+    weights = config.model.dit_weights
+    check_transformer(weights, dit_source(weights).config, config.model.dit)
+    dit = load_dit(weights, kept, compute_dtype=dtype, mesh=mesh, reference_attention=seen, **options)
     if config.model.frozen_dtype == "int8":
         quantise(dit)
     return dit

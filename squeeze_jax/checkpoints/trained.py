@@ -16,13 +16,14 @@ from squeeze_jax.checkpoints.manager import check_leaves, read_config, read_weig
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.exported import is_exported, is_merged, lora_leaves, read_exported, transformer_leaves
-from squeeze_jax.interop.lora import ROLES
+from squeeze_jax.interop.load import is_transformer
+from squeeze_jax.interop.lora_dialects import ROLES
 from squeeze_jax.interop.tensors import TensorFolder, read_json
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec
 
 Start = Literal["run", "lora", "transformer"]
-"""What a run can begin with: a folder of ours (a run's, weights, exported), a LoRA, a FLUX.1 transformer."""
+"""What a run can begin with: a folder of ours (a run's, weights, exported), a LoRA, a transformer."""
 
 
 class Trained(NamedTuple):
@@ -117,6 +118,6 @@ def start_of(folder: Path) -> Start:
     names = TensorFolder(folder).names()
     if any(name.endswith(tuple(f".{role}" for role in ROLES)) for name in names):
         return "lora"
-    if any("x_embedder." in name or "img_in." in name for name in names):
+    if is_transformer(folder):
         return "transformer"
-    raise InputError(f"--from {folder}: neither a run's folder, nor an exported one, a LoRA or a FLUX.1 transformer")
+    raise InputError(f"--from {folder}: neither a run's folder, nor an exported one, a LoRA or a transformer")

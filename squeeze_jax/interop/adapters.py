@@ -7,13 +7,13 @@ import numpy as np
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.lora import Pair, read_pairs
 from squeeze_jax.layers.lora import LowRank, linears
-from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.backbone import Backbone
 
 Leaves = dict[str, np.ndarray]
 
 
 def adapter_leaves(
-    dit: DiT, file: str | Path, alpha_over_rank: float, fresh: np.random.Generator | None = None
+    dit: Backbone, file: str | Path, alpha_over_rank: float, fresh: np.random.Generator | None = None
 ) -> Leaves:
     """`down` and `up` of every adapter that the file names, by dotted path; adapters that it does not name are left out.
 

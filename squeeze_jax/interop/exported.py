@@ -26,14 +26,16 @@ from squeeze_jax.config_json import to_json
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import aggregator as aggregator_format
 from squeeze_jax.interop.adapters import adapter_leaves
-from squeeze_jax.interop.load import DEMO, dit_source
-from squeeze_jax.interop.lora import DialectName, save_lora
+from squeeze_jax.interop.formats import format_of
+from squeeze_jax.interop.load import DEMO, check_transformer, dit_source
+from squeeze_jax.interop.lora import save_lora
+from squeeze_jax.interop.lora_dialects import DialectName
 from squeeze_jax.interop.mapping import MappingError, export_entries, load_entries, parameters_by_path
 from squeeze_jax.interop.merged import save_merged
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.layers.lora import add_lora
 from squeeze_jax.models.aggregator import Aggregator
-from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.backbone import Backbone
 from squeeze_jax.models.system import System
 
 ABOUT, LORA, AGGREGATOR, TRANSFORMER = "export.json", "pytorch_lora_weights.safetensors", "aggregator", "transformer"
@@ -50,7 +52,6 @@ def write_exported(
 ) -> None:  # fmt: skip
     """Writes everything but the card and the certificate. `dialect`: one more LoRA file, in a folder of its name."""
     dit = system.dit
-    assert isinstance(dit, DiT)  # the formats of LoRA files and merged transformers here are FLUX.1's
     aggregator = export_entries(system.aggregator, aggregator_format.entries(config.aggregator))
     aggregator = {name: tensor.astype(np.dtype(dtype)) for name, tensor in aggregator.items()}
     write_tensors(folder / AGGREGATOR / "model.safetensors", aggregator)
@@ -109,9 +110,9 @@ def transformer_leaves(
 ) -> dict[str, Any]:
     """The whole transformer of a folder as trained leaves, float32 or in its files' dtype."""
     source = dit_source(folder)
-    if source.config != config.model.dit:
-        raise InputError(f"{folder} holds {source.config}, but model.dit is {config.model.dit}: make them equal")
-    dit = nnx.eval_shape(lambda: DiT(source.config, rngs=nnx.Rngs(0)))
+    check_transformer(folder, source.config, config.model.dit)
+    module = format_of(source.config).module
+    dit = nnx.eval_shape(lambda: module(source.config, rngs=nnx.Rngs(0)))
     entries = list(source.entries(source.config))
     kept = source.tensors.dtype(entries[0].sources[0]) if as_it_is else np.float32
     return _read("dit", dit, entries, source.tensors, folder, place, kept)
@@ -124,8 +125,8 @@ def lora_leaves(
     lora = config.lora
     assert lora is not None
 
-    def make() -> DiT:
-        dit = DiT(config.model.dit, rngs=nnx.Rngs(0))
+    def make() -> Backbone:
+        dit = format_of(config.model.dit).module(config.model.dit, rngs=nnx.Rngs(0))
         add_lora(dit, lora, rngs=nnx.Rngs(0))
         return dit
 

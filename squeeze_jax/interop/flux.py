@@ -1,9 +1,16 @@
-"""FLUX.1's transformer in its two published layouts: diffusers', and Black Forest Labs' single file."""
+"""FLUX.1's transformer in its two published layouts: diffusers', and Black Forest Labs' single file.
+
+`FLUX1` at the end is what the rest of the system takes.
+"""
 
 from typing import Any
 
+import numpy as np
+
+from squeeze_jax.diffusion.latents import grid_positions, reference_origins
 from squeeze_jax.interop.mapping import Entry, Layout, Tensors
-from squeeze_jax.models.dit import DiTConfig
+from squeeze_jax.interop.transformer_format import Target, TransformerFormat
+from squeeze_jax.models.dit import DiT, DiTConfig
 
 
 def diffusers_entries(config: DiTConfig) -> list[Entry]:
@@ -133,7 +140,10 @@ def config_to_json(config: DiTConfig) -> dict[str, Any]:
 
 
 def config_from_shapes(tensors: Tensors) -> DiTConfig:
-    """Our config of a file in the original layout, which has no config.json. Rotary axes are FLUX.1's shares of a head."""
+    """Our config of a file in the original layout, which has no config.json.
+
+    Rotary axes are FLUX.1's shares of a head.
+    """
     names = tensors.names()
 
     def depth(stack: str) -> int:
@@ -142,6 +152,7 @@ def config_from_shapes(tensors: Tensors) -> DiTConfig:
     width, in_channels = tensors.shape("img_in.weight")
     head = tensors.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     default = DiTConfig()
+    unused, rows, columns = (axis * head // default.head_width for axis in default.rope_axes)
     return DiTConfig(
         in_channels=in_channels,
         context_width=tensors.shape("txt_in.weight")[1],
@@ -150,6 +161,80 @@ def config_from_shapes(tensors: Tensors) -> DiTConfig:
         head_width=head,
         double_blocks=depth("double_blocks"),
         single_blocks=depth("single_blocks"),
-        rope_axes=tuple(axis * head // default.head_width for axis in default.rope_axes),  # pyright: ignore[reportArgumentType]
+        rope_axes=(unused, rows, columns),
         guidance=any(name.startswith("guidance_in.") for name in names),
     )
+
+
+def xlabs_targets(config: DiTConfig) -> dict[str, Target]:
+    """Returns the layers that XLabs' LoRA files adapt: attention alone.
+
+    Stream 1 is the image's, 2 the text's; a single block's qkv leaves the feed-forward's rows out.
+    """
+    found = {}
+    for i in range(config.double_blocks):
+        for number, stream in ((1, "img"), (2, "txt")):
+            for name in ("qkv", "proj"):
+                path = f"double_blocks.{stream}_attn.{name}"
+                found[f"double_blocks.{i}.processor.{name}_lora{number}"] = Target(path, i, 0, -1)
+    for i in range(config.single_blocks):
+        block, rows = f"single_blocks.{i}.processor", 3 * config.width
+        found[f"{block}.qkv_lora"] = Target("single_blocks.linear1", i, 0, rows)
+        found[f"{block}.proj_lora"] = Target("single_blocks.linear2", i, 0, -1)
+    return found
+
+
+def twin_velocity(
+    config: DiTConfig,
+    weights: dict[str, np.ndarray],
+    inputs: dict[str, np.ndarray],
+    target_grid: tuple[int, int],
+    reference_grids: tuple[tuple[int, int], ...],
+) -> np.ndarray:
+    """Computes the velocity with diffusers in PyTorch, in float32.
+
+    `weights` has diffusers' names. `inputs`: target [B, N, c], reference [B, R, c] (all references in one), context
+    [B, L, C], pooled [B, P], t [B], guidance [B].
+    """
+    import torch
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    settings = {name: value for name, value in config_to_json(config).items() if name[0] != "_"}
+    with torch.device("meta"):
+        twin = FluxTransformer2DModel(**settings)
+    state = {name: torch.from_numpy(tensor.astype(np.float32)) for name, tensor in weights.items()}
+    twin.load_state_dict(state, strict=True, assign=True)
+    twin.pos_embed = type(twin.pos_embed)(theta=10000, axes_dim=list(config.rope_axes))
+    origins = reference_origins(target_grid, reference_grids)
+    positions = [grid_positions(*target_grid)]
+    positions += [grid_positions(*g, origin=o) for g, o in zip(reference_grids, origins)]
+    ids = np.pad(np.concatenate(positions), ((0, 0), (1, 0))).astype(np.float32)
+    x = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    with torch.no_grad():
+        out = twin.eval()(
+            hidden_states=torch.cat([x["target"], x["reference"]], 1),
+            encoder_hidden_states=x["context"],
+            pooled_projections=x["pooled"],
+            timestep=x["t"],
+            guidance=x["guidance"] if config.guidance else None,
+            img_ids=torch.from_numpy(ids),
+            txt_ids=torch.zeros(x["context"].shape[1], 3),
+        ).sample
+    return out[:, : x["target"].shape[1]].numpy()
+
+
+FLUX1 = TransformerFormat(
+    name="FLUX.1",
+    kind="flux",
+    config=DiTConfig,
+    module=DiT,
+    class_name="FluxTransformer2DModel",
+    markers=("vector_in.", "time_text_embed.text_embedder."),
+    config_from_json=config_from_json,
+    config_to_json=config_to_json,
+    config_from_shapes=config_from_shapes,
+    entries={"diffusers": diffusers_entries, "original": original_entries},
+    lora_targets={"xlabs": xlabs_targets},
+    extra_inputs=lambda config: {"pooled": config.pooled_width},
+    twin=twin_velocity,
+)

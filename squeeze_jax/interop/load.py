@@ -1,5 +1,6 @@
 """Published checkpoint folders as modules (transformer, autoencoder, MLLM)."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,12 @@ from safetensors import SafetensorError
 from squeeze_jax.array_types import DType
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
-from squeeze_jax.interop import flux as flux_format
 from squeeze_jax.interop import internvl as internvl_format
+from squeeze_jax.interop.formats import FORMATS, find_format, format_of
 from squeeze_jax.interop.mapping import Entry, MappingError, Tensors, export_entries, load_entries, without_prefix
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.backbone import Backbone, BackboneConfig, ReferenceAttention
 from squeeze_jax.models.internvl import InternVL, InternVLConfig
 from squeeze_jax.sharding import parameter_spec
 
@@ -42,16 +43,23 @@ def load_dit(
     *,
     compute_dtype: DType | None = None,
     mesh: Mesh | None = None,
+    reference_attention: ReferenceAttention = "joint",
     **options: Any,
-) -> DiT:
-    """FLUX.1's transformer from a diffusers folder, or from Black Forest Labs' single file (or a folder with it).
+) -> Backbone:
+    """Loads a transformer of a family in `formats.FORMATS`.
 
-    Weights are kept in `dtype` and products computed in `compute_dtype` (default: the same). On a mesh they lie as the
-    sharding table says, and each process reads its own part alone. `options` go to `DiT` (remat, unroll).
+    `folder`: a diffusers folder, or Black Forest Labs' single file (or a folder with it). Weights
+    are kept in `dtype` and products computed in `compute_dtype` (default: the same). On a mesh they
+    lie as the sharding table says, and each process reads its own part alone. How references are
+    seen (`reference_attention`) is no property of published weights. `options` go to the module
+    (remat, unroll). Raises InputError for what is no such checkpoint.
     """
     source = dit_source(folder)
+    config = dataclasses.replace(source.config, reference_attention=reference_attention)
+    family, source = format_of(config), source._replace(config=config)
     kinds: Any = {"dtype": compute_dtype or dtype, "param_dtype": dtype}
-    return _load(lambda: DiT(source.config, **kinds, rngs=nnx.Rngs(0), **options), source, dtype, folder, mesh)
+    make = lambda: family.module(config, **kinds, rngs=nnx.Rngs(0), **options)  # noqa: E731
+    return _load(make, source, dtype, folder, mesh)
 
 
 def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:
@@ -89,24 +97,49 @@ class Source(NamedTuple):
 
 
 def dit_source(folder: str | Path) -> Source:
-    """A transformer's checkpoint."""
+    """A transformer's checkpoint. What no family's mark is on is taken for the first one's, FLUX.1."""
     tensors = without_prefix(TensorFolder(folder), DIT_PREFIXES)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     file = _config_file(folder)
+    class_name = read_json(file).get("_class_name") if file is not None else None
+    family = find_format(class_name, tensors.names()) or FORMATS[0]
     if file is not None:
-        config = _config(flux_format.config_from_json, file)
+        config = _config(family.config_from_json, file)
     elif original:
         try:
-            config = flux_format.config_from_shapes(tensors)
+            config = family.config_from_shapes(tensors)
         except (KeyError, ValueError, IndexError, SafetensorError) as error:
-            raise InputError(f"{folder}: no FLUX.1 transformer in it ({error}); download it again") from None
+            raise InputError(
+                f"{folder}: no {family.name} transformer in it ({error}); download it again"
+            ) from None
     elif Path(folder).is_file():
         raise InputError(f"{folder}: diffusers' names, whose sizes config.json holds; give the folder that has both")
     else:
         raise InputError(f"{folder}: no config.json in it; download the whole folder")
     if original:
-        return Source(config, flux_format.original_entries, tensors, "Black Forest Labs")
-    return Source(config, flux_format.diffusers_entries, tensors, "diffusers")
+        return Source(config, family.entries["original"], tensors, "Black Forest Labs")
+    return Source(config, family.entries["diffusers"], tensors, "diffusers")
+
+
+def is_transformer(folder: str | Path) -> bool:
+    """Returns whether a folder or file holds a transformer of one of the families."""
+    names = without_prefix(TensorFolder(folder), DIT_PREFIXES).names()
+    return find_format(None, names) is not None
+
+
+def check_transformer(folder: str | Path, found: BackboneConfig, wanted: BackboneConfig) -> None:
+    """Raises InputError unless a folder's transformer is the one that a config's `model.dit` describes.
+
+    How references are seen is no property of published weights, and not compared.
+    """
+    if type(found) is not type(wanted):
+        names = [format_of(config).name for config in (found, wanted)]
+        raise InputError(f"{folder} holds a {names[0]} transformer, but model.dit is {names[1]}'s; give the other")
+    values = [dataclasses.asdict(config) for config in (found, wanted)]  # pyright: ignore[reportArgumentType]
+    differing = [name for name in values[0] if name != "reference_attention" and values[0][name] != values[1][name]]
+    if differing:
+        theirs, ours = (", ".join(f"{name}={some[name]}" for name in differing) for some in values)
+        raise InputError(f"{folder} holds a transformer with {theirs}, but model.dit has {ours}: make them equal")
 
 
 def autoencoder_source(folder: str | Path) -> Source:
@@ -134,11 +167,12 @@ def internvl_source(folder: str | Path) -> Source:
     return Source(config, internvl_format.entries, tensors, "transformers (-hf)")
 
 
-def save_dit(folder: Path, dit: DiT, dtype: DType) -> None:
+def save_dit(folder: Path, dit: Backbone, dtype: DType) -> None:
     """Writes a diffusers folder: config.json and one safetensors file."""
-    tensors = export_entries(dit, flux_format.diffusers_entries(dit.config))
+    family = format_of(dit.config)
+    tensors = export_entries(dit, family.entries["diffusers"](dit.config))
     write_tensors(folder / WEIGHTS, {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()})
-    write_json(folder / "config.json", flux_format.config_to_json(dit.config))
+    write_json(folder / "config.json", family.config_to_json(dit.config))
 
 
 def save_internvl(folder: Path, mllm: InternVL, dtype: DType) -> None:

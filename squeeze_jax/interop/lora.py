@@ -1,4 +1,4 @@
-"""FLUX.1 LoRA files, read and written in every common dialect.
+"""LoRA files, read and written in every common dialect.
 
 Whatever the spelling, a file holds low-rank pairs: A [rank, in] and B [out, rank] of a linear layer, whose delta is
 scale · B·A in the rows of that layer, scale = alpha / rank (alpha / √rank where the file says rank-stabilised; an absent
@@ -10,127 +10,30 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.flux import diffusers_entries, original_entries
-from squeeze_jax.interop.mapping import Entry
-from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
-from squeeze_jax.layers.lora import Adapter, LowRank, linears
-from squeeze_jax.models.dit import DiT, DiTConfig
-
-DialectName = Literal["diffusers", "peft", "kohya", "kohya_diffusers", "comfyui", "xlabs"]
-
-
-class Target(NamedTuple):
-    """Rows start .. start + size of one of our linear layers (size -1: to the end)."""
-
-    path: str
-    layer: int | None
-    """Index on the depth axis of a stacked layer."""
-    start: int
-    size: int
-    swapped: bool = False
-    """The file has the two output halves in the other order."""
-
-
-class Dialect(NamedTuple):
-    """How a dialect spells a layer and the two matrices."""
-
-    prefixes: tuple[str, ...]
-    """Before the layer's name; the first is written, all are read."""
-    targets: Callable[[DiTConfig], dict[str, Target]]
-    joined: str
-    """Between the parts of the layer's name."""
-    down: str
-    up: str
-    alpha: bool
-    """An `.alpha` tensor beside every pair; without one the scale is multiplied into B on writing."""
-
-
-def _targets(table: Iterable[Entry]) -> dict[str, Target]:
-    """Every linear layer that a checkpoint format names, from its mapping table."""
-    found = {}
-    for entry in table:
-        if not entry.path.endswith(".kernel"):
-            continue
-        start = 0
-        for name, size in zip(entry.sources, entry.sizes or (-1,), strict=True):
-            swapped = entry.layout == "swap_halves"
-            found[name.removesuffix(".weight")] = Target(
-                entry.path.removesuffix(".kernel"), entry.layer, start, size, swapped
-            )
-            start += size
-    return found
-
-
-def _diffusers_targets(config: DiTConfig) -> dict[str, Target]:
-    return _targets(diffusers_entries(config))
-
-
-def _original_targets(config: DiTConfig) -> dict[str, Target]:
-    return _targets(original_entries(config))
-
-
-def _xlabs_targets(config: DiTConfig) -> dict[str, Target]:
-    """Attention alone: stream 1 is the image's, 2 the text's; a single block's qkv leaves the feed-forward's rows out."""
-    found = {}
-    for i in range(config.double_blocks):
-        for number, stream in ((1, "img"), (2, "txt")):
-            for name in ("qkv", "proj"):
-                path = f"double_blocks.{stream}_attn.{name}"
-                found[f"double_blocks.{i}.processor.{name}_lora{number}"] = Target(path, i, 0, -1)
-    for i in range(config.single_blocks):
-        found[f"single_blocks.{i}.processor.qkv_lora"] = Target("single_blocks.linear1", i, 0, 3 * config.width)
-        found[f"single_blocks.{i}.processor.proj_lora"] = Target("single_blocks.linear2", i, 0, -1)
-    return found
-
-
-DIALECTS: dict[DialectName, Dialect] = {
-    "diffusers": Dialect(
-        ("transformer.", "", "diffusion_model."), _diffusers_targets, ".", "lora_A.weight", "lora_B.weight", False
-    ),
-    "peft": Dialect(
-        ("base_model.model.", "base_model.model.transformer."),
-        _diffusers_targets, ".", "lora_A.weight", "lora_B.weight", False,
-    ),
-    "kohya": Dialect(("lora_unet_",), _original_targets, "_", "lora_down.weight", "lora_up.weight", True),
-    "kohya_diffusers": Dialect(
-        ("lora_transformer_",), _diffusers_targets, "_", "lora_down.weight", "lora_up.weight", True
-    ),
-    "comfyui": Dialect(
-        ("diffusion_model.", "", "model.diffusion_model."),
-        _original_targets, ".", "lora_down.weight", "lora_up.weight", True,
-    ),
-    "xlabs": Dialect(("", "diffusion_model."), _xlabs_targets, ".", "down.weight", "up.weight", False),
-}  # fmt: skip
-
-ROLES = {
-    "lora_A.weight": "A", "lora_A.default.weight": "A", "lora_down.weight": "A", "down.weight": "A",
-    "lora_B.weight": "B", "lora_B.default.weight": "B", "lora_up.weight": "B", "up.weight": "B",
-    "alpha": "alpha",
-}  # fmt: skip
-TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoder(_\d)?\.|text_encoders\.).*")
-REFUSED = (
-    (r".*(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)", "DoRA (magnitudes beside the low-rank pair)"),
-    (r".*\.lokr_w\d.*", "LoKr (Kronecker products)"),
-    (r".*\.hada_w\d.*", "LoHa (Hadamard products)"),
-    (r".*\.(oft_blocks|oft_diag|boft.*)", "OFT (rotations)"),
-    (r".*\.(lora_mid\.weight|lora_B(\.default)?\.bias|lora_up\.bias)", "a low-rank pair with a middle factor or a bias"),
-    (r".*\.(diff|diff_b|set_weight|w_norm|b_norm)", "a full difference of a weight, bias or norm"),
-    (r".*_norm\.scale", "a control LoRA with norms of its own"),
+from squeeze_jax.interop.formats import format_of
+from squeeze_jax.interop.lora_dialects import (
+    DIALECTS,
+    REFUSED,
+    TEXT_ENCODERS,
+    DialectName,
+    recognise,
+    split_role,
 )
-"""Other algebras under a LoRA's name: pattern of a key, and what it is."""
+from squeeze_jax.interop.lora_metadata import LoRASettings, alpha_of, peft_config
+from squeeze_jax.interop.tensors import TensorFolder, write_json, write_tensors
+from squeeze_jax.layers.lora import Adapter, LowRank, linears
+from squeeze_jax.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -158,7 +61,7 @@ class Pair(NamedTuple):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_lora(dit: DiT, file: str | Path) -> LoRAReport:
+def load_lora(dit: Backbone, file: str | Path) -> LoRAReport:
     """Attaches a LoRA file (or a folder with one) to a transformer, as an adapter of every layer that it names.
 
     A transformer that carries adapters already keeps them: the deltas add up. Raises InputError, and changes nothing,
@@ -171,7 +74,7 @@ def load_lora(dit: DiT, file: str | Path) -> LoRAReport:
 
 
 def read_pairs(
-    file: str | Path, dit: DiT
+    file: str | Path, dit: Backbone
 ) -> tuple[DialectName, dict[tuple[str, int | None], list[Pair]], list[str]]:
     """The dialect of a LoRA file, its pairs for each (path, layer) of ours, and the keys that were skipped, aloud."""
     tensors = TensorFolder(file)
@@ -185,16 +88,16 @@ def read_pairs(
                 raise InputError(f"{file}: {key} is {what}, which is not supported; merge it with the tool that made it")
     if not keys:
         raise InputError(f"{file}: no LoRA of the transformer in it")
-    dialect, names = _recognise(keys, dit.config, file)
+    dialect, names = recognise(keys, dit.config, file)
     grouped: dict[str, dict[str, str]] = {}
     spelled_as: dict[tuple[str, str], str] = {}
     for key in keys:
-        module, role = _split_role(key) or ("", "")
+        module, role = split_role(key) or ("", "")
         other = spelled_as.setdefault((names[module][0], role), key)
         if other != key:
             raise InputError(f"{file}: {other} and {key} are the same matrix of one layer; delete one of the two pairs")
         grouped.setdefault(module, {})[role] = key
-    settings = _Settings.read(file, tensors)
+    settings = LoRASettings.read(file, tensors)
     kernels = {path: linear.kernel.shape for path, linear in linears(dit)}
     pairs: dict[tuple[str, int | None], list[Pair]] = {}
     for module, roles in grouped.items():
@@ -219,7 +122,7 @@ def read_pairs(
     return dialect, pairs, skipped
 
 
-def attach_pairs(dit: DiT, pairs: Mapping[tuple[str, int | None], list[Pair]]) -> None:
+def attach_pairs(dit: Backbone, pairs: Mapping[tuple[str, int | None], list[Pair]]) -> None:
     """Adds pairs to the adapters of a transformer. In a stack, lower ranks and absent layers are filled with zeros."""
     modules = dict(linears(dit))
     for path in dict.fromkeys(path for path, _ in pairs):
@@ -242,43 +145,6 @@ def attach_pairs(dit: DiT, pairs: Mapping[tuple[str, int | None], list[Pair]]) -
         linear.adapter = Adapter(parts)
 
 
-def _split_role(key: str) -> tuple[str, str] | None:
-    for suffix, role in ROLES.items():
-        if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), role
-    return None
-
-
-def spelled(dialect: Dialect, config: DiTConfig) -> dict[str, tuple[str, Target]]:
-    """Every layer of a model as a dialect spells it, in all of its prefixes: (name without prefix, what it means)."""
-    return {
-        prefix + name.replace(".", dialect.joined): (name, target)
-        for prefix in dialect.prefixes
-        for name, target in dialect.targets(config).items()
-    }
-
-
-def _recognise(
-    keys: list[str], config: DiTConfig, file: str | Path
-) -> tuple[DialectName, dict[str, tuple[str, Target]]]:
-    """The dialect that knows most of the keys; InputError unless it knows them all."""
-    modules = {key: split[0] if (split := _split_role(key)) else None for key in keys}
-    tables = {name: spelled(dialect, config) for name, dialect in DIALECTS.items()}
-    best = max(DIALECTS, key=lambda name: sum(module in tables[name] for module in modules.values()))
-    unused = [key for key, module in modules.items() if module not in tables[best]]
-    if unused:
-        spellings = list(tables[best])
-        listed = []
-        for key in unused[:6]:
-            close = get_close_matches(modules[key] or key, spellings, n=1)
-            listed.append(key + (f" (nearest: {close[0]})" if close else ""))
-        more = f"; and {len(unused) - 6} more" if len(unused) > 6 else ""
-        raise InputError(
-            f"{file}: {len(unused)} of {len(keys)} keys name no layer of this model: {'; '.join(listed)}{more}"
-        )
-    return best, tables[best]
-
-
 def _matrix(tensor: np.ndarray, key: str, file: str | Path) -> np.ndarray:
     """A pair's matrix in float32; 1x1 convolutions are matrices, too."""
     if tensor.ndim < 2 or any(size != 1 for size in tensor.shape[2:]):
@@ -296,95 +162,12 @@ def _alpha(tensor: np.ndarray, key: str, file: str | Path) -> float:
     return alpha
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Rank and alpha as metadata give them (diffusers' and PEFT's), against which the tensors are checked.
-
-    Kohya's `ss_network_alpha` only fills in where the file has no alpha.
-    """
-
-    file: str | Path
-    rank: int | None = None
-    alpha: float | None = None
-    ranks: Mapping[str, int] | None = None
-    alphas: Mapping[str, float] | None = None
-    rank_stabilised: bool = False
-    absent: float | None = None
-    """Alpha of a layer about which nothing else says anything."""
-
-    @staticmethod
-    def read(file: str | Path, tensors: TensorFolder) -> "_Settings":
-        where = next(iter(tensors.files.values()))
-        with safe_open(where, framework="np") as opened:
-            metadata = opened.metadata() or {}
-        values: dict[str, Any] = {}
-        # PEFT's file beside PEFT's weights, or beside the only ones: not one that another file left there.
-        alone = where.name == "adapter_model.safetensors" or len(list(where.parent.glob("*.safetensors"))) == 1
-        if alone and (beside := where.with_name("adapter_config.json")).is_file():
-            values = read_json(beside)
-        elif "lora_adapter_metadata" in metadata:
-            try:
-                values = json.loads(metadata["lora_adapter_metadata"])
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{file}: its lora_adapter_metadata is not JSON ({error})") from None
-            if not isinstance(values, dict):
-                raise InputError(f"{file}: its lora_adapter_metadata is no JSON object")
-        else:
-            values = {name: value for name, value in metadata.items() if name.startswith("transformer.")}
-        values = {name.removeprefix("transformer."): value for name, value in values.items()}
-        if values.get("use_dora"):
-            raise InputError(f"{file}: its metadata say DoRA, which is not supported; merge it with the tool that made it")
-        try:
-            for pattern in (*dict(values.get("rank_pattern") or {}), *dict(values.get("alpha_pattern") or {})):
-                re.compile(pattern)
-            return _Settings(
-                file,
-                None if values.get("r") is None else int(values["r"]),
-                None if values.get("lora_alpha") is None else float(values["lora_alpha"]),
-                {name: int(rank) for name, rank in dict(values.get("rank_pattern") or {}).items()},
-                {name: float(alpha) for name, alpha in dict(values.get("alpha_pattern") or {}).items()},
-                str(values.get("use_rslora", False)).lower() == "true",
-                _number(metadata.get("ss_network_alpha")),
-            )
-        except (TypeError, ValueError, OverflowError, re.error) as error:
-            raise InputError(f"{file}: its metadata give no usable rank or alpha ({error})") from None
-
-    def scale(self, name: str, rank: int, alpha: float | None) -> float:
-        """alpha / rank of a layer (alpha / √rank if rank-stabilised)."""
-        declared_rank = _by_pattern(self.ranks, name, self.rank)
-        if declared_rank is not None and declared_rank != rank:
-            raise InputError(f"{self.file}: {name} has rank {rank}, its metadata say {declared_rank}")
-        declared = _by_pattern(self.alphas, name, self.alpha)
-        if declared is not None and alpha is not None and not math.isclose(declared, alpha, rel_tol=1e-2):
-            raise InputError(f"{self.file}: {name} has alpha {alpha:g}, its metadata say {declared:g}")
-        chosen = next((value for value in (alpha, declared, self.absent) if value is not None), float(rank))
-        if not math.isfinite(chosen):
-            raise InputError(f"{self.file}: {name} has alpha {chosen}; a finite number is wanted")
-        return chosen / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern (a regular expression) that fits the end of the name, else the default."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _number(text: str | None) -> float | None:
-    """A number in a file's metadata, where tools write "None" for none."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def save_lora(
     file: str | Path,
-    dit: DiT,
+    dit: Backbone,
     dialect: DialectName = "diffusers",
     dtype: DType = jnp.float32,
     *,
@@ -410,7 +193,7 @@ def save_lora(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for name, target in spelling.targets(dit.config).items():
+    for name, target in format_of(dit.config).targets(spelling.naming, dit.config).items():
         if target.path not in adapted:
             continue
         linear = adapted[target.path]
@@ -441,29 +224,6 @@ def save_lora(
     if dialect == "peft":
         write_json(Path(file).with_name("adapter_config.json"), peft)
     return len(ranks)
-
-
-def peft_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """PEFT's config of layers with these ranks and alphas."""
-    rank, alpha = max(ranks.values()), max(alphas.values())
-    # Whole names: PEFT would take a bare one for the end of many.
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(name)}$": value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {f"^{re.escape(name)}$": value for name, value in alphas.items() if value != alpha},
-        "target_modules": "|".join(map(re.escape, ranks)),
-    }
-
-
-def alpha_of(scale: float, rank: int) -> float:
-    """The shortest alpha for which alpha / rank is the float32 `scale`."""
-    for digits in range(1, 10):
-        alpha = float(f"{scale * rank:.{digits}g}")
-        if np.float32(alpha / rank) == np.float32(scale):
-            return alpha
-    return scale * rank
 
 
 def _pair(part: LowRank, layer: int | None) -> Pair:

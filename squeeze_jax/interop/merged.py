@@ -8,28 +8,29 @@ import numpy as np
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.flux import config_to_json, diffusers_entries
+from squeeze_jax.interop.formats import format_of
 from squeeze_jax.interop.load import WEIGHTS
 from squeeze_jax.interop.mapping import Entry, parameters_by_path, to_theirs
 from squeeze_jax.interop.tensors import write_json, write_tensors
 from squeeze_jax.layers.lora import Adapter, linears
-from squeeze_jax.models.dit import DiT
+from squeeze_jax.models.backbone import Backbone
 
 SHARD_BYTES = 5_000_000_000
 
 
-def save_merged(folder: Path, dit: DiT, dtype: DType, shard_bytes: int = SHARD_BYTES) -> None:
+def save_merged(folder: Path, dit: Backbone, dtype: DType, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config.json and the weights, base + adapters (added in float32, rounded once to `dtype`).
 
     The adapters' matrices are rounded to `dtype` first: a LoRA file of that type and the merged weights mean the same.
     Raises InputError for an int8 base, which cannot take a delta.
     """
+    family = format_of(dit.config)
     parameters, modules = parameters_by_path(dit), dict(linears(dit))
     if coarse := [path for path, linear in modules.items() if linear.kernel_scale is not None]:
         raise InputError(f"{coarse[0]} is kept in int8, which cannot be merged into; set model.frozen_dtype bfloat16")
     shards: list[list[Entry]] = [[]]
     filled = total = 0
-    for entry in diffusers_entries(dit.config):
+    for entry in family.entries["diffusers"](dit.config):
         shape = parameters[entry.path].shape[entry.layer is not None :]
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if filled and filled + size > shard_bytes:
@@ -53,7 +54,7 @@ def save_merged(folder: Path, dit: DiT, dtype: DType, shard_bytes: int = SHARD_B
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / f"{WEIGHTS}.index.json", index)
-    write_json(folder / "config.json", config_to_json(dit.config))
+    write_json(folder / "config.json", family.config_to_json(dit.config))
 
 
 def _layer(leaf: Any, layer: int | None) -> np.ndarray:

@@ -15,19 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from squeeze_jax.diffusion.latents import grid_positions, reference_origins
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
-from squeeze_jax.interop import flux as flux_format
 from squeeze_jax.interop import internvl as internvl_format
-from squeeze_jax.interop.load import Source, autoencoder_source, dit_source, internvl_source
+from squeeze_jax.interop.formats import FORMATS, find_format, format_of
+from squeeze_jax.interop.load import DIT_PREFIXES, Source, autoencoder_source, dit_source, internvl_source
 from squeeze_jax.interop.mapping import (
     Entry,
     Index,
@@ -37,13 +36,15 @@ from squeeze_jax.interop.mapping import (
     export_entries,
     load_entries,
     parameters_by_path,
+    without_prefix,
 )
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder
-from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.models.backbone import Backbone
 from squeeze_jax.models.internvl import InternVL, InternVLConfig
 
-Kind = Literal["flux", "autoencoder", "internvl"]
+Kind = str
+"""What can be verified: a family of transformers (`formats.FORMATS`), `autoencoder` or `internvl`."""
 TOLERANCE = 1e-5
 """Largest relative error ‖a − b‖ / ‖b‖ in float32 that passes."""
 
@@ -92,13 +93,15 @@ def detect(folder: str | Path) -> Kind:
     path = Path(folder) / "config.json"
     values = read_json(path) if path.is_file() else {}
     name = values.get("_class_name") or values.get("model_type") or ""
-    markers: dict[str, Kind] = {"FluxTransformer": "flux", "AutoencoderKL": "autoencoder", "internvl": "internvl"}
-    for marker, kind in markers.items():
-        if str(name).startswith(marker):
+    names = without_prefix(TensorFolder(folder), DIT_PREFIXES).names()
+    if (family := find_format(name, names)) is not None:
+        return family.kind
+    kinds = {"AutoencoderKL": "autoencoder", "internvl": "internvl"}
+    for beginning, kind in kinds.items():
+        if str(name).startswith(beginning):
             return kind
-    names = TensorFolder(folder).names()
-    patterns: dict[str, Kind] = {
-        r"(.*\.)?(double_blocks|transformer_blocks)\.0\..*": "flux",
+    patterns = {
+        r"(.*\.)?(double_blocks|transformer_blocks)\.0\..*": FORMATS[0].kind,
         r"(vision_model|vision_tower|mlp1)\..*": "internvl",
         r"(.*\.)?decoder\.conv_in\.weight": "autoencoder",
     }
@@ -113,11 +116,12 @@ def verify(
 ) -> Report:
     """Checks a checkpoint's names and shapes, then its numbers. Raises InputError where it cannot be read at all."""
     kind = kind or detect(folder)
-    if kind not in get_args(Kind):
-        raise InputError(f"no kind {kind!r}; choose one of {', '.join(get_args(Kind))}")
+    if kind not in KINDS:
+        raise InputError(f"no kind {kind!r}; choose one of {', '.join(KINDS)}")
     read, make, parts = KINDS[kind]
     source = read(folder)
-    table, module = source.entries(source.config), nnx.eval_shape(lambda: make(source.config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: make(source.config, rngs=nnx.Rngs(0)))
+    table = source.entries(source.config)
     count = sum(int(np.prod(leaf.shape)) for leaf in parameters_by_path(module).values())
     report = Report(str(folder), kind, source.layout, count, differences(module, table, source.tensors))
     if not report.problems:
@@ -137,7 +141,7 @@ def _row(part: str, ours: np.ndarray, theirs: np.ndarray | None) -> Row:
     return Row(part, error, tuple(float(f"{value:.4e}") for value in (np.linalg.norm(flat), *directions @ flat)))
 
 
-def _loaded(make: type[Any], config: Any, table: list[Entry], tensors: Tensors) -> Any:
+def _loaded(make: Callable[..., Any], config: Any, table: list[Entry], tensors: Tensors) -> Any:
     module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
     load_entries(module, table, tensors, jnp.float32)
     return module
@@ -147,11 +151,11 @@ def _has(*modules: str) -> bool:
     return all(find_spec(module) is not None for module in modules)
 
 
-# --- FLUX.1's transformer ---------------------------------------------------------------------------------------------
+# --- a transformer ----------------------------------------------------------------------------------------------------
 
 
 def _dit_rows(source: Source) -> Iterator[Row]:
-    full: DiTConfig = source.config
+    full, family = source.config, format_of(source.config)
     config = dataclasses.replace(full, double_blocks=1, single_blocks=1)
     table = source.entries(config)
     grid, references = (4, 4), ((2, 3),)
@@ -161,34 +165,44 @@ def _dit_rows(source: Source) -> Iterator[Row]:
         return rng.standard_normal(shape).astype(np.float32)
 
     inputs = {
-        "target": normal(2, 16, config.in_channels), "reference": normal(2, 6, config.in_channels),
-        "context": normal(2, 7, config.context_width), "pooled": normal(2, config.pooled_width),
-        "t": np.array([0.25, 0.9], np.float32), "guidance": np.array([1.0, 3.5], np.float32),
-    }  # fmt: skip
+        "target": normal(2, 16, config.in_channels),
+        "reference": normal(2, 6, config.in_channels),
+        "context": normal(2, 7, config.context_width),
+        "t": np.array([0.25, 0.9], np.float32),
+        "guidance": np.array([1.0, 3.5], np.float32),
+    }
+    extra = {name: normal(2, width) for name, width in family.extra_inputs(config).items()}
 
     @nnx.jit
-    def ours(dit: DiT, x: dict[str, jax.Array]) -> jax.Array:
+    def ours(
+        dit: Backbone, x: dict[str, jax.Array], extra: dict[str, jax.Array]
+    ) -> jax.Array:
         return dit(
-            x["target"], x["context"], x["t"], guidance=x["guidance"] if config.guidance else None, pooled=x["pooled"],
-            target_grid=grid, references=[(x["reference"], references[0])],
-        )  # fmt: skip
+            x["target"],
+            x["context"],
+            x["t"],
+            guidance=x["guidance"] if config.guidance else None,
+            target_grid=grid,
+            references=[(x["reference"], references[0])],
+            **extra,
+        )
 
     for k in range(max(full.double_blocks, full.single_blocks)):
         double, single = min(k, full.double_blocks - 1), min(k, full.single_blocks - 1)
         layers = {r"^(double|transformer)_blocks\.0\.": double, r"^single_(transformer_)?blocks\.0\.": single}
         tensors = _one_block(source.tensors, table, layers)
-        dit: DiT = _loaded(DiT, config, table, tensors)
-        found = np.asarray(ours(dit, inputs))
+        dit = _loaded(family.module, config, table, tensors)
+        found = np.asarray(ours(dit, inputs, extra))
         theirs = None
         if _has("torch", "diffusers"):
             # The file's own tensors, or ours under diffusers' names where the file has others.
             weights = (
                 {name: tensors.read(name) for name in tensors.names()}
-                if source.entries is flux_format.diffusers_entries
-                else export_entries(dit, flux_format.diffusers_entries(config))
+                if source.layout == "diffusers"
+                else export_entries(dit, family.entries["diffusers"](config))
             )
             del dit
-            theirs = _diffusers_flux(config, weights, inputs, grid, references)
+            theirs = family.twin(config, weights, inputs | extra, grid, references)
         yield _row(f"double block {double}, single block {single}", found, theirs)
         gc.collect()
 
@@ -202,34 +216,6 @@ def _one_block(tensors: Tensors, table: list[Entry], layers: dict[str, int]) -> 
             source = re.sub(pattern, lambda match, layer=layer: match[0].replace("0.", f"{layer}."), source)
         names[name] = source
     return Renamed(tensors, names)
-
-
-def _diffusers_flux(
-    config: DiTConfig, weights: dict[str, np.ndarray], x: dict[str, np.ndarray], grid: Any, references: Any
-) -> np.ndarray:
-    import torch
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-    settings = {name: value for name, value in flux_format.config_to_json(config).items() if name[0] != "_"}
-    with torch.device("meta"):
-        twin = FluxTransformer2DModel(**settings)
-    state = {name: torch.from_numpy(tensor.astype(np.float32)) for name, tensor in weights.items()}
-    twin.load_state_dict(state, strict=True, assign=True)
-    twin.pos_embed = type(twin.pos_embed)(theta=10000, axes_dim=list(config.rope_axes))
-    origins = reference_origins(grid, references)
-    positions = [grid_positions(*grid), *(grid_positions(*g, origin=o) for g, o in zip(references, origins))]
-    ids = np.pad(np.concatenate(positions), ((0, 0), (1, 0))).astype(np.float32)
-    with torch.no_grad():
-        out = twin.eval()(
-            hidden_states=torch.from_numpy(np.concatenate([x["target"], x["reference"]], 1)),
-            encoder_hidden_states=torch.from_numpy(x["context"]),
-            pooled_projections=torch.from_numpy(x["pooled"]),
-            timestep=torch.from_numpy(x["t"]),
-            guidance=torch.from_numpy(x["guidance"]) if config.guidance else None,
-            img_ids=torch.from_numpy(ids),
-            txt_ids=torch.zeros(x["context"].shape[1], 3),
-        ).sample
-    return out[:, : x["target"].shape[1]].numpy()
 
 
 # --- the autoencoder --------------------------------------------------------------------------------------------------
@@ -360,8 +346,8 @@ def _transformers_internvl(
     return torch.stack(states, 1).numpy()
 
 
-KINDS: dict[Kind, tuple[Callable[[str | Path], Source], type[Any], Callable[[Source], Iterator[Row]]]] = {
-    "flux": (dit_source, DiT, _dit_rows),
+KINDS: dict[Kind, tuple[Callable[[str | Path], Source], Callable[..., Any], Callable[[Source], Iterator[Row]]]] = {
+    **{family.kind: (dit_source, family.module, _dit_rows) for family in FORMATS},
     "autoencoder": (autoencoder_source, Autoencoder, _autoencoder_rows),
     "internvl": (internvl_source, InternVL, _internvl_rows),
 }

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 from small_dit import CONFIG, inputs, like_twin, random_dit, run, run_twin, torch_twin
 
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.flux import diffusers_entries, original_entries
-from squeeze_jax.interop.lora import DIALECTS, load_lora, save_lora, spelled
+from squeeze_jax.interop.flux import FLUX1, diffusers_entries, original_entries
+from squeeze_jax.interop.lora import load_lora, save_lora
+from squeeze_jax.interop.lora_dialects import DIALECTS, spelled
 from squeeze_jax.interop.mapping import export_entries
 from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears, merge_lora, remove_lora
 
@@ -419,7 +420,7 @@ def test_rows_without_a_name_are_refused_and_nothing_is_written(tmp_path):
 def test_every_dialect_spells_every_layer_once():
     for name, dialect in DIALECTS.items():
         names = spelled(dialect, CONFIG)
-        assert len(names) == len(dialect.prefixes) * len(dialect.targets(CONFIG)), name
+        assert len(names) == len(dialect.prefixes) * len(FLUX1.targets(dialect.naming, CONFIG)), name
 
 
 # --- against PyTorch --------------------------------------------------------------------------------------------------
