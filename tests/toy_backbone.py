@@ -8,7 +8,7 @@ from flax import nnx
 
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import modulate, sinusoidal
-from squeeze_jax.models.backbone import BlockInputs, CachedReferences, Modulation, join_masks
+from squeeze_jax.models.backbone import Backbone, BlockInputs, CachedReferences, Modulation, join_masks
 
 
 def stack(trees):
@@ -44,7 +44,7 @@ class ToyBlock(nnx.Module):
         return x + jnp.einsum("bts,bsc->btc", jax.nn.softmax(scores, axis=-1), values), (k, v)
 
 
-class ToyBackbone(nnx.Module):
+class ToyBackbone(Backbone):
     def __init__(self, config=ToyConfig(), *, rngs):
         self.config = config
         self.txt_in = Linear(config.context_width, config.width, rngs=rngs)
@@ -84,7 +84,3 @@ class ToyBackbone(nnx.Module):
 
     def predict_velocity(self, hidden, inputs):
         return self.out(hidden)
-
-    def velocity(self, target, target_grid, temb, context, context_mask=None, references=None):
-        streams, inputs = self.embed_inputs(target, target_grid, temb, context, context_mask, references)
-        return self.predict_velocity(self.apply_blocks(streams, inputs)[1][:, : target.shape[1]], inputs)

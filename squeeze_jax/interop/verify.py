@@ -40,7 +40,6 @@ from squeeze_jax.interop.mapping import (
 )
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder
-from squeeze_jax.models.backbone import Backbone
 from squeeze_jax.models.internvl import InternVL, InternVLConfig
 
 Kind = str
@@ -174,9 +173,7 @@ def _dit_rows(source: Source) -> Iterator[Row]:
     extra = {name: normal(2, width) for name, width in family.extra_inputs(config).items()}
 
     @nnx.jit
-    def ours(
-        dit: Backbone, x: dict[str, jax.Array], extra: dict[str, jax.Array]
-    ) -> jax.Array:
+    def ours(dit: Any, x: dict[str, jax.Array], extra: dict[str, jax.Array]) -> jax.Array:
         return dit(
             x["target"],
             x["context"],
@@ -192,7 +189,7 @@ def _dit_rows(source: Source) -> Iterator[Row]:
         layers = {r"^(double|transformer)_blocks\.0\.": double, r"^single_(transformer_)?blocks\.0\.": single}
         tensors = _one_block(source.tensors, table, layers)
         dit = _loaded(family.module, config, table, tensors)
-        found = np.asarray(ours(dit, inputs, extra))
+        found = np.asarray(ours(dit, jax.device_put(inputs), jax.device_put(extra)))
         theirs = None
         if _has("torch", "diffusers"):
             # The file's own tensors, or ours under diffusers' names where the file has others.

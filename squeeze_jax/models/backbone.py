@@ -1,4 +1,4 @@
-"""What the rest of the system knows of a diffusion transformer: the `Backbone` protocol and what it exchanges.
+"""What the rest of the system knows of a diffusion transformer: the base class `Backbone` and what it exchanges.
 
 Aggregator, sampler, trainer, planner and export use these names alone. `models/dit.py` (FLUX.1) is the
 first backbone; `tests/models/test_toy_backbone.py` has the smallest one that can be trained and sampled.
@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.batch import References
@@ -92,8 +93,7 @@ class BackboneConfig(Protocol):
     def reference_attention(self) -> ReferenceAttention: ...
 
 
-@runtime_checkable
-class Backbone(Protocol):
+class Backbone(nnx.Module):
     """A diffusion transformer that predicts the velocity ε − x_0 of target tokens.
 
     The contract: `velocity` equals `embed_inputs`, then `apply_blocks` over all blocks, then
@@ -102,16 +102,19 @@ class Backbone(Protocol):
     before its loop. References are `References` (joint attention) or what `cache_references` made of them.
     """
 
-    @property
-    def config(self) -> BackboneConfig: ...
+    config: BackboneConfig
 
     def embed_timestep(self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None) -> jax.Array:
         """The conditioning vector [B, C] of times and distilled guidance values."""
-        ...
+        raise NotImplementedError
 
-    def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation: ...
+    def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation:
+        raise NotImplementedError
 
-    def cache_references(self, references: References, temb: Float[Array, "B C"]) -> CachedReferences: ...
+    def cache_references(
+        self, references: References, temb: Float[Array, "B C"]
+    ) -> CachedReferences:
+        raise NotImplementedError
 
     def embed_inputs(
         self,
@@ -123,17 +126,17 @@ class Backbone(Protocol):
         references: References | CachedReferences | None = None,
     ) -> tuple[Streams, BlockInputs]:
         """The hidden states before block 0, and what all blocks read; the target's tokens stand first."""
-        ...
+        raise NotImplementedError
 
     def apply_blocks(
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
     ) -> Streams:
         """The hidden states after the blocks `start` to `stop` - 1, of all blocks in order."""
-        ...
+        raise NotImplementedError
 
     def predict_velocity(self, hidden: Float[Array, "B N C"], inputs: BlockInputs) -> Float[Array, "B N c"]:
         """The velocity of the target tokens from their hidden states after the last block."""
-        ...
+        raise NotImplementedError
 
     def velocity(
         self,
@@ -143,7 +146,18 @@ class Backbone(Protocol):
         context: Float[Array, "B L W"],
         context_mask: Bool[Array, "B L"] | None = None,
         references: References | CachedReferences | None = None,
-    ) -> Float[Array, "B N c"]: ...
+    ) -> Float[Array, "B N c"]:
+        """Predicts the velocity: the one forward of training, sampling and verification.
+
+        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of
+        one number of tokens may hold portraits and landscapes. `temb` is the conditioning vector of
+        each sample's time, or what `make_modulation` computed of one for all.
+        """
+        streams, inputs = self.embed_inputs(
+            target, target_grid, temb, context, context_mask, references
+        )
+        _, img = self.apply_blocks(streams, inputs)
+        return self.predict_velocity(img[:, : target.shape[1]], inputs)
 
 
 def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> Int[Array, "#B N 2"]:

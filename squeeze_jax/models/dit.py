@@ -23,6 +23,7 @@ from squeeze_jax.layers.norm import RMSNorm
 from squeeze_jax.layers.rope import Rotation, rotation
 from squeeze_jax.layers.stack import Remat, scan_blocks, stack_blocks
 from squeeze_jax.models.backbone import (
+    Backbone,
     BlockInputs,
     CachedReferences,
     KeysValues,
@@ -81,8 +82,10 @@ BLOCK_STACKS = ("double_blocks", "single_blocks")
 """The transformer's stacks of blocks, by their names in it."""
 
 
-class DiT(nnx.Module):
+class DiT(Backbone):
     """Predicts the velocity ε − x_0 of the target tokens."""
+
+    config: DiTConfig
 
     def __init__(
         self,
