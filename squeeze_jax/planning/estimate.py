@@ -14,20 +14,17 @@ Compared with outside figures: MaxDiffusion's forward at 1024 x 1024 on v5p is 2
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from squeeze_jax.array_types import Array
-from squeeze_jax.checkpoints.build import build_system
+from squeeze_jax.checkpoints.build import build_system, is_trained
 from squeeze_jax.config import Config, StageConfig
-from squeeze_jax.layers.lora import LoRAParam
-from squeeze_jax.layers.rope import rotation
 from squeeze_jax.layers.splash import padded
-from squeeze_jax.layers.stack import rematerialised
+from squeeze_jax.models.backbone import BlockInputs, Streams
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.network import network_seconds
 from squeeze_jax.planning.train_program import Compiled, abstract_batch, compiled, placed, step_flops
@@ -89,7 +86,8 @@ def step_estimate(
     dit = config.model.dit
     context, image = sequence(config, references if stage.references else 0)
     rows = config.data.batch_per_chip
-    blocks = [block_program(config, mesh, kind, rows, context, image) for kind in ("double", "single")]
+    kinds: tuple[Literal["double", "single"], ...] = ("double", "single")
+    blocks = [block_program(config, mesh, kind, rows, context, image) for kind in kinds]
     depths = (dit.double_blocks, dit.single_blocks)
     compute = whole.expected(chip) + sum((depth - 1) * block.expected(chip) for depth, block in zip(depths, blocks))
     moved = whole.traffic + sum((depth - 1) * block.traffic for depth, block in zip(depths, blocks))
@@ -131,62 +129,72 @@ def _refiners(config: Config, stage: StageConfig, rows: int, references: int) ->
 
 
 def block_program(
-    config: Config, mesh: Mesh, kind: str, rows: int, context: int, image: int, backward: bool = True
+    config: Config,
+    mesh: Mesh,
+    kind: Literal["double", "single"],
+    rows: int,
+    context: int,
+    image: int,
+    backward: bool = True,
 ) -> Compiled:
-    """One block of the transformer by itself, `rows` examples a chip: forward, and backward under the config's policy.
+    """Compiles one block of the transformer by itself, with `rows` examples a chip.
 
-    Without `backward`, as in sampling, shifts, scales and gates are given: one set for all examples.
+    The program runs it forward, and backward under the config's policy. Without `backward`, as in
+    sampling, shifts, scales and gates are given: one set for all examples.
     """
-    one = replace(config.model, dit=replace(config.model.dit, double_blocks=1, single_blocks=1))
-    config = replace(config, model=one)
-    name = f"{kind}_blocks"
-    blocks = nnx.eval_shape(lambda: getattr(build_system(config, with_base=False).dit, name))
-    trained_kind = nnx.Param if config.lora is None else LoRAParam
-    graph, trained, frozen = nnx.split(blocks, trained_kind, ...)
-    trained, frozen = (placed(state, mesh, f"dit.{name}.") for state in (trained, frozen))
-
-    def block_of(*leaves: Any) -> Any:
-        return nnx.merge(graph, *jax.tree.map(lambda leaf: leaf[0], leaves))
-
-    many, width = rows * mesh.shape["data"] * mesh.shape["fsdp"], config.model.dit.width
-    dtype = jnp.dtype(config.model.dtype)
-    by_rows = batch_sharding(mesh)
-
-    def shape(*sizes: int, dtype: Any = dtype) -> Any:
-        return jax.ShapeDtypeStruct((many, *sizes), dtype, sharding=by_rows)
-
-    vec, everywhere = jax.ShapeDtypeStruct((1, width), jnp.float32), NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(lambda vec, *leaves: block_of(*leaves).modulation(vec), vec, trained, frozen)
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    lengths = (context, image) if kind == "double" else (context + image,)
-    streams = tuple(shape(length, width) for length in lengths)
-    rest = (
-        shape(width, dtype=jnp.float32) if backward else given,
-        shape(context + image, dtype=jnp.bool_),
-        shape(context + image, 3, dtype=jnp.int32),
+    # A transformer of one block of each kind, of which one is run. A single block reads one joint
+    # sequence: it is given as an image without context, so that nothing is joined or cut around it.
+    dit_config = replace(config.model.dit, double_blocks=1, single_blocks=1)
+    parallel = config.parallel if backward else replace(config.parallel, remat="none")
+    model = replace(config.model, dit=dit_config)
+    config = replace(config, model=model, parallel=parallel)
+    dit = nnx.eval_shape(lambda: build_system(config, with_base=False).dit)
+    stack, first = f"{kind}_blocks", 0 if kind == "double" else 1
+    if kind == "single":
+        context, image = 0, context + image
+    trains = is_trained(config)
+    graph, trained, frozen = nnx.split(
+        dit, lambda path, value: path[0] == stack and trains(("dit", *path), value), ...
     )
 
-    def forward(trained: Any, streams: Any, frozen: Any, at: Any, mask: Array, positions: Array) -> Any:
-        by = rotation(positions, config.model.dit.rope_axes)
+    # Hidden states and inputs of the block, as shapes; what has a row for each example is cut.
+    many, dtype = rows * mesh.shape["data"] * mesh.shape["fsdp"], jnp.dtype(config.model.dtype)
 
-        def run(trained: Any, streams: Any) -> Any:
-            block = block_of(trained, frozen)
-            return block(*streams, block.modulation(at) if backward else at, by, mask)[0]
+    def embed(trained: nnx.State, frozen: nnx.State) -> tuple[Streams, BlockInputs]:
+        dit, times = nnx.merge(graph, trained, frozen), jnp.zeros(many if backward else 1)
+        temb = dit.embed_timestep(times, jnp.ones_like(times) if dit_config.guidance else None)
+        target = jnp.zeros((many, image, dit_config.in_channels), dtype)
+        tokens = jnp.zeros((many, context, dit_config.context_width), dtype)
+        return dit.embed_inputs(
+            target,
+            (1, image),
+            temb if backward else dit.make_modulation(temb).at(0),
+            tokens,
+            jnp.ones((many, context), bool),
+        )
 
-        return rematerialised(run, config.parallel.remat if backward else "none", prevent_cse=True)(trained, streams)
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        whole = NamedSharding(mesh, PartitionSpec())
+        where = batch_sharding(mesh) if x.shape[:1] == (many,) else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    streams, inputs = jax.tree.map(place, jax.eval_shape(embed, trained, frozen))
+    trained, frozen = (placed(state, mesh, "dit.") for state in (trained, frozen))
+
+    def forward(trained: Any, streams: Streams, frozen: Any, inputs: BlockInputs) -> Streams:
+        with use_mesh(mesh):
+            dit = nnx.merge(graph, trained, frozen)
+            return dit.apply_blocks(streams, inputs, first, first + 1)
 
     def both(trained: Any, streams: Any, change: Any, *rest: Any) -> Any:
-        with use_mesh(mesh):
-            out, pull = jax.vjp(lambda trained, streams: forward(trained, streams, *rest), trained, streams)
-            return out, *pull(change)
+        run = lambda trained, streams: forward(trained, streams, *rest)  # noqa: E731
+        out, pull = jax.vjp(run, trained, streams)
+        return out, *pull(change)
 
-    def once(trained: Any, streams: Any, *rest: Any) -> Any:
-        with use_mesh(mesh):
-            return forward(trained, streams, *rest)
-
-    outside = streams if kind == "double" else streams[0]
+    options = compiler_options(mesh)
     if not backward:
-        return compiled(jax.jit(once, compiler_options=compiler_options(mesh)), mesh, trained, streams, frozen, *rest)
-    where = jax.tree.map(lambda x: x.sharding, (outside, trained, streams))
-    program = jax.jit(both, out_shardings=where, compiler_options=compiler_options(mesh))
-    return compiled(program, mesh, trained, streams, outside, frozen, *rest)
+        program = jax.jit(forward, compiler_options=options)
+        return compiled(program, mesh, trained, streams, frozen, inputs)
+    where = jax.tree.map(lambda x: x.sharding, (streams, trained, streams))
+    program = jax.jit(both, out_shardings=where, compiler_options=options)
+    return compiled(program, mesh, trained, streams, streams, frozen, inputs)
