@@ -47,7 +47,7 @@ def inputs(batch=2, grid=(4, 6), references=REFERENCES, context=5, seed=1, confi
 
 
 def compiled(model, target_grid, grids=()):
-    """The call as one compiled function of (state, arrays), and the state; `arrays["references"]` are tokens."""
+    """The call as a compiled function of (state, arrays), and the state; references are tokens."""
     graph, state = nnx.split(model)
 
     def run(state, arrays):
@@ -73,7 +73,9 @@ def run(model, x):
 
 def torch_twin(config: Flux2Config = CONFIG):
     """diffusers' model of the same sizes, with random weights."""
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    torch = pytest.importorskip(
+        "torch", reason="PyTorch is not installed: parity tests are skipped"
+    )
     diffusers = pytest.importorskip("diffusers")
     values = {k: v for k, v in config_to_json(config).items() if not k.startswith("_")}
     twin = diffusers.Flux2Transformer2DModel(**values).eval()

@@ -14,7 +14,7 @@ PATCH = 2
 """Latents that a token covers in each direction; with FLUX.1's autoencoder a token covers 16 x 16 pixels."""
 
 REFERENCE_TIME = 10
-"""Steps of FLUX.2's rotary t axis from the target to the first reference, and from one reference to the next."""
+"""How far apart FLUX.2 puts target and references on its rotary t axis."""
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
@@ -81,7 +81,7 @@ def reference_positions(target_grid: Grid, reference_grids: Sequence[Grid]) -> I
 def timed_reference_positions(reference_grids: Sequence[Grid]) -> Int32[np.ndarray, "R 3"]:
     """FLUX.2's (t, row, column) of all references in a row: t = 10 + 10·i for reference i from 0.
 
-    Rows and columns count from 0 in every picture; a target has t = 0 (diffusers' `_prepare_image_ids`).
+    Rows and columns count from 0 in every picture (diffusers' `_prepare_image_ids`).
     """
     parts = [
         np.pad(grid_positions(*grid), ((0, 0), (1, 0)), constant_values=REFERENCE_TIME * (i + 1))

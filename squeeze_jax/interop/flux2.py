@@ -1,4 +1,4 @@
-"""FLUX.2's transformer in its two published layouts: diffusers', and Black Forest Labs' single file."""
+"""FLUX.2's transformer in its two published layouts: diffusers', and Black Forest Labs' file."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from squeeze_jax.models.flux2 import Flux2Config
 
 
 class Row(NamedTuple):
-    """A weight of ours, and its names in both layouts, all without their last part (`weight`, `scale`)."""
+    """A weight of ours and its names in both layouts, without the last part (`weight`, `scale`)."""
 
     path: str
     original: str
@@ -35,7 +35,11 @@ def rows(config: Flux2Config) -> Iterator[Row]:
         for i, layer in enumerate(("in_layer", "out_layer"), 1):
             name = f"{ours}.{layer}"
             yield Row(name, name, (f"time_guidance_embed.{theirs}.linear_{i}",))
-    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+    for name in (
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+    ):
         yield Row(f"{name}.lin", f"{name}.lin", (f"{name}.linear",))
 
     streams = {
@@ -55,7 +59,9 @@ def rows(config: Flux2Config) -> Iterator[Row]:
             yield Row(f"{ours}_attn.qkv", f"{original}_attn.qkv", names, i, (config.width,) * 3)
             yield Row(f"{ours}_attn.proj", f"{original}_attn.proj", (f"{theirs}.attn.{out}",), i)
             yield Row(f"{ours}_mlp.in_layer", f"{original}_mlp.0", (f"{theirs}.{ff}.linear_in",), i)
-            yield Row(f"{ours}_mlp.out_layer", f"{original}_mlp.2", (f"{theirs}.{ff}.linear_out",), i)
+            yield Row(
+                f"{ours}_mlp.out_layer", f"{original}_mlp.2", (f"{theirs}.{ff}.linear_out",), i
+            )
             for norm, name in zip(NORMS, norms):
                 norm = f"_attn.norm.{norm}"
                 yield Row(ours + norm, original + norm, (f"{theirs}.attn.{name}",), i)
@@ -86,7 +92,7 @@ def diffusers_entries(config: Flux2Config) -> list[Entry]:
 
 
 def original_entries(config: Flux2Config) -> list[Entry]:
-    """The table for Black Forest Labs' own file, without the prefix that ComfyUI's files have (149 tensors)."""
+    """The table for Black Forest Labs' own file, whose names have no prefix (149 tensors)."""
     return [
         Entry((f"{row.original}.scale",), f"{row.path}.scale", "same", row.layer)
         if row.path.endswith(NORMS)
@@ -100,12 +106,21 @@ FIXED = {"patch_size": 1, "eps": 1e-6, "timestep_guidance_channels": 256}
 
 
 def config_from_json(values: dict[str, Any]) -> Flux2Config:
-    """Our config from diffusers' `config.json` of a Flux2Transformer2DModel; InputError where it is another model's."""
-    fixed = {**FIXED, "_class_name": "Flux2Transformer2DModel", "out_channels": values["in_channels"]}
+    """Our config from diffusers' `config.json` of a Flux2Transformer2DModel.
+
+    Raises KeyError where a size is missing, and InputError where a value is not one of FLUX.2's.
+    """
+    fixed = {
+        **FIXED,
+        "_class_name": "Flux2Transformer2DModel",
+        "out_channels": values["in_channels"],
+    }
     for name, want in fixed.items():
         found = values.get(name)
         if found not in (None, want):
-            raise InputError(f"config.json has {name} = {found!r}; only {want!r} is supported for FLUX.2")
+            raise InputError(
+                f"config.json has {name} = {found!r}; only {want!r} is supported for FLUX.2"
+            )
     return Flux2Config(
         in_channels=values["in_channels"],
         context_width=values["joint_attention_dim"],
@@ -141,8 +156,8 @@ def config_to_json(config: Flux2Config) -> dict[str, Any]:
 def config_from_shapes(tensors: Tensors) -> Flux2Config:
     """Our config of a file in the original layout, which has no config.json.
 
-    Rotary axes are equal shares of a head, and theta is 2,000, as in every published FLUX.2. Raises KeyError, ValueError
-    or IndexError where a tensor is missing or of an unexpected rank.
+    Rotary axes are equal shares of a head and theta is 2,000, as in every published FLUX.2. Raises
+    KeyError, ValueError or IndexError where a tensor is missing or of an unexpected rank.
     """
     names = tensors.names()
 
@@ -151,6 +166,7 @@ def config_from_shapes(tensors: Tensors) -> Flux2Config:
 
     width, in_channels = tensors.shape("img_in.weight")
     head = tensors.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    axis = head // 4
     return Flux2Config(
         in_channels=in_channels,
         context_width=tensors.shape("txt_in.weight")[1],
@@ -159,6 +175,6 @@ def config_from_shapes(tensors: Tensors) -> Flux2Config:
         double_blocks=depth("double_blocks"),
         single_blocks=depth("single_blocks"),
         mlp_ratio=tensors.shape("double_blocks.0.img_mlp.2.weight")[1] / width,
-        rope_axes=(head // 4,) * 4,
+        rope_axes=(axis, axis, axis, axis),
         guidance=any(name.startswith("guidance_in.") for name in names),
     )

@@ -29,11 +29,17 @@ class Embedder(nnx.Module):
     """Linear, SiLU, linear in float32 (FLUX.1's MLPEmbedder; FLUX.2's has no biases)."""
 
     def __init__(
-        self, in_features: int, width: int, *, use_bias: bool = True, param_dtype: DType, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        width: int,
+        *,
+        use_bias: bool = True,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
     ) -> None:
-        kinds: Any = {"use_bias": use_bias, "dtype": jnp.float32, "param_dtype": param_dtype, "rngs": rngs}
-        self.in_layer = Linear(in_features, width, **kinds)
-        self.out_layer = Linear(width, width, **kinds)
+        kinds: Any = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.in_layer = Linear(in_features, width, dtype=jnp.float32, **kinds)
+        self.out_layer = Linear(width, width, dtype=jnp.float32, **kinds)
 
     def __call__(self, x: Float[Array, "B _"]) -> Float[Array, "B C"]:
         return self.out_layer(silu(self.in_layer(x)))
@@ -45,8 +51,8 @@ class AdaLN(nnx.Module):
     def __init__(
         self, width: int, count: int, *, use_bias: bool = True, param_dtype: DType, rngs: nnx.Rngs
     ) -> None:
-        kinds: Any = {"use_bias": use_bias, "dtype": jnp.float32, "param_dtype": param_dtype, "rngs": rngs}
-        self.lin = Linear(width, count * width, gain=0.0, **kinds)
+        kinds: Any = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.lin = Linear(width, count * width, gain=0.0, dtype=jnp.float32, **kinds)
         self.count = count
 
     def __call__(self, vec: Float[Array, "B C"]) -> tuple[Float[Array, "B 1 C"], ...]:

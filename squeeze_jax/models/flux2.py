@@ -1,9 +1,10 @@
 """FLUX.2's diffusion transformer ([klein] 4B by default) behind the `Backbone` protocol.
 
-It differs from FLUX.1's (`models/dit.py`) in four things. All double blocks share one modulation and all single blocks
-another, so that a step computes them once. Rotary positions have four axes (t, row, column, l): the target is at t = 0,
-references at t = 10, 20, …, and text runs along l. Feed-forwards are SwiGLU. No linear layer has a bias. Module names
-are those of the published single file. Source: diffusers 0.42.1, `Flux2Transformer2DModel`.
+It differs from FLUX.1's (`models/dit.py`) in four things. All double blocks share one modulation
+and all single blocks another, so that a step computes them once. Rotary positions have four axes
+(t, row, column, l): the target is at t = 0, references at t = 10, 20, …, and text runs along l.
+Feed-forwards are SwiGLU. No linear layer has a bias. Module names are those of the published
+single file. Source: diffusers 0.42.1, `Flux2Transformer2DModel`.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import timed_reference_positions
 from squeeze_jax.errors import InputError
-from squeeze_jax.layers.linear import Linear, silu
-from squeeze_jax.layers.modulation import AdaLN, Embedder, add_gated, modulate, sinusoidal
+from squeeze_jax.layers.linear import Linear
+from squeeze_jax.layers.modulation import AdaLN, Embedder, modulate, sinusoidal
 from squeeze_jax.layers.rope import Rotation, rotation
 from squeeze_jax.layers.stack import Remat, scan_blocks, stack_blocks
 from squeeze_jax.models.backbone import (
@@ -31,11 +32,9 @@ from squeeze_jax.models.backbone import (
     ReferenceAttention,
     Streams,
     join_masks,
-    joint_attention,
-    split_heads,
     target_positions,
 )
-from squeeze_jax.models.dit import QKNorm
+from squeeze_jax.models.flux2_blocks import DoubleBlock, SingleBlock
 from squeeze_jax.sharding import constrain
 
 
@@ -46,7 +45,7 @@ class Flux2Config:
     in_channels: int = 128
     """Channels of a packed latent token: 2 x 2 latents of 32 channels."""
     context_width: int = 7680
-    """Width of a context token (the aggregator's output takes the place of three layers of Qwen3-4B)."""
+    """Width of a context token: the aggregator's output, in the place of Qwen3-4B's layers."""
     heads: int = 24
     head_width: int = 128
     double_blocks: int = 5
@@ -59,8 +58,9 @@ class Flux2Config:
     guidance: bool = False
     """Whether the model takes a distilled guidance value (dev: yes, klein: no)."""
     reference_attention: ReferenceAttention = "joint"
-    """`joint`: every token sees every token. `cached`: reference tokens see each other alone and are modulated at t = 0,
-    so that their keys and values are the same in every step of sampling (FLUX.2's klein-kv). Chosen before training."""
+    """`joint`: every token sees every token. `cached`: reference tokens see each other alone and
+    are modulated at t = 0, so that their keys and values are the same in every step of sampling
+    (as in diffusers' `Flux2KleinKVPipeline`). Chosen before training."""
 
     @property
     def width(self) -> int:
@@ -72,7 +72,15 @@ class Flux2Config:
         return int(self.width * self.mlp_ratio)
 
     def __post_init__(self) -> None:
-        sizes = ("in_channels", "context_width", "heads", "head_width", "double_blocks", "single_blocks", "mlp_width")
+        sizes = (
+            "in_channels",
+            "context_width",
+            "heads",
+            "head_width",
+            "double_blocks",
+            "single_blocks",
+            "mlp_width",
+        )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise InputError(f"FLUX.2's {name} is {getattr(self, name)}; it must be at least 1")
@@ -82,15 +90,18 @@ class Flux2Config:
                 f"give four that sum to head_width, {self.head_width}"
             )
         if any(axis % 2 for axis in self.rope_axes):
-            raise InputError(f"FLUX.2's rope_axes {self.rope_axes} must be even: channels turn in pairs")
+            raise InputError(
+                f"FLUX.2's rope_axes {self.rope_axes} must be even: channels turn in pairs"
+            )
         if self.reference_attention not in ("joint", "cached"):
             raise InputError(
-                f"FLUX.2's reference_attention is {self.reference_attention!r}; choose joint or cached"
+                f"FLUX.2's reference_attention is {self.reference_attention!r}; "
+                "choose joint or cached"
             )
 
 
 class Flux2(nnx.Module):
-    """Predicts the velocity ε − x_0 of the target tokens. The methods are those of the `Backbone` protocol."""
+    """Predicts the velocity ε − x_0 of the target tokens; fulfils the `Backbone` protocol."""
 
     def __init__(
         self,
@@ -114,11 +125,12 @@ class Flux2(nnx.Module):
         self.double_stream_modulation_img = AdaLN(width, 6, **of_time)
         self.double_stream_modulation_txt = AdaLN(width, 6, **of_time)
         self.single_stream_modulation = AdaLN(width, 3, **of_time)
+        sizes = width, config.heads, config.mlp_width
         self.double_blocks = stack_blocks(
-            lambda r: DoubleBlock(config, **kinds, rngs=r), config.double_blocks, rngs
+            lambda r: DoubleBlock(*sizes, **kinds, rngs=r), config.double_blocks, rngs
         )
         self.single_blocks = stack_blocks(
-            lambda r: SingleBlock(config, **kinds, rngs=r), config.single_blocks, rngs
+            lambda r: SingleBlock(*sizes, **kinds, rngs=r), config.single_blocks, rngs
         )
         self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
 
@@ -135,9 +147,9 @@ class Flux2(nnx.Module):
     ) -> Float[Array, "B N c"]:
         """The velocity of noisy `target` tokens at time `t`, with references of known sizes.
 
-        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the distilled guidance
-        value as a user gives it (4.0, say), needed where the model takes one. Context token i has position l = i,
-        whether masked or not. The context may have length 0.
+        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the
+        distilled guidance value as a user gives it (4.0, say), needed where the model takes one.
+        Context token i has position l = i, whether masked or not. The context may have length 0.
         """
         shown: References | CachedReferences | None = None
         if references:
@@ -146,7 +158,9 @@ class Flux2(nnx.Module):
             positions = jnp.broadcast_to(positions[None], (*tokens.shape[:2], 3))
             shown = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
             if self.config.reference_attention == "cached":
-                shown = self.cache_references(shown, self.embed_timestep(jnp.zeros_like(t), guidance))
+                shown = self.cache_references(
+                    shown, self.embed_timestep(jnp.zeros_like(t), guidance)
+                )
         return self.velocity(
             target, target_grid, self.embed_timestep(t, guidance), context, context_mask, shown
         )
@@ -156,7 +170,7 @@ class Flux2(nnx.Module):
     ) -> Float[Array, "B C"]:
         """Sums the embeddings of time and guidance in float32: the input of every modulation.
 
-        Raises ValueError where the model takes a guidance value and none is given, or the other way round.
+        Raises ValueError where the model takes a guidance value and none is given, or vice versa.
         """
         if (guidance is None) == self.config.guidance:
             raise ValueError(
@@ -168,13 +182,17 @@ class Flux2(nnx.Module):
         return temb if self.guidance_in is None else temb + self.guidance_in(sinusoidal(guidance))
 
     def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation:
-        """Computes the modulation of all blocks: arrays [1, T, 1, C], of depth 1 since blocks share them."""
+        """The modulation of all blocks: arrays [1, T, 1, C], of depth 1 since blocks share them."""
         double = self.double_stream_modulation_img(temb), self.double_stream_modulation_txt(temb)
-        double, single = jax.tree.map(lambda x: x[None], (double, self.single_stream_modulation(temb)))
+        double, single = jax.tree.map(
+            lambda x: x[None], (double, self.single_stream_modulation(temb))
+        )
         return Modulation(double, single, self.final_layer.adaLN_modulation(temb))
 
-    def cache_references(self, references: References, temb: Float[Array, "B C"]) -> CachedReferences:
-        """Computes keys and values of reference tokens, which see each other alone; `temb` is that of t = 0."""
+    def cache_references(
+        self, references: References, temb: Float[Array, "B C"]
+    ) -> CachedReferences:
+        """Keys and values of reference tokens, which see each other alone; `temb` is of t = 0."""
         rope = self._rope(references.positions, 0)
         inputs = BlockInputs(self.make_modulation(temb), rope, references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
@@ -193,11 +211,14 @@ class Flux2(nnx.Module):
     ) -> Float[Array, "B N c"]:
         """Predicts the velocity: the one forward of training, sampling and verification.
 
-        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch. `temb` is the conditioning
-        vector of each sample's time, or what `make_modulation` computed of one time for all. The positions of
-        `references` are [B, R, 3]: (t, row, column), as `timed_reference_positions` gives them.
+        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch. `temb` is
+        the conditioning vector of each sample's time, or what `make_modulation` computed of one
+        time for all. The positions of `references` are [B, R, 3]: (t, row, column), as
+        `timed_reference_positions` gives them.
         """
-        streams, inputs = self.embed_inputs(target, target_grid, temb, context, context_mask, references)
+        streams, inputs = self.embed_inputs(
+            target, target_grid, temb, context, context_mask, references
+        )
         _, img = self.apply_blocks(streams, inputs)
         return self.predict_velocity(img[:, : target.shape[1]], inputs)
 
@@ -210,12 +231,14 @@ class Flux2(nnx.Module):
         context_mask: Bool[Array, "B L"] | None = None,
         references: References | CachedReferences | None = None,
     ) -> tuple[Streams, BlockInputs]:
-        """Projects context and image tokens to the transformer's width, and collects what every block reads.
+        """Projects context and image tokens to the transformer's width; collects blocks' inputs.
 
-        References follow the target in the image stream. `BlockInputs.temb` is the modulation, whatever `temb` was.
+        References follow the target in the image stream. `BlockInputs.temb` is a `Modulation`.
         """
         batch, length = target.shape[:2]
-        positions = jnp.pad(target_positions(target_grid, length), ((0, 0), (0, 0), (1, 0)))  # t = 0
+        positions = jnp.pad(
+            target_positions(target_grid, length), ((0, 0), (0, 0), (1, 0))
+        )  # t = 0
         tokens, mask, cached_kv = target, None, None
         if isinstance(references, CachedReferences):
             cached_kv = references
@@ -229,13 +252,16 @@ class Flux2(nnx.Module):
         mask = join_masks(context_mask, mask, (batch, context.shape[1], keys))
         modulation = temb if isinstance(temb, Modulation) else self.make_modulation(temb)
         inputs = BlockInputs(modulation, self._rope(positions, context.shape[1]), mask, cached_kv)
-        streams = constrain(self.txt_in(context), "tokens"), constrain(self.img_in(tokens), "tokens")
+        streams = (
+            constrain(self.txt_in(context), "tokens"),
+            constrain(self.img_in(tokens), "tokens"),
+        )
         return streams, inputs
 
     def apply_blocks(
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
     ) -> Streams:
-        """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then single blocks."""
+        """Runs the blocks `start` to `stop` - 1 (None: to the last), double blocks first."""
         double, single = self.config.double_blocks, self.config.single_blocks
         stop = double + single if stop is None else stop
         if start < double:
@@ -263,12 +289,17 @@ class Flux2(nnx.Module):
         *,
         return_kv: bool = False,
     ) -> tuple[Any, Any]:
-        """Runs a stack's blocks (None: all) on its streams; `return_kv` also returns their keys and values."""
+        """Runs blocks of a stack (None: all) on its streams.
+
+        Returns the streams and, where `return_kv` says so, every block's keys and values.
+        """
         blocks = self.double_blocks if stack == "double" else self.single_blocks
         modulation, rope, mask, cached_kv = inputs
         modulated = jax.tree.map(lambda x: x[0], getattr(modulation, stack))
 
-        def apply(block: DoubleBlock | SingleBlock, carry: Any, cached: KeysValues | None) -> tuple[Any, Any]:
+        def apply(
+            block: DoubleBlock | SingleBlock, carry: Any, cached: KeysValues | None
+        ) -> tuple[Any, Any]:
             carry, kv = block(carry, modulated, rope, mask, cached)
             return carry, kv if return_kv else None
 
@@ -280,7 +311,7 @@ class Flux2(nnx.Module):
         )  # fmt: skip
 
     def _rope(self, image: Int[Array, "#B T 3"], context_length: int) -> Rotation:
-        """Angles of the joint sequence: context token i at (0, 0, 0, i), image tokens at (t, row, column, 0)."""
+        """Angles of the joint sequence: context token i at (0, 0, 0, i), the others at l = 0."""
         image = jnp.pad(image, ((0, 0), (0, 0), (0, 1)))
         context = jnp.pad(jnp.arange(context_length)[None, :, None], ((0, 0), (0, 0), (3, 0)))
         context = jnp.broadcast_to(context, (image.shape[0], context_length, 4))
@@ -288,109 +319,12 @@ class Flux2(nnx.Module):
         return rotation(positions, self.config.rope_axes, self.config.rope_theta)
 
 
-class SelfAttention(nnx.Module):
-    """Fused q/k/v projection, q/k RMSNorm and output projection of one stream."""
-
-    def __init__(self, config: Flux2Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width = config.width
-        kinds: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.qkv = Linear(width, 3 * width, **kinds)
-        self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
-        self.proj = Linear(width, width, tensor_axis="in", **kinds)
-        self.heads = config.heads
-
-    def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q, k, v, each [B T H D], q and k normalised."""
-        return self.norm(*split_heads(self.qkv(x), self.heads))
-
-
-class MLP(nnx.Module):
-    """Linear to gate and value side by side, SwiGLU, linear."""
-
-    def __init__(self, config: Flux2Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        kinds: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.in_layer = Linear(config.width, 2 * config.mlp_width, **kinds)
-        self.out_layer = Linear(config.mlp_width, config.width, tensor_axis="in", **kinds)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.out_layer(swiglu(self.in_layer(x)))
-
-
-def swiglu(x: Float[Array, "B T F2"]) -> Float[Array, "B T F"]:
-    """SiLU(first half of the channels) · second half."""
-    gate, value = jnp.split(x, 2, axis=-1)
-    return constrain(silu(gate) * value, "hidden")
-
-
-class DoubleBlock(nnx.Module):
-    """Context and image stream with weights of their own, joined in attention."""
-
-    def __init__(self, config: Flux2Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.img_attn, self.img_mlp = SelfAttention(config, **kinds), MLP(config, **kinds)
-        self.txt_attn, self.txt_mlp = SelfAttention(config, **kinds), MLP(config, **kinds)
-
-    def __call__(
-        self,
-        streams: Streams,
-        modulated: tuple[Modulated, Modulated],
-        rope: Rotation,
-        mask: Bool[Array, "B keys"] | None,
-        cached_kv: KeysValues | None = None,
-    ) -> tuple[Streams, KeysValues]:
-        """Both streams, and their keys and values. `cached_kv` are keys and values of tokens without queries here.
-
-        `modulated` are shift, scale and gate of the attention, then of the feed-forward, of the image stream and of
-        the context stream.
-        """
-        txt, img = streams
-        parts = (
-            (txt, self.txt_attn, self.txt_mlp, modulated[1]),
-            (img, self.img_attn, self.img_mlp, modulated[0]),
-        )
-        qkv = [attn.project(modulate(x, shift, scale)) for x, attn, _, (shift, scale, *_) in parts]
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*qkv))
-        mixed, kv = joint_attention(q, k, v, rope, mask, cached_kv)
-        out = []
-        for (x, attn, mlp, gates), own in zip(parts, jnp.split(mixed, [txt.shape[1]], axis=1)):
-            _, _, gate, shift, scale, gate_mlp = gates
-            x = add_gated(x, gate, attn.proj(own))
-            x = add_gated(x, gate_mlp, mlp(modulate(x, shift, scale)))
-            out.append(constrain(x, "tokens"))
-        return (out[0], out[1]), kv
-
-
-class SingleBlock(nnx.Module):
-    """One stream; attention and feed-forward in parallel, between two fused linear layers."""
-
-    def __init__(self, config: Flux2Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width, hidden = config.width, config.mlp_width
-        kinds: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.linear1 = Linear(width, 3 * width + 2 * hidden, **kinds)
-        self.linear2 = Linear(width + hidden, width, tensor_axis="in", **kinds)
-        self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
-        self.heads, self.width = config.heads, width
-
-    def __call__(
-        self,
-        x: Float[Array, "B T C"],
-        modulated: Modulated,
-        rope: Rotation,
-        mask: Bool[Array, "B keys"] | None,
-        cached_kv: KeysValues | None = None,
-    ) -> tuple[Float[Array, "B T C"], KeysValues]:
-        """As `DoubleBlock`, of one stream."""
-        shift, scale, gate = modulated
-        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
-        mixed, kv = joint_attention(*self.norm(*split_heads(qkv, self.heads)), rope, mask, cached_kv)
-        update = self.linear2(jnp.concatenate([mixed, swiglu(hidden)], axis=-1))
-        return constrain(add_gated(x, gate, update), "tokens"), kv
-
-
 class FinalLayer(nnx.Module):
     """Modulated norm and the projection back to latent tokens."""
 
-    def __init__(self, config: Flux2Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: Flux2Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         kinds: Any = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
         self.adaLN_modulation = AdaLN(config.width, 2, **kinds)
         self.linear = Linear(config.width, config.in_channels, gain=0.0, dtype=dtype, **kinds)

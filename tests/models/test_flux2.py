@@ -1,4 +1,4 @@
-"""FLUX.2's transformer against diffusers' Flux2Transformer2DModel, and the properties that sampling relies on."""
+"""FLUX.2's transformer against diffusers', and the properties that sampling relies on."""
 
 import dataclasses
 
@@ -33,14 +33,21 @@ from squeeze_jax.layers.stack import unstack
 from squeeze_jax.models.backbone import Backbone, BackboneConfig
 from squeeze_jax.models.dit import BLOCK_STACKS
 from squeeze_jax.models.flux2 import Flux2, Flux2Config
-from squeeze_jax.sharding import MATRICES, batch_sharding, drop_indivisible, make_mesh, parameter_spec, use_mesh
+from squeeze_jax.sharding import (
+    MATRICES,
+    batch_sharding,
+    drop_indivisible,
+    make_mesh,
+    parameter_spec,
+    use_mesh,
+)
 from squeeze_jax.sharding import shardings as table_shardings
 
 DEV = dataclasses.replace(CONFIG, guidance=True)
 CACHED = dataclasses.replace(CONFIG, reference_attention="cached")
 
 
-# --- against diffusers -----------------------------------------------------------------------------------------------
+# --- against diffusers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,8 +78,12 @@ def test_gradients_equal_diffusers():
     loss = jax.jit(jax.grad(lambda s, a: jnp.sum(function(s, a) * weights), argnums=(0, 1)))
     of_state, ours = loss(state, arrays_of(x))
 
-    leaves = {k: torch.tensor(v, requires_grad=True) for k, v in x.items() if isinstance(v, np.ndarray)}
-    references = [(torch.tensor(tokens, requires_grad=True), grid) for tokens, grid in x["references"]]
+    leaves = {
+        k: torch.tensor(v, requires_grad=True) for k, v in x.items() if isinstance(v, np.ndarray)
+    }
+    references = [
+        (torch.tensor(tokens, requires_grad=True), grid) for tokens, grid in x["references"]
+    ]
     out = run_twin(torch, twin, {**x, **leaves, "references": references})
     (out * torch.from_numpy(weights)).sum().backward()
     for name, leaf in leaves.items():
@@ -130,10 +141,12 @@ def test_cached_references_equal_diffusers_key_value_cache():
             kv_cache_mode="cached", kv_cache=first.kv_cache, **common,
         )  # fmt: skip
     assert relative_error(ours(state, arrays_of(later)), second.sample) < 1e-5
-    assert relative_error(run(like_twin(twin), x), first.sample) > 1e-3  # joint attention is another function
+    assert (
+        relative_error(run(like_twin(twin), x), first.sample) > 1e-3
+    )  # joint attention is another function
 
 
-# --- the protocol ----------------------------------------------------------------------------------------------------
+# --- the protocol ---------------------------------------------------------------------------------
 
 
 def test_it_is_a_backbone():
@@ -146,7 +159,9 @@ def packed_references(x, extra=0):
     """All references in one row, with large numbers as padding."""
     grids = [grid for _, grid in x["references"]]
     tokens = [tokens for tokens, _ in x["references"]]
-    row = np.concatenate([*tokens, np.full((2, extra, CONFIG.in_channels), 1e4, np.float32)], axis=1)
+    row = np.concatenate(
+        [*tokens, np.full((2, extra, CONFIG.in_channels), 1e4, np.float32)], axis=1
+    )
     positions = np.zeros((2, row.shape[1], 3), np.int32)
     positions[:, : row.shape[1] - extra] = timed_reference_positions(grids)
     mask = np.arange(row.shape[1])[None].repeat(2, axis=0) < row.shape[1] - extra
@@ -167,14 +182,18 @@ def velocity(model):
     def run(target, t, context, context_mask, references, grid=None):
         model = nnx.merge(graph, state)
         grid = (4, 6) if grid is None else grid
-        return model.velocity(target, grid, model.embed_timestep(t), context, context_mask, references)
+        return model.velocity(
+            target, grid, model.embed_timestep(t), context, context_mask, references
+        )
 
     return run
 
 
 def test_a_padded_row_of_references_equals_the_call_with_references(model, velocity):
     x = inputs()
-    padded = velocity(x["target"], x["t"], x["context"], np.ones((2, 5), bool), packed_references(x, extra=5))
+    padded = velocity(
+        x["target"], x["t"], x["context"], np.ones((2, 5), bool), packed_references(x, extra=5)
+    )
     assert relative_error(padded, run(model, x)) < 1e-5
 
 
@@ -219,7 +238,10 @@ def test_modulation_made_beforehand_is_that_of_each_time(config):
         model = nnx.merge(graph, state)
         known = model.make_modulation(embedded(model, times)).at(i)
         temb = embedded(model, jnp.full(2, jnp.asarray(times)[i]))
-        return [model.velocity(x["target"], x["target_grid"], each, x["context"]) for each in (known, temb)]
+        return [
+            model.velocity(x["target"], x["target_grid"], each, x["context"])
+            for each in (known, temb)
+        ]
 
     found = [both(state, i) for i in range(3)]
     for known, anew in found:
@@ -241,7 +263,10 @@ def test_ranges_of_blocks_follow_each_other(model, velocity, cuts):
             streams = model.apply_blocks(streams, block_inputs, start, stop)
         return model.predict_velocity(streams[1][:, :24], block_inputs)
 
-    assert relative_error(pieces(state), velocity(x["target"], x["t"], x["context"], None, None)) < 1e-6
+    assert (
+        relative_error(pieces(state), velocity(x["target"], x["t"], x["context"], None, None))
+        < 1e-6
+    )
 
 
 def test_rematerialisation_changes_no_gradient(model):
@@ -249,9 +274,13 @@ def test_rematerialisation_changes_no_gradient(model):
 
     def gradients(model):
         function, state = compiled(model, x["target_grid"], REFERENCES)
-        return jax.jit(jax.grad(lambda state: jnp.sum(jnp.sin(function(state, arrays_of(x))))))(state)
+        return jax.jit(jax.grad(lambda state: jnp.sum(jnp.sin(function(state, arrays_of(x))))))(
+            state
+        )
 
-    for one, other in zip(*map(jax.tree.leaves, (gradients(random_flux2(remat="save_products")), gradients(model)))):
+    for one, other in zip(
+        *map(jax.tree.leaves, (gradients(random_flux2(remat="save_products")), gradients(model)))
+    ):
         assert relative_error(one, other) < 1e-5
 
 
@@ -291,13 +320,15 @@ def test_impossible_sizes_are_refused(changes, words):
         Flux2Config(**changes)
 
 
-# --- adapters and meshes ---------------------------------------------------------------------------------------------
+# --- adapters and meshes --------------------------------------------------------------------------
 
 
 def test_adapters_go_where_unos_go():
     """On a single block's first layer they cover q, k and v alone, not the feed-forward's rows."""
     model = random_flux2()
-    streams = [f"double_blocks.{s}_attn.{layer}" for s in ("img", "txt") for layer in ("proj", "qkv")]
+    streams = [
+        f"double_blocks.{s}_attn.{layer}" for s in ("img", "txt") for layer in ("proj", "qkv")
+    ]
     paths = add_lora(model, LoRAConfig(4, target=UNO), rngs=nnx.Rngs(0))
     assert paths == [*streams, "single_blocks.linear1", "single_blocks.linear2"]
     (part,) = model.single_blocks.linear1.adapter.parts
@@ -315,10 +346,16 @@ def test_layers_of_klein_cut_what_the_sharding_table_cuts():
         assert {"fsdp", "tensor"} <= set(found), name
         if linear.tensor_axis == "in":
             cut_in.add(name.split(".", 1)[1])
-    assert cut_in == {"img_attn.proj", "txt_attn.proj", "img_mlp.out_layer", "txt_mlp.out_layer", "linear2"}
+    assert cut_in == {
+        "img_attn.proj",
+        "txt_attn.proj",
+        "img_mlp.out_layer",
+        "txt_mlp.out_layer",
+        "linear2",
+    }
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1), (2, 1, 4)])
+@pytest.mark.parametrize("axes", [(2, 2, 2), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
 def test_a_mesh_gives_what_one_device_gives(axes):
     """Velocity, and gradients of inputs and weights."""
     config = dataclasses.replace(CONFIG, heads=4, context_width=48, mlp_ratio=2.0)
@@ -332,7 +369,9 @@ def test_a_mesh_gives_what_one_device_gives(axes):
     def program(mesh, leaves, arrays):
         def loss(leaves, arrays):
             with use_mesh(mesh):
-                values = [(path, leaf.replace(leaves[".".join(map(str, path))])) for path, leaf in flat]
+                values = [
+                    (path, leaf.replace(leaves[".".join(map(str, path))])) for path, leaf in flat
+                ]
                 model, arrays = nnx.merge(graph, nnx.from_flat_state(values)), dict(arrays)
                 references = list(zip(arrays.pop("references"), REFERENCES, strict=True))
                 out = model(**arrays, target_grid=x["target_grid"], references=references)
