@@ -27,7 +27,7 @@ def entries(config: Flux2AutoencoderConfig) -> list[Entry]:
 
 
 def original_entries(config: Flux2AutoencoderConfig) -> list[Entry]:
-    """The table for Black Forest Labs' own file, whose coders hold the 1x1 convolutions, as ours."""
+    """The table for Black Forest Labs' own file, whose coders hold the 1x1 convolutions as ours."""
     table = _half("encoder", flux1.original_entries(config.encoder))
     table += _half("decoder", flux1.original_entries(config.decoder))
     return table + _quantisation("encoder.", "decoder.") + STATISTICS

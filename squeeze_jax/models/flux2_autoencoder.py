@@ -1,7 +1,7 @@
 """FLUX.2's autoencoder (diffusers 0.42.1's `AutoencoderKLFlux2`), channels last.
 
 It is FLUX.1's with 32 latent channels, a 1x1 convolution at the encoder's end and at the decoder's
-start, and another way to normalise: raw latents are packed 2 x 2 to 128 channels, each of which then
+start, and another way to normalise: raw latents are packed 2 x 2 to 128 channels; each channel then
 loses its stored mean and is divided by its stored deviation. So a latent that `encode` gives is a
 token of the transformer, and stands for 16 x 16 pixels.
 """
@@ -138,7 +138,7 @@ class Flux2Decoder(Decoder):
 
 
 class ChannelStatistics(nnx.Module):
-    """Every channel's mean and variance over the training pictures: a batch norm that is not trained."""
+    """Every channel's mean and variance over the training pictures: a batch norm at rest."""
 
     def __init__(self, channels: int, eps: float, *, param_dtype: DType) -> None:
         self.running_mean = nnx.Param(jnp.zeros((channels,), param_dtype))

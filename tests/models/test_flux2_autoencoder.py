@@ -20,7 +20,7 @@ SMALL_DECODER = dataclasses.replace(SMALL, decoder_block_out_channels=(4, 8, 8, 
 
 
 def small(config: Flux2AutoencoderConfig = SMALL, **how) -> Flux2Autoencoder:
-    """A module in which every parameter matters; variances are positive, one is as small as epsilon."""
+    """A module in which every parameter matters; one of the variances is as small as epsilon."""
     module = nnx.eval_shape(lambda: Flux2Autoencoder(config, rngs=nnx.Rngs(0), **how))
     rng = np.random.default_rng(1)
     for path, leaf in parameters_by_path(module).items():
@@ -109,9 +109,9 @@ def test_decode_equals_diffusers(pair, size):
     )
 
 
-@pytest.mark.parametrize("size", [(4, 14), (5, 4)])
+@pytest.mark.parametrize("size", [pytest.param((9, 6), marks=pytest.mark.slow), (4, 5)])
 def test_tiles_equal_diffusers(pair, size):
-    """Two tiles and more of 4 x 4 latents, which are 8 x 8 before packing."""
+    """Tiles of 4 x 4 latents, which are 8 x 8 before packing."""
     module, theirs = pair
     theirs.enable_tiling()
     theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 64
@@ -126,7 +126,7 @@ def test_tiles_equal_diffusers(pair, size):
 
 def test_a_picture_of_one_tile_is_decoded_at_once(pair):
     module, theirs = pair
-    assert TILE * 16 == theirs.config.sample_size
+    assert theirs.config.sample_size == TILE * 16
     once = decode_tiles(lambda part: np.asarray(decode(module, part)), latents(1, 4, 3), tile=TILE)
     np.testing.assert_array_equal(once, decode(module, latents(1, 4, 3)))
 
@@ -160,14 +160,11 @@ def test_sample_is_the_normalised_posterior_draw():
 def test_bfloat16_stays_close_to_float32_and_comes_out_as_float32(pair):
     module, theirs = pair
     half = small(module.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    half.bn.running_var.set_value(
-        half.bn.running_var[...].at[0].set(1.0)
-    )  # epsilon's is lost in bfloat16
     images = pictures(1, 32, 32)
     found, drawn = encode(half, jnp.asarray(images)), decode(half, latents(1, 3, 2))
     assert found.dtype == drawn.dtype == jnp.float32
-    assert relative_error(found[..., 1:], encoded(theirs, images)[..., 1:]) < 3e-2
-    assert np.isfinite(drawn).all()
+    assert relative_error(found, encoded(theirs, images)) < 3e-2
+    assert relative_error(drawn, decoded(theirs, latents(1, 3, 2))) < 3e-2
 
 
 @pytest.mark.parametrize("size", [(248, 128), (128, 136)])
