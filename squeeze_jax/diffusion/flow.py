@@ -19,9 +19,23 @@ MAX_TOKENS, MAX_SHIFT = 4096, 1.15  # FLUX.1's scheduler
 
 
 def schedule_shift(target_tokens: int) -> float:
-    """FLUX.1's μ for a picture of that many target tokens: 0.5 at 256, 1.15 at 4,096, linear and extrapolated."""
+    """FLUX.1's μ for that many target tokens: 0.5 at 256, 1.15 at 4,096, linear and extrapolated."""
     slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
     return BASE_SHIFT + slope * (target_tokens - BASE_TOKENS)
+
+
+def empirical_shift(target_tokens: int, steps: int) -> float:
+    """FLUX.2's μ for a picture of that many target tokens, sampled in that many steps.
+
+    It is linear in the tokens for 10 and for 200 steps, and linear in the steps through these two.
+    Above 4,300 tokens it is that of 200 steps, whatever the steps; it jumps there.
+    Source: diffusers 0.42.1, `compute_empirical_mu`, whose constants these are.
+    """
+    at_200 = 1.6927e-4 * target_tokens + 0.45666666
+    if target_tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-5 * target_tokens + 1.89833333
+    return at_200 + (at_10 - at_200) * (200 - steps) / 190
 
 
 def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
@@ -58,7 +72,10 @@ def loss_per_sample(
 
 
 def euler_step(
-    x: Float[Array, "B N c"], velocity: Float[Array, "B N c"], t: Float[Array, ""], t_next: Float[Array, ""]
+    x: Float[Array, "B N c"],
+    velocity: Float[Array, "B N c"],
+    t: Float[Array, ""],
+    t_next: Float[Array, ""],
 ) -> Float[Array, "B N c"]:
     """x + (t_next − t)·v."""
     return x + (t_next - t).astype(x.dtype) * velocity.astype(x.dtype)

@@ -13,6 +13,9 @@ from jaxtyping import Float, Int32
 PATCH = 2
 """Latents that a token covers in each direction; with FLUX.1's autoencoder a token covers 16 x 16 pixels."""
 
+REFERENCE_TIME = 10
+"""How far apart FLUX.2 puts target and references on its rotary t axis."""
+
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
 
@@ -73,6 +76,18 @@ def reference_positions(target_grid: Grid, reference_grids: Sequence[Grid]) -> I
     origins = reference_origins(target_grid, reference_grids)
     parts = [grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)]
     return np.concatenate([np.zeros((0, 2), np.int32), *parts])
+
+
+def timed_reference_positions(reference_grids: Sequence[Grid]) -> Int32[np.ndarray, "R 3"]:
+    """FLUX.2's (t, row, column) of all references in a row: t = 10 + 10·i for reference i from 0.
+
+    Rows and columns count from 0 in every picture (diffusers' `_prepare_image_ids`).
+    """
+    parts = [
+        np.pad(grid_positions(*grid), ((0, 0), (1, 0)), constant_values=REFERENCE_TIME * (i + 1))
+        for i, grid in enumerate(reference_grids)
+    ]
+    return np.concatenate([np.zeros((0, 3), np.int32), *parts])
 
 
 def pack_references(

@@ -1,5 +1,7 @@
 """What the noise level does to a transformer: embeddings of scalars, and shift, scale and gate (AdaLN)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,11 +26,20 @@ def sinusoidal(x: Float[Array, " B"], width: int = 256) -> Float[Array, "B {widt
 
 
 class Embedder(nnx.Module):
-    """Linear, SiLU, linear in float32 (FLUX.1's MLPEmbedder)."""
+    """Linear, SiLU, linear in float32 (FLUX.1's MLPEmbedder; FLUX.2's has no biases)."""
 
-    def __init__(self, in_features: int, width: int, *, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        self.in_layer = Linear(in_features, width, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
-        self.out_layer = Linear(width, width, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        *,
+        use_bias: bool = True,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
+    ) -> None:
+        kinds: Any = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.in_layer = Linear(in_features, width, dtype=jnp.float32, **kinds)
+        self.out_layer = Linear(width, width, dtype=jnp.float32, **kinds)
 
     def __call__(self, x: Float[Array, "B _"]) -> Float[Array, "B C"]:
         return self.out_layer(silu(self.in_layer(x)))
@@ -37,8 +48,11 @@ class Embedder(nnx.Module):
 class AdaLN(nnx.Module):
     """`count` vectors a sample from the conditioning vector: lin(silu(vec)), in float32; zero at the start."""
 
-    def __init__(self, width: int, count: int, *, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        self.lin = Linear(width, count * width, gain=0.0, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self, width: int, count: int, *, use_bias: bool = True, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
+        kinds: Any = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.lin = Linear(width, count * width, gain=0.0, dtype=jnp.float32, **kinds)
         self.count = count
 
     def __call__(self, vec: Float[Array, "B C"]) -> tuple[Float[Array, "B 1 C"], ...]:

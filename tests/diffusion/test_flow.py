@@ -7,6 +7,7 @@ import pytest
 
 from squeeze_jax.diffusion.flow import (
     add_noise,
+    empirical_shift,
     euler_step,
     loss_per_sample,
     sample_times,
@@ -48,6 +49,21 @@ def test_schedule_equals_diffusers(tokens, steps):
     schnell = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
     schnell.set_timesteps(sigmas=sigmas)
     np.testing.assert_allclose(time_steps(steps, tokens, shifted=False), schnell.sigmas.numpy(), atol=2e-7)
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 1024, 4096, 4300, 4301, 9216])
+@pytest.mark.parametrize("steps", [1, 4, 10, 50, 200])
+def test_flux2s_schedule_equals_diffusers(tokens, steps):
+    pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    mu = compute_empirical_mu(tokens, steps)
+    assert empirical_shift(tokens, steps) == pytest.approx(mu, rel=1e-12)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)  # as the pipeline does
+    ours = shift_time(1 - np.arange(steps + 1) / steps, empirical_shift(tokens, steps))
+    np.testing.assert_allclose(ours.astype(np.float32), theirs.sigmas.numpy(), rtol=3e-7, atol=0)
 
 
 def test_shifted_times_keep_both_ends_and_their_order():
