@@ -22,15 +22,19 @@ from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.layers.stack import REMAT, Remat
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.models.dit import DiTConfig
+from squeeze_jax.models.flux2 import Flux2Config
 
 Precision = Literal["float32", "bfloat16"]
+TransformerConfig = DiTConfig | Flux2Config
+"""A published family of transformers (`interop.formats`), and its sizes."""
 
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
     """The transformer, and where the frozen parts come from."""
 
-    dit: DiTConfig = field(default_factory=DiTConfig)
+    dit: TransformerConfig = field(default_factory=DiTConfig)
+    """FLUX.1's sizes, or FLUX.2's."""
     dit_weights: str | None = None
     """Folder of the pre-trained transformer (safetensors, diffusers layout); None starts from random weights."""
     autoencoder: str = "demo"
@@ -387,4 +391,6 @@ def load_preset(path: str | Path) -> Config:
 
 def override(config: Config, arguments: list[str], prog: str) -> Config:
     """`config` with `--path.to.field value` applied; tyro prints an unknown field with the nearest ones and exits 2."""
-    return tyro.cli(Config, default=config, args=arguments, prog=prog)
+    # Without the marker a union would be a subcommand; what the default is, stays.
+    kind = tyro.conf.AvoidSubcommands[Config]
+    return tyro.cli(kind, default=config, args=arguments, prog=prog)

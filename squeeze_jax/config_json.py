@@ -37,10 +37,14 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if getattr(kind, "__origin__", None) is tuple:
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(_build(k, v, where) for k, v in zip(inner, value))
-    for option in arguments:  # X | None: the first dataclass that it can be
-        if dataclasses.is_dataclass(option):
-            return _build(option, value, where)
+    options = [option for option in arguments if dataclasses.is_dataclass(option)]
+    if options and isinstance(value, dict):  # of several, the one whose fields these are
+        return _build(min(options, key=lambda option: len(_names(option) ^ set(value))), value, where)
     return value
+
+
+def _names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import modulate, sinusoidal
 from squeeze_jax.models.backbone import Backbone, BlockInputs, CachedReferences, Modulation, join_masks
@@ -23,6 +24,8 @@ class ToyConfig:
     depth: int = 2
     guidance: bool = False
     reference_attention: str = "joint"
+    reference_positions = staticmethod(reference_positions)
+    schedule_shift = staticmethod(lambda target_tokens, steps: 1.0)
 
 
 class ToyBlock(nnx.Module):

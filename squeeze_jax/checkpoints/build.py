@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from squeeze_jax.config import Config
 from squeeze_jax.interop.formats import format_of
 from squeeze_jax.interop.load import (
+    autoencoder_of,
     check_transformer,
     dit_source,
     encoder_configs,
@@ -20,7 +21,6 @@ from squeeze_jax.interop.load import (
 from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.lora import LoRAParam, add_lora
 from squeeze_jax.models.aggregator import Aggregator
-from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.backbone import Backbone
 from squeeze_jax.models.internvl import InternVL
 from squeeze_jax.models.online_encoders import Encoders
@@ -66,9 +66,9 @@ def random_encoders(config: Config, rngs: nnx.Rngs) -> Encoders:
     """Encoders of the same sizes, or without folders of the published ones, with random weights: for `nnx.eval_shape`."""
     model = config.model
     dtype: Any = DTYPES[model.dtype]
-    autoencoder, mllm = encoder_configs(model.autoencoder, model.mllm)
+    autoencoder, mllm = encoder_configs(config)
     return Encoders(
-        InternVL(mllm, dtype=dtype, param_dtype=dtype, rngs=rngs), Autoencoder(autoencoder, rngs=rngs)
+        InternVL(mllm, dtype=dtype, param_dtype=dtype, rngs=rngs), autoencoder_of(autoencoder)(autoencoder, rngs=rngs)
     )
 
 

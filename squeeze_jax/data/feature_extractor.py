@@ -30,8 +30,8 @@ class FeatureExtractor:
     def __init__(self, reader: MLLM, autoencoder: Autoencoder, settings: dict[str, Any]) -> None:
         self._reader: MLLM | None = reader
         self.autoencoder, self.settings = autoencoder, settings
-        self._encode = _compiled(autoencoder, lambda module, x: module.encode(x))
-        self._decode = _compiled(autoencoder, lambda module, x: module.decode(x))
+        self._encode = _compiled(autoencoder, lambda module, x: module.encode_unpacked(x))
+        self._decode = _compiled(autoencoder, lambda module, x: module.decode_unpacked(x))
 
     @classmethod
     def of(cls, config: Config) -> "FeatureExtractor":
@@ -46,7 +46,7 @@ class FeatureExtractor:
         autoencoder = load_autoencoder(folders[0], jnp.float32)
         of_latents = autoencoder.config
         for name, ours, theirs, folder in (
-            ("model.latent_pixels", model.latent_pixels, of_latents.downsampling, model.autoencoder),
+            ("model.latent_pixels", model.latent_pixels, of_latents.latent_pixels, model.autoencoder),
             ("model.dit.in_channels", model.dit.in_channels, 4 * of_latents.latent_channels, model.autoencoder),
             ("aggregator.width", config.aggregator.width, reader.width, model.mllm),
         ):

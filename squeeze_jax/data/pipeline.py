@@ -19,7 +19,14 @@ from etils import epath
 
 from squeeze_jax.data.buckets import Bucket, BucketSchedule, Padding, make_buckets, permutation, shapes, waste
 from squeeze_jax.data.records import FeatureRecord, FeatureSource, ShardSummary
-from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, pack_references
+from squeeze_jax.diffusion.latents import (
+    PATCH,
+    ReferencePositions,
+    latent_grid,
+    pack,
+    pack_references,
+    reference_positions,
+)
 from squeeze_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +35,12 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 
-def collate(records: Sequence[FeatureRecord], padding: Padding, with_grid: bool = False) -> Arrays:
+def collate(
+    records: Sequence[FeatureRecord],
+    padding: Padding,
+    with_grid: bool = False,
+    positions_of: ReferencePositions = reference_positions,
+) -> Arrays:
     """Records with equally many target tokens as arrays padded to these lengths, whatever each record's own are.
 
     with_grid: each target's rows and columns are told, since they may differ. Every array has the leading axis B; hidden
@@ -51,7 +63,8 @@ def collate(records: Sequence[FeatureRecord], padding: Padding, with_grid: bool 
     grids = [latent_grid(record.target) for record in records]
     if with_grid:
         arrays["grid"] = np.array(grids, np.int32)
-    references = pack_references([record.references for record in records], grids, r, channels)
+    latents = [record.references for record in records]
+    references = pack_references(latents, grids, r, channels, positions_of)
     arrays |= zip(("references", "reference_mask", "reference_positions"), references)
     for i, record in enumerate(records):
         for name, states, positions in (
@@ -116,13 +129,15 @@ class Order:
 class _ReadBatch:
     """Record numbers to their padded arrays."""
 
-    def __init__(self, source: FeatureSource, paddings: Sequence[Padding]):
-        self.source, self.paddings = source, paddings
+    def __init__(
+        self, source: FeatureSource, paddings: Sequence[Padding], positions_of: ReferencePositions
+    ) -> None:
+        self.source, self.paddings, self.positions_of = source, paddings, positions_of
         self.with_grid = None in source.metadata.summary.shape.target
 
     def __call__(self, numbers: Numbers) -> Arrays:
         records = [self.source[number] for number in numbers[1].tolist()]
-        return collate(records, self.paddings[numbers[0]], self.with_grid)
+        return collate(records, self.paddings[numbers[0]], self.with_grid, self.positions_of)
 
 
 class BatchIterator:
@@ -230,20 +245,22 @@ def make_dataset(
     prefetch: int = 2,
     workers: int = 0,
     layers: Sequence[int] | None = None,
+    positions_of: ReferencePositions = reference_positions,
 ) -> BatchIterator:
     """Batches of `batch` records from a folder of feature records, reshuffled every epoch.
 
     Epochs run into each other, so every batch is full however few records there are. rows: those of every batch that this
     process reads (0 .. batch − 1, in order); None: all. prefetch: batches made ahead, each by a thread. workers: processes
     that make them instead; they are spawned, so the main script needs `if __name__ == "__main__"`. layers: the hidden
-    states that batches hold, of those that the records do; None: all of these.
+    states that batches hold, of those that the records do; None: all of these. positions_of: where
+    reference tokens stand, by the backbone's config; FLUX.1's way by default.
     Raises InputError where the folder is unfinished or damaged, or lacks hidden states.
     """
     source = FeatureSource(feature_dir, layers)
     buckets = buckets_of(source.metadata.summary, batch)
     # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's.
     order = Order(buckets, batch, seed, np.arange(batch) if rows is None else np.asarray(rows))
-    read = _ReadBatch(source, [bucket.padding for bucket in buckets])
+    read = _ReadBatch(source, [bucket.padding for bucket in buckets], positions_of)
     metadata = source.metadata
     described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
     identity = {

@@ -3,7 +3,7 @@
 Everything here is shape arithmetic and takes NumPy and JAX arrays alike (the data workers use it without JAX).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,9 @@ REFERENCE_TIME = 10
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
+
+ReferencePositions = Callable[[Grid, Sequence[Grid]], np.ndarray]
+"""Positions int32 [R, axes] of all reference tokens in a row, from the grids of target and references."""
 
 
 def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:
@@ -91,23 +94,32 @@ def timed_reference_positions(reference_grids: Sequence[Grid]) -> Int32[np.ndarr
 
 
 def pack_references(
-    latents: Sequence[Sequence[np.ndarray]], target_grids: Sequence[Grid], length: int,
+    latents: Sequence[Sequence[np.ndarray]],
+    target_grids: Sequence[Grid],
+    length: int,
     channels: int,
+    positions_of: ReferencePositions = reference_positions,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Packs each sample's reference latents into one row of `length` tokens, positioned past its target.
+    """Packs each sample's reference latents into one row of `length` tokens, with their positions.
 
-    `channels` are a token's, 4c. Returns what `batch.References` holds: tokens [B, length, channels] float32 (padding is
-    zero), mask [B, length], positions [B, length, 2]. Raises ValueError where a row does not fit.
+    `channels` are a token's, 4c. `positions_of` is the backbone's (`BackboneConfig`). Returns what
+    `batch.References` holds: tokens [B, length, channels] float32 (padding is zero), mask
+    [B, length], positions [B, length, axes]. Raises ValueError where a row does not fit.
     """
     tokens = np.zeros((len(latents), length, channels), np.float32)
     mask = np.zeros((len(latents), length), bool)
-    positions = np.zeros((len(latents), length, 2), np.int32)
+    axes = _positions(positions_of, (0, 0), ()).shape[-1]
+    positions = np.zeros((len(latents), length, axes), np.int32)
     for i, (row, target_grid) in enumerate(zip(latents, target_grids, strict=True)):
-        places = _positions(target_grid, tuple(latent_grid(latent) for latent in row))
+        places = _positions(positions_of, target_grid, tuple(latent_grid(latent) for latent in row))
         mask[i, : len(places)], positions[i, : len(places)] = True, places
         if row:
             tokens[i, : len(places)] = np.concatenate([pack(latent) for latent in row])
     return tokens, mask, positions
 
 
-_positions = lru_cache(maxsize=4096)(reference_positions)
+@lru_cache(maxsize=4096)
+def _positions(
+    positions_of: ReferencePositions, target_grid: Grid, reference_grids: tuple[Grid, ...]
+) -> np.ndarray:
+    return positions_of(target_grid, reference_grids)

@@ -109,7 +109,7 @@ def _parts(
     encoded = torch.cat([theirs.encode(picture).flatten() for picture in pictures])
     in_their_order = [latent.transpose(2, 0, 1).ravel() for latent in latents]
     rows["autoencoder, encode"] = relative_error(encoded.numpy(), np.concatenate(in_their_order))
-    references = pad_references([latents], grid)
+    references = pad_references([latents], grid, config.model.dit.reference_positions)
     assert references is not None
     ours_of = nnx.jit(
         lambda system, x, t, context, references: system.velocity(

@@ -142,6 +142,31 @@ def _norm(ours: str, *, theirs: str | None = None) -> list[Entry]:
     return [Entry((f"{theirs}.weight",), f"{ours}.scale"), Entry((f"{theirs}.bias",), f"{ours}.bias")]
 
 
+def twin_codes(
+    config: AutoencoderConfig,
+    weights: dict[str, np.ndarray],
+    pictures: np.ndarray,
+    latents: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes pictures [B, height, width, 3] and decodes latents [B, h, w, c] with diffusers.
+
+    `weights` has diffusers' names. Returns what `encode` and `decode` of ours must give.
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    twin = AutoencoderKL(**{k: v for k, v in config_to_json(config).items() if k[0] != "_"}).eval()
+    state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in weights.items()}
+    twin.load_state_dict(state, strict=True)
+    channels_first = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (pictures, latents)]
+    with torch.no_grad():
+        mean = twin.encode(channels_first[0]).latent_dist.mean
+        raw = channels_first[1] / config.scaling_factor + config.shift_factor
+        codes = (mean - config.shift_factor) * config.scaling_factor, twin.decode(raw).sample
+    encoded, decoded = (code.numpy().transpose(0, 2, 3, 1) for code in codes)
+    return encoded, decoded
+
+
 def _fixed(levels: int) -> dict[str, Any]:
     """What FLUX.1's file says and this model does not vary."""
     return {

@@ -1,11 +1,18 @@
-"""FLUX.2's transformer in its two published layouts: diffusers', and Black Forest Labs' file."""
+"""FLUX.2's transformer in its two published layouts: diffusers', and Black Forest Labs' file.
+
+`FLUX2` at the end is what the rest of the system takes.
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from squeeze_jax.diffusion.latents import grid_positions, timed_reference_positions
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.mapping import Entry, Tensors
-from squeeze_jax.models.flux2 import Flux2Config
+from squeeze_jax.interop.transformer_format import TransformerFormat
+from squeeze_jax.models.flux2 import Flux2, Flux2Config
 
 
 class Row(NamedTuple):
@@ -178,3 +185,57 @@ def config_from_shapes(tensors: Tensors) -> Flux2Config:
         rope_axes=(axis, axis, axis, axis),
         guidance=any(name.startswith("guidance_in.") for name in names),
     )
+
+
+def twin_velocity(
+    config: Flux2Config,
+    weights: dict[str, np.ndarray],
+    inputs: dict[str, np.ndarray],
+    target_grid: tuple[int, int],
+    reference_grids: tuple[tuple[int, int], ...],
+) -> np.ndarray:
+    """Computes the velocity with diffusers in PyTorch, in float32.
+
+    `weights` has diffusers' names. `inputs`: target [B, N, c], reference [B, R, c] (all references in
+    one), context [B, L, C], t [B], guidance [B].
+    """
+    import torch
+    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+
+    settings = {name: value for name, value in config_to_json(config).items() if name[0] != "_"}
+    with torch.device("meta"):
+        twin = Flux2Transformer2DModel(**settings)
+    state = {name: torch.from_numpy(tensor.astype(np.float32)) for name, tensor in weights.items()}
+    twin.load_state_dict(state, strict=True, assign=True)
+    # Positions (t, row, column, l): the target at t = 0, text along l.
+    x = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    target = np.pad(grid_positions(*target_grid), ((0, 0), (1, 1)))
+    references = np.pad(timed_reference_positions(reference_grids), ((0, 0), (0, 1)))
+    text = np.pad(np.arange(x["context"].shape[1])[:, None], ((0, 0), (3, 0)))
+    with torch.no_grad():
+        out = twin.eval()(
+            hidden_states=torch.cat([x["target"], x["reference"]], 1),
+            encoder_hidden_states=x["context"],
+            timestep=x["t"],
+            guidance=x["guidance"] if config.guidance else None,
+            img_ids=torch.from_numpy(np.concatenate([target, references])),
+            txt_ids=torch.from_numpy(text),
+        ).sample
+    return out[:, : x["target"].shape[1]].numpy()
+
+
+FLUX2 = TransformerFormat(
+    name="FLUX.2",
+    kind="flux2",
+    config=Flux2Config,
+    module=Flux2,
+    class_name="Flux2Transformer2DModel",
+    markers=("double_stream_modulation_img.",),
+    config_from_json=config_from_json,
+    config_to_json=config_to_json,
+    config_from_shapes=config_from_shapes,
+    entries={"diffusers": diffusers_entries, "original": original_entries},
+    lora_targets={},
+    extra_inputs=lambda config: {},
+    twin=twin_velocity,
+)

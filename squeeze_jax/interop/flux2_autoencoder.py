@@ -86,6 +86,35 @@ def config_to_json(config: Flux2AutoencoderConfig, sample_size: int = 1024) -> d
     }
 
 
+def twin_codes(
+    config: Flux2AutoencoderConfig,
+    weights: dict[str, np.ndarray],
+    pictures: np.ndarray,
+    latents: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes pictures [B, height, width, 3] and decodes latents [B, h, w, 4c] with diffusers.
+
+    `weights` has diffusers' names. Returns what `encode` and `decode` of ours must give.
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+    from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+    settings = {name: value for name, value in config_to_json(config).items() if name[0] != "_"}
+    twin = AutoencoderKLFlux2(**settings).eval()
+    state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in weights.items()}
+    twin.load_state_dict({BATCHES: torch.zeros((), dtype=torch.long), **state}, strict=True)
+    channels_first = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (pictures, latents)]
+    mean, variance = (x.view(1, -1, 1, 1) for x in (twin.bn.running_mean, twin.bn.running_var))
+    deviation = torch.sqrt(variance + config.batch_norm_eps)
+    with torch.no_grad():
+        packed = pixel_unshuffle(twin.encode(channels_first[0]).latent_dist.mode(), 2)
+        raw = pixel_shuffle(channels_first[1] * deviation + mean, 2)
+        codes = (packed - mean) / deviation, twin.decode(raw).sample
+    encoded, decoded = (code.numpy().transpose(0, 2, 3, 1) for code in codes)
+    return encoded, decoded
+
+
 def _half(coder: str, table: list[Entry]) -> list[Entry]:
     """The rows of one coder: the two may have other widths."""
     return [entry for entry in table if entry.path.startswith(f"{coder}.")]

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from squeeze_jax.interop.flux import FLUX1
+from squeeze_jax.interop.flux2 import FLUX2
 from squeeze_jax.interop.transformer_format import TransformerFormat
 from squeeze_jax.models.backbone import BackboneConfig
 
-FORMATS: tuple[TransformerFormat[Any], ...] = (FLUX1,)
+FORMATS: tuple[TransformerFormat[Any], ...] = (FLUX1, FLUX2)
 
 
 def format_of(config: BackboneConfig) -> TransformerFormat[Any]:

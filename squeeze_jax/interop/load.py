@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,19 +15,24 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from safetensors import SafetensorError
 
 from squeeze_jax.array_types import DType
+from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop import autoencoder as autoencoder_format
+from squeeze_jax.interop import autoencoder as flux1_autoencoder
+from squeeze_jax.interop import flux2_autoencoder
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop.formats import FORMATS, find_format, format_of
 from squeeze_jax.interop.mapping import Entry, MappingError, Tensors, export_entries, load_entries, without_prefix
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.backbone import Backbone, BackboneConfig, ReferenceAttention
-from squeeze_jax.models.internvl import InternVL, InternVLConfig
+from squeeze_jax.models.flux2 import Flux2Config
+from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2AutoencoderConfig
+from squeeze_jax.models.internvl import INTERNVL3_2B, InternVL, InternVLConfig
 from squeeze_jax.sharding import parameter_spec
 
 Module = TypeVar("Module", bound=nnx.Module)
-Config = TypeVar("Config")
+ParsedConfig = TypeVar("ParsedConfig")
+AnyAutoencoderConfig = AutoencoderConfig | Flux2AutoencoderConfig
 DEMO = Path(__file__).parent.parent / "demo"
 """The shipped miniature: `autoencoder`, `mllm` and `system` below it."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
@@ -63,9 +69,13 @@ def load_dit(
 
 
 def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:
-    """FLUX.1's autoencoder from a diffusers folder or the single file `ae.safetensors` (`demo`: the miniature's)."""
+    """Loads FLUX.1's or FLUX.2's autoencoder, whose class its config.json or its names tell.
+
+    `folder`: a diffusers folder, or the single file `ae.safetensors`; `demo` is the miniature's.
+    """
     source = autoencoder_source(folder)
-    make = lambda: Autoencoder(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+    module = autoencoder_of(source.config)
+    make = lambda: module(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
     return _load(make, source, dtype, folder, mesh)
 
 
@@ -76,13 +86,22 @@ def load_internvl(folder: str | Path, dtype: DType = jnp.bfloat16, mesh: Mesh | 
     return _load(make, source, dtype, folder, mesh)
 
 
-def encoder_configs(autoencoder: str | Path, mllm: str | Path) -> tuple[AutoencoderConfig, InternVLConfig]:
-    """Sizes of both encoders; the published ones where a folder is not there (a plan needs no weights)."""
-    sizes: list[Any] = [AutoencoderConfig(), InternVLConfig()]
-    for i, (folder, source) in enumerate(((autoencoder, autoencoder_source), (mllm, internvl_source))):
-        if str(folder) == "demo" or Path(folder).exists():
-            sizes[i] = source(folder).config
-    return sizes[0], sizes[1]
+def encoder_configs(config: Config) -> tuple[AnyAutoencoderConfig, InternVLConfig]:
+    """Returns the sizes of a config's autoencoder and MLLM.
+
+    Where a folder is not there (a plan needs no weights) they are the published ones: of the
+    transformer's family, and of the InternVL3 whose hidden states have the aggregator's width.
+    """
+    model = config.model
+    flux2 = isinstance(model.dit, Flux2Config)
+    autoencoder = Flux2AutoencoderConfig() if flux2 else AutoencoderConfig()
+    small = config.aggregator.width == INTERNVL3_2B.text.hidden_size
+    mllm = INTERNVL3_2B if small else InternVLConfig()
+    if model.autoencoder == "demo" or Path(model.autoencoder).exists():
+        autoencoder = autoencoder_source(model.autoencoder).config
+    if model.mllm == "demo" or Path(model.mllm).exists():
+        mllm = internvl_source(model.mllm).config
+    return autoencoder, mllm
 
 
 class Source(NamedTuple):
@@ -143,14 +162,31 @@ def check_transformer(folder: str | Path, found: BackboneConfig, wanted: Backbon
 
 
 def autoencoder_source(folder: str | Path) -> Source:
-    """An autoencoder's checkpoint; a file without config.json is FLUX.1's."""
+    """An autoencoder's checkpoint; one without config.json has the published sizes."""
     folder = encoder_folder(folder, "autoencoder")
     tensors = without_prefix(TensorFolder(folder), AUTOENCODER_PREFIXES)
+    tensors = flux2_autoencoder.without_batches(tensors)
     file = _config_file(folder)
-    config = AutoencoderConfig() if file is None else _config(autoencoder_format.config_from_json, file)
+    class_name = None if file is None else read_json(file).get("_class_name")
+    flux2 = any(name.startswith("bn.") for name in tensors.names())
+    flux2 = class_name == "AutoencoderKLFlux2" if class_name else flux2
+    published = Flux2AutoencoderConfig() if flux2 else AutoencoderConfig()
+    format = autoencoder_format(published)
+    config = published if file is None else _config(format.config_from_json, file)
     if "encoder.norm_out.weight" in tensors.names():
-        return Source(config, autoencoder_format.original_entries, tensors, "Black Forest Labs")
-    return Source(config, autoencoder_format.entries, tensors, "diffusers")
+        return Source(config, format.original_entries, tensors, "Black Forest Labs")
+    return Source(config, format.entries, tensors, "diffusers")
+
+
+def autoencoder_of(config: AnyAutoencoderConfig) -> Callable[..., Autoencoder]:
+    """Returns the class that an autoencoder's config is of."""
+    return Flux2Autoencoder if isinstance(config, Flux2AutoencoderConfig) else Autoencoder
+
+
+def autoencoder_format(config: AnyAutoencoderConfig) -> ModuleType:
+    """Returns the module with the tables of an autoencoder's family."""
+    flux2 = isinstance(config, Flux2AutoencoderConfig)
+    return flux2_autoencoder if flux2 else flux1_autoencoder
 
 
 def internvl_source(folder: str | Path) -> Source:
@@ -197,7 +233,7 @@ def _config_file(folder: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _config(parse: Callable[[dict[str, Any]], Config], file: Path) -> Config:
+def _config(parse: Callable[[dict[str, Any]], ParsedConfig], file: Path) -> ParsedConfig:
     """A parsed config.json; InputError says what in it cannot be used."""
     try:
         return parse(read_json(file))

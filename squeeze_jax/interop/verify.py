@@ -23,10 +23,17 @@ import numpy as np
 from flax import nnx
 
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop.formats import FORMATS, find_format, format_of
-from squeeze_jax.interop.load import DIT_PREFIXES, Source, autoencoder_source, dit_source, internvl_source
+from squeeze_jax.interop.load import (
+    DIT_PREFIXES,
+    Source,
+    autoencoder_format,
+    autoencoder_of,
+    autoencoder_source,
+    dit_source,
+    internvl_source,
+)
 from squeeze_jax.interop.mapping import (
     Entry,
     Index,
@@ -39,7 +46,6 @@ from squeeze_jax.interop.mapping import (
     without_prefix,
 )
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_tensors
-from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.internvl import InternVL, InternVLConfig
 
 Kind = str
@@ -117,9 +123,9 @@ def verify(
     kind = kind or detect(folder)
     if kind not in KINDS:
         raise InputError(f"no kind {kind!r}; choose one of {', '.join(KINDS)}")
-    read, make, parts = KINDS[kind]
+    read, class_of, parts = KINDS[kind]
     source = read(folder)
-    module = nnx.eval_shape(lambda: make(source.config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: class_of(source.config)(source.config, rngs=nnx.Rngs(0)))
     table = source.entries(source.config)
     count = sum(int(np.prod(leaf.shape)) for leaf in parameters_by_path(module).values())
     report = Report(str(folder), kind, source.layout, count, differences(module, table, source.tensors))
@@ -219,35 +225,23 @@ def _one_block(tensors: Tensors, table: list[Entry], layers: dict[str, int]) -> 
 
 
 def _autoencoder_rows(source: Source) -> Iterator[Row]:
-    config = source.config
-    module: Autoencoder = _loaded(Autoencoder, config, source.entries(config), source.tensors)
-    side = config.downsampling
-    rng = np.random.default_rng(0)
+    config, format = source.config, autoencoder_format(source.config)
+    module = _loaded(autoencoder_of(config), config, source.entries(config), source.tensors)
+    side, rng = config.downsampling, np.random.default_rng(0)
     pictures = rng.uniform(-1, 1, (1, 12 * side, 7 * side, 3)).astype(np.float32)
-    latents = rng.standard_normal((1, 12, 7, config.latent_channels)).astype(np.float32)
     encoded = np.asarray(nnx.jit(lambda module, x: module.encode(x))(module, pictures))
+    latents = rng.standard_normal(encoded.shape).astype(np.float32)
     decoded = np.asarray(nnx.jit(lambda module, x: module.decode(x))(module, latents))
-    theirs = {}
+    theirs: tuple[np.ndarray | None, np.ndarray | None] = None, None
     if _has("torch", "diffusers"):
-        import torch
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        settings = {k: v for k, v in autoencoder_format.config_to_json(config).items() if k != "_class_name"}
-        twin: Any = AutoencoderKL(**settings).eval()
-        weights = (
-            {name: source.tensors.read(name) for name in source.tensors.names()}
-            if source.entries is autoencoder_format.entries
-            else export_entries(module, autoencoder_format.entries(config))
-        )
-        twin.load_state_dict({k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()}, strict=True)
-        with torch.no_grad():
-            mean = twin.encode(torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())).latent_dist.mean
-            raw = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()) / config.scaling_factor + config.shift_factor
-            drawn = twin.decode(raw).sample
-        theirs["encode"] = ((mean - config.shift_factor) * config.scaling_factor).numpy().transpose(0, 2, 3, 1)
-        theirs["decode"] = drawn.numpy().transpose(0, 2, 3, 1)
-    yield _row(f"encode {pictures.shape[1]}x{pictures.shape[2]}", encoded, theirs.get("encode"))
-    yield _row(f"decode {pictures.shape[1]}x{pictures.shape[2]}", decoded, theirs.get("decode"))
+        if source.layout == "diffusers":
+            weights = {name: source.tensors.read(name) for name in source.tensors.names()}
+        else:
+            weights = export_entries(module, format.entries(config))
+        theirs = format.twin_codes(config, weights, pictures, latents)
+    size = f"{pictures.shape[1]}x{pictures.shape[2]}"
+    yield _row(f"encode {size}", encoded, theirs[0])
+    yield _row(f"decode {size}", decoded, theirs[1])
 
 
 # --- InternVL ---------------------------------------------------------------------------------------------------------
@@ -344,8 +338,11 @@ def _transformers_internvl(
 
 
 KINDS: dict[Kind, tuple[Callable[[str | Path], Source], Callable[..., Any], Callable[[Source], Iterator[Row]]]] = {
-    **{family.kind: (dit_source, family.module, _dit_rows) for family in FORMATS},
-    "autoencoder": (autoencoder_source, Autoencoder, _autoencoder_rows),
-    "internvl": (internvl_source, InternVL, _internvl_rows),
+    **{
+        family.kind: (dit_source, lambda config: format_of(config).module, _dit_rows)
+        for family in FORMATS
+    },
+    "autoencoder": (autoencoder_source, autoencoder_of, _autoencoder_rows),
+    "internvl": (internvl_source, lambda config: InternVL, _internvl_rows),
 }
 """How a kind is read, built and compared."""

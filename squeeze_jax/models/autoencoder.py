@@ -52,6 +52,11 @@ class AutoencoderConfig:
         """Pixels a latent stands for, along one side (8 for FLUX)."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def latent_pixels(self) -> int:
+        """Pixels that an unpacked latent stands for, along one side: the same."""
+        return self.downsampling
+
 
 class Autoencoder(nnx.Module):
     """Encoder, decoder, and the shift and scale between them.
@@ -94,6 +99,14 @@ class Autoencoder(nnx.Module):
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B height width 3"]:
         """Pictures of shifted and scaled latents; about [-1, 1], not clipped."""
         return self.decoder(self.denormalise(latents.astype(jnp.float32))).astype(jnp.float32)
+
+    def encode_unpacked(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w c"]:
+        """`encode`'s latents before packing, as records keep them: each stands for `latent_pixels`."""
+        return self.encode(images)
+
+    def decode_unpacked(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B height width 3"]:
+        """`decode` of what `encode_unpacked` gives."""
+        return self.decode(latents)
 
     def normalise(self, raw: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         """(z − shift_factor) · scaling_factor."""

@@ -4,15 +4,18 @@ Aggregator, sampler, trainer, planner and export use these names alone. `models/
 first backbone; `tests/models/test_toy_backbone.py` has the smallest one that can be trained and sampled.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Int32
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.batch import References
-from squeeze_jax.diffusion.latents import grid_positions
+from squeeze_jax.diffusion.latents import Grid, grid_positions
 from squeeze_jax.layers.attention import attention, heads_first
 from squeeze_jax.layers.rope import Rotation, rotate
 from squeeze_jax.layers.stack import ATTENTION
@@ -92,6 +95,16 @@ class BackboneConfig(Protocol):
     @property
     def reference_attention(self) -> ReferenceAttention: ...
 
+    def reference_positions(
+        self, target_grid: Grid, reference_grids: Sequence[Grid]
+    ) -> Int32[np.ndarray, "R axes"]:
+        """Where each reference token stands on the rotary axes; grids are (rows, columns) of tokens."""
+        ...
+
+    def schedule_shift(self, target_tokens: int, steps: int) -> float:
+        """μ of the published schedule, for a picture of so many tokens in so many steps."""
+        ...
+
 
 class Backbone(nnx.Module):
     """A diffusion transformer that predicts the velocity ε − x_0 of target tokens.
@@ -104,7 +117,39 @@ class Backbone(nnx.Module):
 
     config: BackboneConfig
 
-    def embed_timestep(self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None) -> jax.Array:
+    def __call__(
+        self,
+        target: Float[Array, "B N c"],
+        context: Float[Array, "B L W"],
+        t: Float[Array, " B"],
+        guidance: Float[Array, " B"] | None = None,
+        *,
+        target_grid: Grid,
+        references: Sequence[tuple[Float[Array, "B _ c"], Grid]] = (),
+        context_mask: Bool[Array, "B L"] | None = None,
+        **extra: Float[Array, "B _"] | None,
+    ) -> Float[Array, "B N c"]:
+        """Predicts the velocity of noisy `target` tokens at times `t`, with references of known sizes.
+
+        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the
+        distilled guidance value as a user gives it (3.5, say), needed where the model takes one.
+        The context may have length 0. `extra` are further inputs of `embed_timestep`.
+        """
+        shown: References | CachedReferences | None = None
+        if references:
+            tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
+            positions = self.config.reference_positions(target_grid, [grid for _, grid in references])
+            positions = jnp.broadcast_to(positions[None], (len(tokens), *positions.shape))
+            shown = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
+            if self.config.reference_attention == "cached":
+                start = self.embed_timestep(jnp.zeros_like(t), guidance, **extra)
+                shown = self.cache_references(shown, start)
+        temb = self.embed_timestep(t, guidance, **extra)
+        return self.velocity(target, target_grid, temb, context, context_mask, shown)
+
+    def embed_timestep(
+        self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None
+    ) -> jax.Array:
         """The conditioning vector [B, C] of times and distilled guidance values."""
         raise NotImplementedError
 
@@ -166,6 +211,37 @@ def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> 
         return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
     index, columns = jnp.arange(length)[None], jnp.asarray(grid)[:, 1:]
     return jnp.stack([index // columns, index % columns], axis=-1)
+
+
+def join_references(
+    target: Float[Array, "B N c"],
+    positions: Int[Array, "#B N axes"],
+    references: References | CachedReferences | None,
+    context: Float[Array, "B L W"],
+    context_mask: Bool[Array, "B L"] | None,
+) -> tuple[
+    Float[Array, "B T c"],
+    Int[Array, "#B T axes"],
+    Bool[Array, "B S"] | None,
+    CachedReferences | None,
+]:
+    """Puts reference tokens behind the target's in the image stream, whose `positions` are given.
+
+    Returns the stream's tokens and positions; which keys count, of context, image stream and cached
+    references (None: all); and the cached references, whose tokens stay out of the stream.
+    """
+    batch, length = target.shape[:2]
+    tokens, mask, cached_kv = target, None, None
+    if isinstance(references, CachedReferences):
+        cached_kv = references
+    elif references is not None:
+        tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
+        positions = jnp.broadcast_to(positions, (batch, length, positions.shape[-1]))
+        positions = jnp.concatenate([positions, references.positions], axis=1)
+    if references is not None:
+        mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
+    keys = length if mask is None else mask.shape[1]
+    return tokens, positions, join_masks(context_mask, mask, (batch, context.shape[1], keys)), cached_kv
 
 
 def join_masks(

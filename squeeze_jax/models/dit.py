@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
-from squeeze_jax.diffusion.latents import reference_positions
+from squeeze_jax.diffusion.flow import schedule_shift
+from squeeze_jax.diffusion.latents import Grid, reference_positions
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, add_gated, modulate, sinusoidal
@@ -31,7 +33,7 @@ from squeeze_jax.models.backbone import (
     Modulation,
     ReferenceAttention,
     Streams,
-    join_masks,
+    join_references,
     joint_attention,
     split_heads,
     target_positions,
@@ -66,6 +68,14 @@ class DiTConfig:
     def width(self) -> int:
         return self.heads * self.head_width
 
+    def reference_positions(self, target_grid: Grid, reference_grids: Sequence[Grid]) -> np.ndarray:
+        """Row and column of every reference token, past the target's: int32 [R, 2]."""
+        return reference_positions(target_grid, reference_grids)
+
+    def schedule_shift(self, target_tokens: int, steps: int) -> float:
+        """μ of FLUX.1-dev's schedule, whatever the number of steps."""
+        return schedule_shift(target_tokens)
+
     def __post_init__(self) -> None:
         if sum(self.rope_axes) != self.head_width:
             raise ValueError(f"dit.rope_axes {self.rope_axes} must sum to dit.head_width {self.head_width}")
@@ -85,7 +95,7 @@ BLOCK_STACKS = ("double_blocks", "single_blocks")
 class DiT(Backbone):
     """Predicts the velocity ε − x_0 of the target tokens."""
 
-    config: DiTConfig
+    config: DiTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -109,36 +119,6 @@ class DiT(Backbone):
         self.double_blocks = stack_blocks(lambda r: DoubleBlock(config, **kinds, rngs=r), config.double_blocks, rngs)
         self.single_blocks = stack_blocks(lambda r: SingleBlock(config, **kinds, rngs=r), config.single_blocks, rngs)
         self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
-
-    def __call__(
-        self,
-        target: Float[Array, "B N c"],
-        context: Float[Array, "B L C"],
-        t: Float[Array, " B"],
-        guidance: Float[Array, " B"] | None = None,
-        pooled: Float[Array, "B P"] | None = None,
-        *,
-        target_grid: tuple[int, int],
-        references: Sequence[tuple[Float[Array, "B _ c"], tuple[int, int]]] = (),
-        context_mask: Bool[Array, "B L"] | None = None,
-    ) -> Float[Array, "B N c"]:
-        """The velocity of noisy `target` tokens at time `t`, with references of known sizes.
-
-        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the distilled guidance
-        value as a user gives it (3.5, say), needed where the model takes one. `pooled=None` means zeros. The context
-        may have length 0.
-        """
-        packed = None
-        if references:
-            tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
-            positions = jnp.asarray(reference_positions(target_grid, [grid for _, grid in references]))
-            positions = jnp.broadcast_to(positions[None], (*tokens.shape[:2], 2))
-            packed = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
-        shown: References | CachedReferences | None = packed
-        if packed is not None and self.config.reference_attention == "cached":
-            shown = self.cache_references(packed, self.embed_timestep(jnp.zeros_like(t), guidance, pooled))
-        temb = self.embed_timestep(t, guidance, pooled)
-        return self.velocity(target, target_grid, temb, context, context_mask, shown, references_full=True)
 
     def embed_timestep(
         self,
@@ -175,31 +155,6 @@ class DiT(Backbone):
         assert double is not None and single is not None
         return CachedReferences(double, single, references.mask)
 
-    def velocity(
-        self,
-        target: Float[Array, "B N c"],
-        target_grid: tuple[int, int] | Int[Array, "B 2"],
-        temb: Float[Array, "B C"] | Modulation,
-        context: Float[Array, "B L W"],
-        context_mask: Bool[Array, "B L"] | None = None,
-        references: References | CachedReferences | None = None,
-        *,
-        references_full: bool = False,
-    ) -> Float[Array, "B N c"]:
-        """Predicts the velocity: the one forward of training, sampling and verification.
-
-        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of one number of
-        tokens may hold portraits and landscapes. `temb` is the conditioning vector of each sample's time, or what
-        `make_modulation` computed of one for all. `references_full` says that no reference token is padding, so
-        that no mask is needed.
-        """
-        # The target's tokens stand first in the image stream.
-        streams, inputs = self.embed_inputs(
-            target, target_grid, temb, context, context_mask, references, references_full=references_full
-        )
-        _, img = self.apply_blocks(streams, inputs)
-        return self.predict_velocity(img[:, : target.shape[1]], inputs)
-
     def embed_inputs(
         self,
         target: Float[Array, "B N c"],
@@ -208,25 +163,15 @@ class DiT(Backbone):
         context: Float[Array, "B L W"],
         context_mask: Bool[Array, "B L"] | None = None,
         references: References | CachedReferences | None = None,
-        *,
-        references_full: bool = False,
     ) -> tuple[Streams, BlockInputs]:
-        """Projects context and image tokens to the transformer's width, and collects what every block reads."""
-        batch, length = target.shape[0], target.shape[1]
-        positions = target_positions(target_grid, length)
-        tokens, image_mask, cached_kv = target, None, None
-        if isinstance(references, CachedReferences):
-            cached_kv = references
-        elif references is not None:
-            tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
-            positions = jnp.broadcast_to(positions, (batch, length, 2))
-            positions = jnp.concatenate([positions, references.positions], axis=1)
-        if references is not None and not references_full:
-            image_mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
-        num_keys = tokens.shape[1] + (0 if cached_kv is None else cached_kv.mask.shape[1])
-        mask = join_masks(context_mask, image_mask, (batch, context.shape[1], num_keys))
+        """Projects context and image tokens to the transformer's width; collects blocks' inputs."""
+        positions = target_positions(target_grid, target.shape[1])
+        tokens, positions, mask, cached_kv = join_references(
+            target, positions, references, context, context_mask
+        )
         inputs = BlockInputs(temb, self._rope(positions, context.shape[1]), mask, cached_kv)
-        return (constrain(self.txt_in(context), "tokens"), constrain(self.img_in(tokens), "tokens")), inputs
+        streams = self.txt_in(context), self.img_in(tokens)
+        return (constrain(streams[0], "tokens"), constrain(streams[1], "tokens")), inputs
 
     def apply_blocks(
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None

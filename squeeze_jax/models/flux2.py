@@ -1,4 +1,4 @@
-"""FLUX.2's diffusion transformer ([klein] 4B by default) behind the `Backbone` protocol.
+"""FLUX.2's diffusion transformer ([klein] 4B by default) as a `Backbone`.
 
 It differs from FLUX.1's (`models/dit.py`) in four things. All double blocks share one modulation
 and all single blocks another, so that a step computes them once. Rotary positions have four axes
@@ -13,17 +13,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
-from squeeze_jax.diffusion.latents import timed_reference_positions
+from squeeze_jax.diffusion.flow import empirical_shift
+from squeeze_jax.diffusion.latents import Grid, timed_reference_positions
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import AdaLN, Embedder, modulate, sinusoidal
 from squeeze_jax.layers.rope import Rotation, rotation
 from squeeze_jax.layers.stack import Remat, scan_blocks, stack_blocks
 from squeeze_jax.models.backbone import (
+    Backbone,
     BlockInputs,
     CachedReferences,
     KeysValues,
@@ -31,7 +34,7 @@ from squeeze_jax.models.backbone import (
     Modulation,
     ReferenceAttention,
     Streams,
-    join_masks,
+    join_references,
     target_positions,
 )
 from squeeze_jax.models.flux2_blocks import DoubleBlock, SingleBlock
@@ -65,6 +68,14 @@ class Flux2Config:
     @property
     def width(self) -> int:
         return self.heads * self.head_width
+
+    def reference_positions(self, target_grid: Grid, reference_grids: Sequence[Grid]) -> np.ndarray:
+        """(t, row, column) of every reference token, whatever the target's grid: int32 [R, 3]."""
+        return timed_reference_positions(reference_grids)
+
+    def schedule_shift(self, target_tokens: int, steps: int) -> float:
+        """μ of FLUX.2's schedule."""
+        return empirical_shift(target_tokens, steps)
 
     @property
     def mlp_width(self) -> int:
@@ -100,8 +111,10 @@ class Flux2Config:
             )
 
 
-class Flux2(nnx.Module):
-    """Predicts the velocity ε − x_0 of the target tokens; fulfils the `Backbone` protocol."""
+class Flux2(Backbone):
+    """Predicts the velocity ε − x_0 of the target tokens."""
+
+    config: Flux2Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -133,37 +146,6 @@ class Flux2(nnx.Module):
             lambda r: SingleBlock(*sizes, **kinds, rngs=r), config.single_blocks, rngs
         )
         self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
-
-    def __call__(
-        self,
-        target: Float[Array, "B N c"],
-        context: Float[Array, "B L W"],
-        t: Float[Array, " B"],
-        guidance: Float[Array, " B"] | None = None,
-        *,
-        target_grid: tuple[int, int],
-        references: Sequence[tuple[Float[Array, "B _ c"], tuple[int, int]]] = (),
-        context_mask: Bool[Array, "B L"] | None = None,
-    ) -> Float[Array, "B N c"]:
-        """The velocity of noisy `target` tokens at time `t`, with references of known sizes.
-
-        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the
-        distilled guidance value as a user gives it (4.0, say), needed where the model takes one.
-        Context token i has position l = i, whether masked or not. The context may have length 0.
-        """
-        shown: References | CachedReferences | None = None
-        if references:
-            tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
-            positions = jnp.asarray(timed_reference_positions([grid for _, grid in references]))
-            positions = jnp.broadcast_to(positions[None], (*tokens.shape[:2], 3))
-            shown = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
-            if self.config.reference_attention == "cached":
-                shown = self.cache_references(
-                    shown, self.embed_timestep(jnp.zeros_like(t), guidance)
-                )
-        return self.velocity(
-            target, target_grid, self.embed_timestep(t, guidance), context, context_mask, shown
-        )
 
     def embed_timestep(
         self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None
@@ -200,28 +182,6 @@ class Flux2(nnx.Module):
         _, single = self._apply("single", img, inputs, None, return_kv=True)
         return CachedReferences(double, single, references.mask)
 
-    def velocity(
-        self,
-        target: Float[Array, "B N c"],
-        target_grid: tuple[int, int] | Int[Array, "B 2"],
-        temb: Float[Array, "B C"] | Modulation,
-        context: Float[Array, "B L W"],
-        context_mask: Bool[Array, "B L"] | None = None,
-        references: References | CachedReferences | None = None,
-    ) -> Float[Array, "B N c"]:
-        """Predicts the velocity: the one forward of training, sampling and verification.
-
-        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch. `temb` is
-        the conditioning vector of each sample's time, or what `make_modulation` computed of one
-        time for all. The positions of `references` are [B, R, 3]: (t, row, column), as
-        `timed_reference_positions` gives them.
-        """
-        streams, inputs = self.embed_inputs(
-            target, target_grid, temb, context, context_mask, references
-        )
-        _, img = self.apply_blocks(streams, inputs)
-        return self.predict_velocity(img[:, : target.shape[1]], inputs)
-
     def embed_inputs(
         self,
         target: Float[Array, "B N c"],
@@ -235,28 +195,15 @@ class Flux2(nnx.Module):
 
         References follow the target in the image stream. `BlockInputs.temb` is a `Modulation`.
         """
-        batch, length = target.shape[:2]
-        positions = jnp.pad(
-            target_positions(target_grid, length), ((0, 0), (0, 0), (1, 0))
-        )  # t = 0
-        tokens, mask, cached_kv = target, None, None
-        if isinstance(references, CachedReferences):
-            cached_kv = references
-        elif references is not None:
-            tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
-            positions = jnp.broadcast_to(positions, (batch, length, 3))
-            positions = jnp.concatenate([positions, references.positions], axis=1)
-        if references is not None:
-            mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
-        keys = length if mask is None else mask.shape[1]
-        mask = join_masks(context_mask, mask, (batch, context.shape[1], keys))
+        positions = target_positions(target_grid, target.shape[1])
+        positions = jnp.pad(positions, ((0, 0), (0, 0), (1, 0)))  # t = 0
+        tokens, positions, mask, cached_kv = join_references(
+            target, positions, references, context, context_mask
+        )
         modulation = temb if isinstance(temb, Modulation) else self.make_modulation(temb)
         inputs = BlockInputs(modulation, self._rope(positions, context.shape[1]), mask, cached_kv)
-        streams = (
-            constrain(self.txt_in(context), "tokens"),
-            constrain(self.img_in(tokens), "tokens"),
-        )
-        return streams, inputs
+        streams = self.txt_in(context), self.img_in(tokens)
+        return (constrain(streams[0], "tokens"), constrain(streams[1], "tokens")), inputs
 
     def apply_blocks(
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None

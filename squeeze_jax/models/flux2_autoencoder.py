@@ -63,6 +63,11 @@ class Flux2AutoencoderConfig:
         """Pixels that a packed latent stands for, along one side (16)."""
         return self.encoder.downsampling * PATCH
 
+    @property
+    def latent_pixels(self) -> int:
+        """Pixels that an unpacked latent stands for, along one side (8)."""
+        return self.encoder.downsampling
+
     def _sizes(self, widths: tuple[int, ...]) -> AutoencoderConfig:
         return AutoencoderConfig(
             in_channels=self.in_channels,
@@ -96,16 +101,31 @@ class Flux2Autoencoder(Autoencoder):
             config.latent_channels * PATCH**2, config.batch_norm_eps, param_dtype=param_dtype
         )
 
+    def encode_unpacked(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w c"]:
+        """Normalised latents [B, height/8, width/8, 32]: `encode`'s, taken apart again."""
+        return self._unpack(self.encode(images))
+
+    def decode_unpacked(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B height width 3"]:
+        """`decode` of what `encode_unpacked` gives."""
+        return self.decode(self._pack(latents))
+
     def normalise(self, raw: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 C"]:
         """Packs 2 x 2 raw latents to one of four times the channels, then normalises these."""
-        batch, height, width, _ = raw.shape
-        return self.bn.normalise(pack(raw).reshape(batch, height // PATCH, width // PATCH, -1))
+        return self.bn.normalise(self._pack(raw))
 
     def denormalise(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 c"]:
         """The inverse of `normalise`."""
-        batch, rows, columns, channels = latents.shape
-        tokens = self.bn.denormalise(latents).reshape(batch, rows * columns, channels)
-        return unpack(tokens, (rows, columns))
+        return self._unpack(self.bn.denormalise(latents))
+
+    @staticmethod
+    def _pack(x: Float[Array, "B h w c"]) -> Float[Array, "B h2 w2 C"]:
+        batch, height, width, _ = x.shape
+        return pack(x).reshape(batch, height // PATCH, width // PATCH, -1)
+
+    @staticmethod
+    def _unpack(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 c"]:
+        batch, rows, columns, channels = x.shape
+        return unpack(x.reshape(batch, rows * columns, channels), (rows, columns))
 
 
 class Flux2Encoder(Encoder):

@@ -77,6 +77,14 @@ class InternVLConfig:
         return self.text.num_hidden_layers + 1
 
 
+INTERNVL3_2B = InternVLConfig(
+    text=TextConfig(
+        hidden_size=1536, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960
+    )
+)
+"""InternVL3-2B's published sizes: the vision tower of 8B, and Qwen2.5-1.5B as the language model."""
+
+
 class InternVL(nnx.Module):
     """Token ids and pictures in, every hidden state out.
 

@@ -38,7 +38,7 @@ class Encoders(nnx.Module):
 
     def latents(self, pixels: UInt8[Array, "B height width 3"]) -> Float[Array, "B h w c"]:
         """Latents of pictures 0 .. 255, after shift and scale, float32."""
-        return self.autoencoder.encode(pixels.astype(jnp.float32) / 127.5 - 1.0)
+        return self.autoencoder.encode_unpacked(pixels.astype(jnp.float32) / 127.5 - 1.0)
 
     def hidden_states(self, raw: RawBatch, layers: tuple[int, ...]) -> HiddenStates:
         """Some of the MLLM's hidden states, text and image tokens apart."""

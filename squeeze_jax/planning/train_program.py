@@ -126,11 +126,12 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
         return states, shape(length, dtype=jnp.bool_), shape(length, dtype=jnp.int32)
 
     length = references * side * side
+    axes = config.model.dit.reference_positions((height, width), ()).shape[-1]
     tiles = config.data.max_tiles + (config.data.max_tiles > 1)  # several have the whole as one more
     return TrainingBatch(
         shape(height * width, channels),
         HiddenStates(*tokens(MAX_TEXT_TOKENS), *tokens(references * tiles * IMAGE_TOKENS)),
-        References(shape(length, channels), shape(length, dtype=jnp.bool_), shape(length, 2, dtype=jnp.int32)),
+        References(shape(length, channels), shape(length, dtype=jnp.bool_), shape(length, axes, dtype=jnp.int32)),
         shape(dtype=jnp.int32),
     )
 
@@ -139,7 +140,7 @@ def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
     """Shapes of what a training program is given: features, or on-line the pictures and token ids behind them."""
     if not config.data.online:
         return abstract_batch(config, rows, references)
-    data, mllm = config.data, encoder_configs(config.model.autoencoder, config.model.mllm)[1]
+    data, mllm = config.data, encoder_configs(config)[1]
     tiles = references * (data.max_tiles + (data.max_tiles > 1))
     length, side, tile = MAX_TEXT_TOKENS + tiles * mllm.image_tokens, data.reference_long_side, mllm.vision.image_size
 

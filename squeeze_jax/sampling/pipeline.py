@@ -20,7 +20,14 @@ from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import parse_size, to_rgb
 from squeeze_jax.data.references import encode_references
-from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack_references, unpack
+from squeeze_jax.diffusion.latents import (
+    PATCH,
+    ReferencePositions,
+    latent_grid,
+    pack_references,
+    reference_positions,
+    unpack,
+)
 from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
@@ -283,7 +290,7 @@ class Pipeline:
         """
         resolved = self.resolved(settings)
         grid = self.config.grid(resolved.height, resolved.width)
-        references = pad_references(latents, grid)
+        references = pad_references(latents, grid, self.config.model.dit.reference_positions)
         # A system trained on the MLLM alone has never seen reference tokens: it samples without
         # them (docs/decisions.md, "Sampling without references").
         if not self.uses_references:
@@ -377,11 +384,19 @@ def shard_inputs(mesh: Mesh | None, inputs: Any) -> Any:
     return put_global(inputs, jax.tree.map(where, inputs))
 
 
-def pad_references(latents: Sequence[Sequence[np.ndarray]], target_grid: tuple[int, int]) -> References | None:
-    """Packs each sample's reference latents [h, w, c] into one padded, masked row; None where no sample has any."""
+def pad_references(
+    latents: Sequence[Sequence[np.ndarray]],
+    target_grid: tuple[int, int],
+    positions_of: ReferencePositions = reference_positions,
+) -> References | None:
+    """Packs each sample's reference latents [h, w, c] into one padded, masked row.
+
+    `positions_of` is the backbone's (`BackboneConfig`). Returns None where no sample has any.
+    """
     counts = [sum(math.prod(latent_grid(latent)) for latent in row) for row in latents]
     if not max(counts, default=0):
         return None
     length = -(-max(counts) // REFERENCE_BUCKET) * REFERENCE_BUCKET
     channels = PATCH * PATCH * next(latent.shape[-1] for row in latents for latent in row)
-    return References(*pack_references(latents, [target_grid] * len(latents), length, channels))
+    grids = [target_grid] * len(latents)
+    return References(*pack_references(latents, grids, length, channels, positions_of))

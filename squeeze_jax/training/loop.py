@@ -306,7 +306,8 @@ def batches_of(
         if examples is not None:
             return make_online(examples[split], config, batch=rows, seed=seed, own=own)
         return make_dataset(
-            features / split, batch=rows, rows=own, seed=seed, workers=workers, layers=config.aggregator.reads
+            features / split, batch=rows, rows=own, seed=seed, workers=workers, layers=config.aggregator.reads,
+            positions_of=config.model.dit.reference_positions,
         )
 
     if examples is None:
