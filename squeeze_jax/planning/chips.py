@@ -1,4 +1,4 @@
-"""TPU chips and their published peaks (Google Cloud's pages of each generation); the network's share is our decision."""
+"""TPU chips and their published peaks (source: Google Cloud's page of each generation)."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,15 @@ class Chip:
     memory_rate: float
     """Bytes/s of HBM."""
     reckoned_rate: float
-    """Bytes/s of HBM with which the TPU compiler reckons (measured: an addition's bytes over its optimal seconds)."""
+    """Bytes/s of HBM that the TPU compiler assumes (measured: an addition's bytes over its optimal seconds)."""
     link_rate: float
     """Published bytes/s between chips (ICI), all links of a chip together."""
     network_rate: float
-    """Bytes/s between slices (DCN): a host's network shared by its chips, 200 or 100 Gbit/s taken (our decision)."""
+    """Bytes/s between slices (DCN): a host's 200 or 100 Gbit/s shared by its chips (our decision)."""
     torus_axes: int = 3
     """Axes along which a chip has neighbours."""
     options: tuple[tuple[str, str], ...] = ()
-    """What the compiler has to be told besides the topology."""
+    """Options of the compiler besides the topology."""
 
 
 GIB = 2**30
@@ -37,7 +37,7 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as `v5p:2x2x4`."""
+    """Returns the chip of a topology such as `v5p:2x2x4`. Raises InputError for an unknown one."""
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise InputError(f"topology {topology!r}: no chip {name!r}; choose one of {', '.join(CHIPS)}, such as v5p:2x2x2")

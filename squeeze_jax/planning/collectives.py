@@ -1,8 +1,8 @@
-"""What a compiled program sends between chips, read from its HLO text: bytes a chip by kind and mesh axis.
+"""Reads the collectives of a compiled program from its HLO text: bytes sent by each chip, kind, mesh axes.
 
-XLA counts a loop's body once; here a collective counts as often as the loops around it run. Between slices a TPU program
-has no collectives: it hands its part to the host's runtime (`send`), which says what it makes of it; axis `data` alone
-crosses slices.
+XLA counts a loop's body once; we count a collective as often as the loops around it run. Between slices a TPU program
+has no collectives but `send` instructions to the host's runtime, whose attributes name the collective; only the axis
+`data` crosses slices.
 """
 
 import math
@@ -23,15 +23,15 @@ class Collective(NamedTuple):
 
     kind: str
     axes: tuple[str, ...]
-    """Mesh axes over which its groups reach."""
+    """Mesh axes along which the chips of a group differ."""
     sent: int
-    """Bytes that each chip sends, every time."""
+    """Bytes that each chip sends each time."""
     times: int
     """How often it runs."""
     largest: int
     """Bytes of its largest operand or result on a chip."""
     hidden: bool = False
-    """Whether the compiler made it asynchronous, so that something is computed beside it."""
+    """Whether the compiler made it asynchronous, so that chips compute meanwhile."""
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -47,9 +47,10 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = ()) -> list[Collective]:
-    """Every collective of a compiled program's text. Devices are numbered as the mesh's array is, last axis fastest.
+    """Returns every collective in a compiled program's text.
 
-    `unknown` says how often the entry's loops run that end at no constant, in their order.
+    Devices are numbered as in the mesh's array, last axis fastest. `unknown`: how often those loops of the entry
+    computation run that have no constant end, in their order.
     """
     lines_of: dict[str, list[str]] = {}
     entry, name = "", ""
@@ -78,7 +79,7 @@ def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = 
     visit(entry, 1)
     found: dict[str, Collective] = {}
     for name, count in times.items():
-        # One that runs beside products is written down in each of the fusions that carry it, under one channel.
+        # An asynchronous collective appears in several fusions with one channel; it counts once.
         beside = name.startswith("async_collective_fusion") or any("AsyncCollective" in line for line in lines_of[name])
         for number, line in enumerate(lines_of[name]):
             if (collective := _parse(line, count, mesh_shape)) is not None:
@@ -89,7 +90,7 @@ def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = 
 
 
 def _trips(condition: list[str]) -> int | None:
-    """How often a loop runs that counts from 0 while its counter is below a constant; None where it is of another kind."""
+    """Iterations of a loop that counts from 0 up to a constant; None for another kind of loop."""
     for line in condition:
         if found := _BOUND.search(line):
             bound = re.compile(rf"%{re.escape(found[1])} = s32\[\]\S* constant\((\d+)\)")
@@ -122,7 +123,7 @@ def _parse(line: str, times: int, mesh_shape: dict[str, int]) -> Collective | No
 
 
 def _between_slices(found: re.Match[str], line: str, times: int) -> Collective:
-    """The part of a collective that goes through the hosts: a chip hands its piece over and takes the result later."""
+    """The part of a collective that goes through the hosts, asynchronously."""
     size = bytes_of(found[1], found[2])
     kind = _TRANSFER.search(line)
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line)
@@ -133,7 +134,7 @@ def _between_slices(found: re.Match[str], line: str, times: int) -> Collective:
 
 
 def _extent(part: str) -> int:
-    """Members of `3` or of `0:3`."""
+    """Number of members of a range such as `3` or `0:3`."""
     first, _, last = part.partition(":")
     return int(last or first) - int(first) + 1
 
@@ -144,7 +145,7 @@ def bytes_of(kind: str, dimensions: str) -> int:
 
 
 def _group(line: str, mesh_shape: dict[str, int]) -> tuple[int, tuple[str, ...]]:
-    """Chips that take part together, and the mesh axes along which they differ."""
+    """Size of a group of chips, and the mesh axes along which its members differ."""
     devices = np.arange(math.prod(mesh_shape.values())).reshape(tuple(mesh_shape.values()))
     if found := re.search(r"replica_groups=\[([\d,]+)\](<=\S+)", line):
         order = _numbered(found[2])
@@ -169,7 +170,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _numbered(text: str) -> np.ndarray:
-    """Device numbers as XLA abbreviates them: `<=[4,16]T(1,0)` or `<=([4,16]T(1,0))`, flat where there is no T."""
+    """Device numbers that XLA writes as `<=[4,16]T(1,0)` or `<=([4,16]T(1,0))`, flat where there is no T."""
     found = re.match(r"<=\(?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert found is not None, text
     order = np.arange(math.prod(_numbers(found[1]))).reshape(_numbers(found[1]))
@@ -177,7 +178,7 @@ def _numbered(text: str) -> np.ndarray:
 
 
 def _first_group(order: np.ndarray, names: list[str], along: str) -> list[int]:
-    """Members of the first group of `mesh[…] {'a', 'b':(2)4}`: axes whole, or the named (before)size part of one."""
+    """Members of the first group in `mesh[…] {'a', 'b':(2)4}`: whole axes, or a (before)size part of an axis."""
     part = {name: (int(before), int(size)) if size else None for name, before, size in
             re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)}  # fmt: skip
     for axis, name in reversed(list(enumerate(names))):

@@ -1,14 +1,13 @@
-"""How long a step will take: what the TPU's compiler expects of the real program, extended to its depth, and by hand what
-the compiler does not know.
+"""How long a step will take: the TPU compiler's own estimate of the program, and a model of what it leaves out.
 
-Measured by the compiler (`Compiled.optimal`, its own estimate of every instruction): the real program, in which a scan's
-body counts once, plus (depth − 1) times one block compiled by itself, forward and backward under the same policy and on
-the same mesh. On v5p the compiler reckons with 394 TFLOP/s and 2,350 GB/s (85 % of what is published). Copies that it runs
-beside computation, which its own sum counts as if they were waited for, are taken out (`Compiled.expected`).
+The compiler estimates every instruction (`Compiled.optimal`). It counts a scan's body once, so we add (depth − 1) times
+the estimate of one block, compiled by itself, forward and backward, under the same policy and on the same mesh. On v5p
+the compiler assumes 394 TFLOP/s and 2,350 GB/s (85 % of what is published). It counts asynchronous copies as if the
+chip waited for them; `Compiled.expected` takes them out.
 
-Modelled by hand: attention kernels (FLOPs of all blocks at `KERNEL_SHARE` of the published peak, on top of their traffic,
-which the compiler has), collectives (`network.network_seconds`: bytes over published rates; those that the compiler put
-beside products are hidden, the others are waited for), and refiner blocks after the first (at the rate of a double block).
+We model three things: attention kernels (the FLOPs of all blocks at `KERNEL_SHARE` of the published peak; the compiler
+has their HBM traffic), collectives (`network.network_seconds`: bytes over published rates, hidden where the compiler
+made them asynchronous), and the aggregator's refiner blocks after the first.
 
 Compared with outside figures: MaxDiffusion's forward at 1024 x 1024 on v5p is 237 ms by the same compiler.
 """
@@ -31,8 +30,8 @@ from squeeze_jax.planning.train_program import Compiled, abstract_batch, compile
 from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
 
 KERNEL_SHARE = 0.6
-"""Of a chip's published peak, what attention kernels reach (our decision; the compiler reckons with 86 % where a kernel
-tells it its FLOPs)."""
+"""Share of a chip's published peak that attention kernels reach (our decision; the compiler assumes 86 % where a kernel
+states its FLOPs)."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Estimate:
     """Seconds of a step or of an image, on every chip."""
 
     compute: float
-    """Of the compiler: products and memory traffic."""
+    """Products and HBM traffic, by the compiler."""
     kernels: float
     links: float
     network: float
     exposed: float
-    """Of links and network, what is waited for."""
+    """The part of `links` and `network` during which the chip waits."""
     moved: float
     """Bytes between a chip and its HBM."""
 
@@ -63,7 +62,7 @@ class Kernel:
     """Channels of all heads."""
     calls: int
     keys: int | None = None
-    """Tokens that are looked at; None: the same."""
+    """Number of keys; None: as many as tokens."""
 
     def flops(self, backward: bool, again: bool) -> float:
         """FLOPs that an example's calls execute: 2 products forward, 5 backward; `again` runs the forward twice."""
@@ -73,7 +72,7 @@ class Kernel:
 
 
 def sequence(config: Config, references: int) -> tuple[int, int]:
-    """Tokens of the context, and of target and references together."""
+    """Returns the number of context tokens, and of target and reference tokens together."""
     batch = abstract_batch(config, 1, references)
     context = batch.hidden_states.text.shape[2] + batch.hidden_states.image.shape[2]
     return context, batch.target.shape[1] + batch.references.tokens.shape[1]
@@ -82,7 +81,7 @@ def sequence(config: Config, references: int) -> tuple[int, int]:
 def step_estimate(
     config: Config, mesh: Mesh, chip: Chip, stage: StageConfig, whole: Compiled, references: int = 1
 ) -> Estimate:
-    """Of a train step, compiled as `whole`."""
+    """Estimates a train step that was compiled as `whole`."""
     dit = config.model.dit
     context, image = sequence(config, references if stage.references else 0)
     rows = config.data.batch_per_chip
@@ -110,7 +109,7 @@ def step_estimate(
 
 
 def _encoders(config: Config, stage: StageConfig, rows: int, references: int) -> int:
-    """FLOPs of the frozen encoders where they run in the program, whose scans the compiler counts once."""
+    """FLOPs of the frozen encoders with `data.online`: their scans too are counted once by the compiler."""
     if not config.data.online:
         return 0
     without = replace(config, data=replace(config.data, online=False))
@@ -118,7 +117,7 @@ def _encoders(config: Config, stage: StageConfig, rows: int, references: int) ->
 
 
 def _refiners(config: Config, stage: StageConfig, rows: int, references: int) -> int:
-    """FLOPs of the aggregator's refiner blocks after the first: one scan, whose body the compiler counts once."""
+    """FLOPs of the aggregator's refiner blocks after the first: a scan, whose body the compiler counts once."""
     count = config.aggregator.refiner_blocks
     if count < 2:
         return 0

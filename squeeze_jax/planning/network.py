@@ -1,4 +1,4 @@
-"""How fast the chips of a mesh can talk: links between neighbours within a slice, the hosts' network between slices."""
+"""Time of collectives: over links between neighbouring chips in a slice, over the hosts' network between slices."""
 
 import numpy as np
 from jax.sharding import Mesh
@@ -7,14 +7,14 @@ from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.collectives import Collective
 
 WRAPPED = {2: 16, 3: 4}
-"""From what extent on a torus closes into a ring: v5e and v6e (two axes) at 16, v4 and v5p (three) at multiples of 4."""
+"""Torus axes → extent of which an axis must be a multiple to close into a ring (v5e, v6e: 16; v4, v5p: 4)."""
 
 
 def link_rate(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
-    """Bytes/s that a chip can send to its group along those mesh axes, over the links that lead there.
+    """Returns the bytes/s that a chip can send to its group along those mesh axes.
 
-    A chip has two links an axis of the torus and `chip.link_rate` is all of them. An axis that does not close into a ring
-    has one for the chip at its end, which holds up the others. Chips that differ along no torus axis have all links.
+    `chip.link_rate` is that of all links: two for each torus axis. On an axis that is no ring the chip at the end has
+    one link, which limits the others. Chips that differ along no torus axis use all links.
     """
     devices = mesh.devices[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)].ravel()
     coordinates = np.array([device.coords for device in devices])
@@ -31,16 +31,15 @@ def link_rate(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
 
 
 def crosses_slices(mesh: Mesh, axes: tuple[str, ...]) -> bool:
-    """Whether a group along those axes reaches beyond a slice."""
+    """Returns whether a group along those axes has chips of several slices."""
     devices = mesh.devices[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)].ravel()
     return len({getattr(device, "slice_index", 0) for device in devices}) > 1
 
 
 def network_seconds(found: list[Collective], mesh: Mesh, chip: Chip) -> tuple[float, float, float]:
-    """Seconds over links, over the network between slices, and how much of both nothing is computed beside.
+    """Returns seconds on links, on the network between slices, and the part during which chips wait.
 
-    A collective that the compiler made asynchronous (`…-start`) counts as hidden behind computation; the others as
-    waited for.
+    They wait for a collective unless the compiler made it asynchronous (`…-start`).
     """
     links = network = exposed = 0.0
     for one in found:

@@ -29,7 +29,7 @@ PAPER_STAGES = (StageConfig(steps=25_000, references=False), StageConfig(steps=1
 
 
 def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) -> tuple[Report, Compiled]:
-    """The plan of a training run's last stage. Another stage's step is taken to last in proportion to its FLOPs."""
+    """Plans a training run's last stage; the time of other stages follows from their FLOPs in proportion."""
     stage = config.training.stages[-1]
     rows = global_batch(config, mesh.shape)
     flops = step_flops(config, stage, rows, references)
@@ -55,7 +55,7 @@ def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) ->
 
 
 def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, references: int) -> Report:
-    """What a plan says of any program."""
+    """The part of a plan that training and sampling share."""
     state, split = abstract_system(config)
     frozen, blocks = count(split.frozen), config.model.dit.double_blocks + config.model.dit.single_blocks
     largest = max((one.largest for one in whole.collectives), default=0)
@@ -84,7 +84,7 @@ def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, reference
 
 
 def refused(config: Config, mesh: Mesh, chip: Chip, error: TooLargeError) -> Report:
-    """The report of a program that the compiler found no place for."""
+    """The plan of a program that does not fit."""
     return {
         "preset": config.name,
         "mesh": dict(mesh.shape),
@@ -98,14 +98,14 @@ def refused(config: Config, mesh: Mesh, chip: Chip, error: TooLargeError) -> Rep
 
 
 def holds_square(text: str, tokens: int) -> bool:
-    """Whether a compiled program has an array of tokens x tokens (padded or not), as attention without a kernel has."""
+    """Returns whether a compiled program holds an array of tokens x tokens, as attention without a kernel does."""
     lengths = {str(tokens), str(padded(tokens))}
     shapes = (shape.split(",") for shape in set(re.findall(r"\[(\d+(?:,\d+)+)\]", text)))
     return any(shape.count(length) > 1 for shape in shapes for length in lengths)
 
 
 def reached(flops: int, estimate: Estimate, mesh: Mesh, chip: Chip) -> Report:
-    """The roofline of published peaks, and the estimate against it."""
+    """The roofline by published peaks, and the estimate beside it."""
     return {
         "roofline_seconds": {
             "compute": flops / mesh.size / chip.flops,
@@ -124,7 +124,7 @@ def reached(flops: int, estimate: Estimate, mesh: Mesh, chip: Chip) -> Report:
 
 
 def traffic(found: list[Collective], mesh: Mesh) -> list[Report]:
-    """Bytes that a chip sends in a step, by kind and mesh axes, the most first."""
+    """Bytes that a chip sends in a step, by kind and mesh axes, largest first."""
     sent: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
     for one in found:
         sent[one.kind, one.axes] += one.sent * one.times

@@ -1,8 +1,8 @@
-"""Which mesh, policy and batch are worth a compile: all of them ranked by hand, nothing compiled.
+"""Ranks meshes, remat policies and batch sizes by a simple model, so that only the best few have to be compiled.
 
-A candidate's memory is its weights and moments (exact, from the sharding table) plus what the backward pass keeps (exact,
-traced) plus room to work; its time is the products that it runs, traced under its policy, at a share of the peak, plus
-the weights' gathers over the links. The compiler has the last word on the best few.
+Memory: weights and moments (exact, from the sharding table), residuals of the backward pass (exact, by tracing), and an
+allowance for temporaries. Time: all products that run under the policy (by tracing) at a share of the peak, plus the
+gathers of the weights over the links.
 """
 
 import math
@@ -28,16 +28,16 @@ from squeeze_jax.training.state import state_shardings
 POLICIES: tuple[Remat, ...] = ("save_products", "save_attention", "block")
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 PRODUCTS_SHARE = 0.6
-"""Of the published peak, what a step's products reach with everything between them (the planner's own figures)."""
+"""Share of the published peak that a whole step reaches (from the planner's own compiled plans)."""
 OPTIMIZER_PASSES = 8
-"""Times that an update reads or writes a float32 of each trained value: gradient, moments, weights, norm."""
+"""Float32 reads and writes of an update for each trained value: gradient, moments, weights, norm."""
 ROOM, ROOM_PER_EXAMPLE = 2 * GIB, GIB // 2
-"""Temporaries beside what is kept: gathered matrices, and one block's work (from compiled programs)."""
+"""Bytes of temporaries beside the residuals: gathered matrices and one block's work (from compiled programs)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run, and what to expect by hand."""
+    """A mesh, policy and batch, with the model's memory and time."""
 
     mesh: Mesh
     remat: Remat
@@ -62,7 +62,7 @@ class Candidate:
 
 
 def candidates(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, references: int = 1) -> list[Candidate]:
-    """All that fit by hand, the most examples a second first; of equal policy and mesh, the best batch alone."""
+    """Returns what fits by the model, fastest first; for each mesh and policy the best batch alone."""
     best: dict[Any, Candidate] = {}
     for one in _all(config, meshes, chip, stage, references):
         key = (tuple(one.mesh.shape.values()), one.remat)
@@ -91,9 +91,9 @@ def _all(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, ref
 
 
 def _communication(config: Config, mesh: Mesh, chip: Chip, frozen: nnx.State, gradients: float) -> float:
-    """Seconds a step: matrices gathered forward and backward, gradients summed over copies of the model in bfloat16.
+    """Seconds a step to gather matrices, forward and backward, and to sum gradients over the data axis in bfloat16.
 
-    Over all axes of a closed torus the compiler gathers by a sum of mostly zeros, which is twice as much.
+    Over all axes of a closed torus the compiler gathers by an all-reduce of mostly zeros, which sends twice as much.
     """
     rate = link_rate(mesh, ("fsdp",), chip)
     passes = 4 if mesh.shape["fsdp"] > 1 and chip.torus_axes == 3 and rate == chip.link_rate else 2
@@ -103,24 +103,24 @@ def _communication(config: Config, mesh: Mesh, chip: Chip, frozen: nnx.State, gr
 
 
 def _exchanged(config: Config, references: int) -> float:
-    """Bytes an example that the tensor axis sums: a stream of activations, about four times a block, twice each."""
+    """Bytes an example that the tensor axis sums: the activations, about four times a block, twice each."""
     dit = config.model.dit
     return 8.0 * (dit.double_blocks + dit.single_blocks) * sum(sequence(config, references)) * dit.width * 2
 
 
 def _kernel_inputs(config: Config, references: int) -> int:
-    """Bytes an example of queries, keys and values in whole blocks, which exist on TPU alone: not in a trace made here."""
+    """Bytes an example of the padded q, k and v that the TPU's kernel keeps; a trace on CPU does not have them."""
     dit = config.model.dit
     return 3 * (dit.double_blocks + dit.single_blocks) * padded(sum(sequence(config, references))) * dit.width * 2
 
 
 def _ring(mesh: Mesh, axis: str) -> float:
-    """Of what is gathered along an axis, the share that comes from other chips."""
+    """Share of a gathered array that comes from other chips."""
     return 1 - 1 / mesh.shape[axis]
 
 
 def traced(config: Config, stage: StageConfig, references: int = 1) -> tuple[int, int]:
-    """Of one example under the config's policy: FLOPs of all products that are run, and bytes that the backward keeps."""
+    """Returns an example's FLOPs under the config's policy, recomputed ones included, and its residuals' bytes."""
     loss, (trained, frozen) = loss_of(config, stage)
     flops = matmul_flops(jax.value_and_grad(loss), trained, frozen, abstract_input(config, 1, references))
 

@@ -1,4 +1,4 @@
-"""The real train step, compiled for a TPU topology that nobody has to own."""
+"""Compiles the real train step for a TPU topology, without owning such a TPU."""
 
 import re
 import time
@@ -39,17 +39,18 @@ class Compiled:
     temporaries: int
     output: int
     aliased: int
-    """Of the output, what takes the place of donated arguments."""
+    """Bytes of the output that reuse the memory of donated arguments."""
     seconds: float
-    """How long compiling took."""
+    """Seconds that compiling took."""
     optimal: float
-    """Seconds that the compiler itself expects on a chip: products and traffic with HBM, collectives as traffic with HBM
-    only, a Pallas kernel as its operands' traffic only, a loop's body once."""
+    """Seconds that the compiler expects the program to take on a chip. It counts products and HBM traffic; of
+    collectives and Pallas kernels their HBM traffic alone; of a loop its body once."""
     moved: float
-    """Bytes between a chip and its HBM, counted likewise."""
+    """Bytes between a chip and its HBM, counted in the same way."""
     prefetched: int
-    """Bytes that copies move into fast memory and out of it while something else is computed. `optimal` and `moved` hold
-    them four times, as if they were waited for: read and written, at their start and at their end."""
+    """Bytes that asynchronous copies move between HBM and fast memory while the chip computes something else. The
+    compiler counts each byte four times in `optimal` and `moved` (read and written, at the copy's start and at its
+    end), as if the chip waited for it."""
     collectives: list[Collective]
     text: str
 
@@ -58,17 +59,17 @@ class Compiled:
         return self.arguments + self.temporaries + self.output - self.aliased
 
     def expected(self, chip: Chip) -> float:
-        """`optimal` without the copies that run beside computation."""
+        """Returns `optimal` without the asynchronous copies."""
         return self.optimal - 4 * self.prefetched / chip.reckoned_rate
 
     @property
     def traffic(self) -> float:
-        """`moved` without them: who uses what they bring is counted as reading it from HBM already."""
+        """`moved` without the asynchronous copies, since the instruction that uses a copied byte counts it, too."""
         return self.moved - 4 * self.prefetched
 
 
 def prefetched(text: str) -> int:
-    """Bytes of a program's asynchronous copies, each once."""
+    """Returns the bytes of a program's asynchronous copies, each copy counted once."""
     return sum(bytes_of(*found) for found in re.findall(r"= \((\w+)\[([\d,]*)\].* copy-start\(", text))
 
 
@@ -78,11 +79,11 @@ class TooLargeError(InputError):
     def __init__(self, needed: float) -> None:
         super().__init__(f"the compiler needs {needed:.1f} GiB of HBM a chip, more than there is")
         self.needed = round(needed * 2**30)
-        """Bytes a chip, of arguments and temporaries or of the latter alone: as far as the compiler got."""
+        """Bytes on a chip: of arguments and temporaries, or of temporaries alone where the compiler stopped there."""
 
 
 def too_large(message: str) -> TooLargeError | None:
-    """The compiler's message as an error of its own, if it is about HBM."""
+    """Returns the compiler's message as a `TooLargeError`; None where it is not about HBM."""
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
     found = re.search(r"Used ([\d.]+)([MGT]) of|temporaries \(([\d.]+)([MGT])\)", message)
@@ -93,7 +94,7 @@ def too_large(message: str) -> TooLargeError | None:
 
 
 def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: int = 0) -> tuple[Mesh, Chip]:
-    """`sharding.make_mesh` over a described topology, and its chip.
+    """Returns a mesh over the chips of a described topology, and what chip that is.
 
     Raises InputError for an unknown topology or a mesh that cannot lie on it.
     """
@@ -113,7 +114,7 @@ def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: 
 
 
 def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBatch:
-    """Shapes of a batch: the longest text, and as many square references as are asked for."""
+    """Returns a batch's shapes, for the longest text and that many square references an example."""
     height, width = config.target_grid
     side = config.data.reference_long_side // (2 * config.model.latent_pixels)
     channels, layers, mllm = config.model.dit.in_channels, len(config.aggregator.reads), config.aggregator.width
@@ -137,7 +138,7 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
 
 
 def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
-    """Shapes of what a training program is given: features, or on-line the pictures and token ids behind them."""
+    """Returns the shapes of a train step's batch: features or, with `data.online`, pictures and token ids."""
     if not config.data.online:
         return abstract_batch(config, rows, references)
     data, mllm = config.data, encoder_configs(config)[1]
@@ -159,7 +160,7 @@ def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
 
 
 def abstract_system(config: Config) -> tuple[TrainState, Split]:
-    """A training state and the rest of the system as shapes; no weights are read or made."""
+    """Returns the shapes of a training state and of the frozen rest; no weights are read or made."""
     system = nnx.eval_shape(lambda: build_system(config, with_base=False))
     trained, split = split_system(system, config)
     optimizer = make_optimizer(config)
@@ -167,7 +168,7 @@ def abstract_system(config: Config) -> tuple[TrainState, Split]:
 
 
 def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, references: int = 1) -> Compiled:
-    """The step that `train` runs, compiled for the mesh."""
+    """Compiles the step that `train` runs, for the mesh."""
     state, split = abstract_system(config)
     where = state_shardings(state, mesh)
     rows = global_batch(config, mesh.shape)
@@ -179,9 +180,10 @@ def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, reference
 
 
 def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = ()) -> Compiled:
-    """A jitted function compiled for placed shapes; `trips` is how often its loops without a known end run, in order.
+    """Compiles a jitted function for shapes that have a sharding.
 
-    Raises TooLargeError where the compiler finds no way into a chip's HBM.
+    `trips`: how often each loop runs whose end the program does not know, in their order. Raises TooLargeError where
+    the program does not fit into a chip's HBM.
     """
     began = time.perf_counter()
     lowered = function.lower(*arguments)
@@ -205,27 +207,29 @@ def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = 
 
 
 def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 1) -> int:
-    """Model FLOPs of a step of `rows` examples: forward, activations' gradients through the frozen weights, and trained
-    weights' gradients; nothing is counted twice for being rematerialised.
+    """Returns the model FLOPs of a step of `rows` examples.
+
+    They are those of the forward pass, of the activations' gradients and of the trained weights' gradients; what
+    rematerialisation computes again is not counted again.
     """
     return rows * example_flops(config, stage, abstract_input(config, 1, references))
 
 
 def example_flops(config: Config, stage: StageConfig, batch: Batch) -> int:
-    """Model FLOPs of a step on a batch of one example; arrays or shapes."""
+    """Returns the model FLOPs of a step on a batch of one example, given as arrays or shapes."""
     plain = replace(config, parallel=replace(config.parallel, remat="none"))
     loss, (trained, frozen) = loss_of(plain, stage)
     return matmul_flops(jax.value_and_grad(loss), trained, frozen, batch)
 
 
 def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> int:
-    """FLOPs of one example's loss without gradients."""
+    """Returns the FLOPs of one example's loss without gradients."""
     loss, leaves = loss_of(config, stage)
     return matmul_flops(loss, *leaves, abstract_input(config, 1, references))
 
 
 def loss_of(config: Config, stage: StageConfig) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State]]:
-    """The training loss as a function of trained leaves, frozen leaves and a batch, and the shapes of the former two."""
+    """Returns the training loss as a function of (trained, frozen, batch), and the shapes of the former two."""
     state, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: Batch) -> jax.Array:
@@ -236,7 +240,7 @@ def loss_of(config: Config, stage: StageConfig) -> tuple[Callable[..., jax.Array
 
 
 def placed(state: nnx.State, mesh: Mesh, prefix: str = "") -> nnx.State:
-    """A state's shapes where the sharding table puts them; `prefix` goes before their paths."""
+    """Gives each shape of a state the sharding that the table has for `prefix` + its path."""
     flat = [(".".join(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(state)]
     places = shardings({prefix + name: variable.get_value() for name, _, variable in flat}, mesh)
     return nnx.from_flat_state([(path, v.replace(_placed(v.get_value(), places[prefix + name]))) for name, path, v in flat])
@@ -247,5 +251,5 @@ def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def count(tree: Any) -> int:
-    """Values in a tree of arrays or shapes."""
+    """Returns the number of values in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

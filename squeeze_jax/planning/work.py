@@ -1,4 +1,4 @@
-"""How much a running step has to compute, and how fast its devices could: what utilisation is measured against."""
+"""Model FLOPs of a running step, and the peak of its devices: their ratio to the time is the utilisation."""
 
 from typing import Any
 
