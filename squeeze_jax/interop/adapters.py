@@ -1,11 +1,12 @@
 """A LoRA file as the trained leaves of a config: its adapters filled in place, layout and scale as the config has them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.lora import Pair, read_pairs
+from squeeze_jax.interop.lora import Pair, cut_rows, read_pairs
 from squeeze_jax.layers.lora import LowRank, linears
 from squeeze_jax.models.backbone import Backbone
 
@@ -13,51 +14,69 @@ Leaves = dict[str, np.ndarray]
 
 
 def adapter_leaves(
-    dit: Backbone, file: str | Path, alpha_over_rank: float, fresh: np.random.Generator | None = None
+    dit: Backbone,
+    file: str | Path,
+    alpha_over_rank: float,
+    fresh: np.random.Generator | None = None,
 ) -> Leaves:
-    """`down` and `up` of every adapter that the file names, by dotted path; adapters that it does not name are left out.
+    """Reads `down` and `up` of every adapter that the file names, by dotted path.
 
-    dit: a transformer with a config's adapters, of which only shapes are looked at. Ranks and layers that the file lacks
-    are zero; with `fresh` (to train on) their `down` is drawn from it, since of two zero matrices neither ever learns.
-    A scale that differs from the config's goes into `up`. Raises InputError where a layer has no adapter, where the rank is
-    larger, or where the file's q, k and v have down-projections of their own and the config shares one (lora.qkv).
+    dit: a transformer with a config's adapters, of which only shapes are looked at. Ranks and layers
+    that the file lacks are zero; with `fresh` (to train on) their `down` is drawn from it, since of
+    two zero matrices neither ever learns. A scale that differs from the config's goes into `up`.
+    Raises InputError where a layer has no adapter, where the rank is larger, where the file changes
+    rows that the config's adapters leave alone, or where its q, k and v have down-projections of
+    their own and the config shares one (lora.qkv).
     """
     _, pairs, _ = read_pairs(file, dit)
     modules, leaves = dict(linears(dit)), {}
     for path in dict.fromkeys(path for path, _ in pairs):
-        linear = modules[path]
-        if linear.adapter is None:
+        adapter = modules[path].adapter
+        if adapter is None:
             raise InputError(f"{file}: adapts {path}, where this config has no adapter; widen lora.target")
-        unused = sum(len(found) for (where, _), found in pairs.items() if where == path)
-        for number, part in enumerate(linear.adapter.parts):
-            *depth, fan_in, rank = part.down.shape
-            down, up = np.zeros((*depth, fan_in, rank), np.float32), np.zeros((*depth, rank, part.size), np.float32)
-            if fresh is not None:
-                down = fresh.standard_normal(down.shape, np.float32) * np.float32(fan_in**-0.5)
-            for (where, layer), found in pairs.items():
-                inside = [pair for pair in found if _inside(pair, part)]
-                if where != path or not inside:
+        ours = {layer: found for (where, layer), found in pairs.items() if where == path}
+        if any(_changes_others(pair, adapter.parts) for found in ours.values() for pair in found):
+            raise InputError(
+                f"{file}: adapts rows of {path} that this config leaves alone (its adapter covers q, k "
+                "and v); load it with load_lora to sample, or merge it into the base"
+            )
+        for number, part in enumerate(adapter.parts):
+            name = f"dit.{path}.adapter.parts.{number}"
+            leaves |= {f"{name}.down": _down(part, fresh), f"{name}.up": np.zeros(part.up.shape, np.float32)}
+            down, up = leaves[f"{name}.down"], leaves[f"{name}.up"]
+            rank = part.down.shape[-1]
+            for layer, found in ours.items():
+                inside = [cut_rows(pair, part.start, part.size) for pair in found]
+                inside = [pair for pair in inside if pair is not None and pair.b.any()]
+                if not inside:
                     continue
-                at = () if layer is None else (layer,)
-                a = inside[0].a
+                at, a = () if layer is None else (layer,), inside[0].a
                 if any(not np.array_equal(pair.a, a) for pair in inside):
                     raise InputError(
-                        f"{file}: q, k and v of {path} have down-projections of their own; set lora.qkv to separate"
+                        f"{file}: q, k and v of {path} have down-projections of their own; "
+                        "set lora.qkv to separate"
                     )
                 if len(a) > rank:
-                    raise InputError(f"{file}: {path} has rank {len(a)}, the config's lora.rank is {rank}; raise it")
+                    raise InputError(
+                        f"{file}: {path} has rank {len(a)}, the config's lora.rank is {rank}; raise it"
+                    )
                 down[(*at, slice(None), slice(len(a)))] = a.T
                 for pair in inside:
                     ratio = np.float32(pair.scale) / np.float32(alpha_over_rank)
-                    rows = slice(pair.start - part.start, pair.start - part.start + len(pair.b))
-                    up[(*at, slice(len(a)), rows)] = pair.b.T * ratio
-                unused -= len(inside)
-            name = f"dit.{path}.adapter.parts.{number}"
-            leaves |= {f"{name}.down": down, f"{name}.up": up}
-        if unused:
-            raise InputError(f"{file}: adapts rows of {path} across those of this config; set lora.qkv to shared")
+                    up[(*at, slice(len(a)))] += pair.b.T * ratio
     return leaves
 
 
-def _inside(pair: Pair, part: LowRank) -> bool:
-    return part.start <= pair.start and pair.start + len(pair.b) <= part.start + part.size
+def _down(part: LowRank, fresh: np.random.Generator | None) -> np.ndarray:
+    """The down-projection of ranks and layers that a file lacks."""
+    if fresh is None:
+        return np.zeros(part.down.shape, np.float32)
+    deviation = np.float32(part.down.shape[-2] ** -0.5)
+    return fresh.standard_normal(part.down.shape, np.float32) * deviation
+
+
+def _changes_others(pair: Pair, parts: Sequence[LowRank]) -> bool:
+    """Whether a pair changes rows that no part of an adapter covers."""
+    rows = pair.start + np.flatnonzero(pair.b.any(axis=1))
+    covered = [(part.start <= rows) & (rows < part.start + part.size) for part in parts]
+    return not np.logical_or.reduce(covered).all()

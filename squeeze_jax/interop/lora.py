@@ -200,7 +200,7 @@ def save_lora(
         size = linear.kernel.shape[-1] - target.start if target.size == -1 else target.size
         unnamed[target.path][target.start : target.start + size] = False
         pairs = [_pair(part, target.layer) for part in linear.adapter.parts]
-        pairs = [cut for pair in pairs if (cut := _cut(pair, target.start, size)) is not None]
+        pairs = [cut for pair in pairs if (cut := cut_rows(pair, target.start, size)) is not None]
         if not pairs:
             continue
         a, b, scale = _joined(pairs)
@@ -236,7 +236,7 @@ def _pair(part: LowRank, layer: int | None) -> Pair:
     return Pair(a[:rank], b[:, :rank], float(np.asarray(part.scale[...])[at]), part.start)
 
 
-def _cut(pair: Pair, start: int, size: int) -> Pair | None:
+def cut_rows(pair: Pair, start: int, size: int) -> Pair | None:
     """The pair in a window of rows: its rows outside are dropped, rows that it has not are zero."""
     low, high = max(pair.start, start), min(pair.start + len(pair.b), start + size)
     if low >= high or not len(pair.a):

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.formats import format_of
+from squeeze_jax.interop.formats import FORMATS, format_of
 from squeeze_jax.interop.transformer_format import Naming, Target
 from squeeze_jax.models.backbone import BackboneConfig
 
-DialectName = Literal["diffusers", "peft", "kohya", "kohya_diffusers", "comfyui", "xlabs"]
+DialectName = Literal["diffusers", "peft", "kohya", "kohya_diffusers", "comfyui", "ai_toolkit", "xlabs"]
 
 
 class Dialect(NamedTuple):
@@ -41,6 +41,7 @@ DIALECTS: dict[DialectName, Dialect] = {
     "comfyui": Dialect(
         ("diffusion_model.", "", "model.diffusion_model."), "original", ".", *DOWN_UP, alpha=True
     ),
+    "ai_toolkit": Dialect(("diffusion_model.",), "original", ".", *A_B, alpha=False),
     "xlabs": Dialect(
         ("", "diffusion_model."), "xlabs", ".", "down.weight", "up.weight", alpha=False
     ),
@@ -101,6 +102,11 @@ def recognise(
     best = max(DIALECTS, key=lambda name: sum(module in tables[name] for module in modules.values()))
     unused = [key for key, module in modules.items() if module not in tables[best]]
     if unused:
+        own = format_of(config)
+        for family in FORMATS:
+            names = {name for d in DIALECTS.values() for name in spelled(d, family.config())}
+            if family is not own and all(module in names for module in modules.values()):
+                raise InputError(f"{file}: a LoRA for {family.name}, but this transformer is {own.name}'s")
         spellings = list(tables[best])
         listed = []
         for key in unused[:6]:
