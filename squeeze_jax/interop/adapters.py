@@ -47,11 +47,14 @@ def adapter_leaves(
             rank = part.down.shape[-1]
             for layer, found in ours.items():
                 inside = [cut_rows(pair, part.start, part.size) for pair in found]
-                inside = [pair for pair in inside if pair is not None and pair.b.any()]
+                inside = [pair for pair in inside if pair is not None]
                 if not inside:
                     continue
-                at, a = () if layer is None else (layer,), inside[0].a
-                if any(not np.array_equal(pair.a, a) for pair in inside):
+                changing = [pair for pair in inside if pair.b.any()] or inside[:1]
+                if len(changing[0].a) > rank:  # q, k and v may be three blocks of one pair
+                    changing = [_without_unused_ranks(pair) for pair in changing]
+                at, a = () if layer is None else (layer,), changing[0].a
+                if any(not np.array_equal(pair.a, a) for pair in changing):
                     raise InputError(
                         f"{file}: q, k and v of {path} have down-projections of their own; "
                         "set lora.qkv to separate"
@@ -61,7 +64,7 @@ def adapter_leaves(
                         f"{file}: {path} has rank {len(a)}, the config's lora.rank is {rank}; raise it"
                     )
                 down[(*at, slice(None), slice(len(a)))] = a.T
-                for pair in inside:
+                for pair in changing:
                     ratio = np.float32(pair.scale) / np.float32(alpha_over_rank)
                     up[(*at, slice(len(a)))] += pair.b.T * ratio
     return leaves
@@ -73,6 +76,11 @@ def _down(part: LowRank, fresh: np.random.Generator | None) -> np.ndarray:
         return np.zeros(part.down.shape, np.float32)
     deviation = np.float32(part.down.shape[-2] ** -0.5)
     return fresh.standard_normal(part.down.shape, np.float32) * deviation
+
+
+def _without_unused_ranks(pair: Pair) -> Pair:
+    used = pair.b.any(axis=0)
+    return pair._replace(a=pair.a[used], b=pair.b[:, used])
 
 
 def _changes_others(pair: Pair, parts: Sequence[LowRank]) -> bool:
