@@ -14,25 +14,42 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_dit import CONFIG, random_dit
+from small_flux2 import random_flux2
 from small_internvl import INTERNVL, ORIGINAL_CONFIG, random_internvl, randomly
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import flux as flux_format
+from squeeze_jax.interop import flux2_autoencoder
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop import verify as verifier
+from squeeze_jax.interop.flux2 import FLUX2
 from squeeze_jax.interop.mapping import export_entries
 from squeeze_jax.interop.verify import detect, verify
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from squeeze_jax.models.flux2 import Flux2Config
+from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2AutoencoderConfig
 
 DIT = dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14))
+DIT2 = Flux2Config(
+    in_channels=16, context_width=24, heads=2, head_width=32, double_blocks=2, single_blocks=3, rope_axes=(8, 8, 8, 8)
+)
+SMALL2 = Flux2AutoencoderConfig(block_out_channels=(8, 16), norm_groups=4, latent_channels=4)
 SMALL = AutoencoderConfig(block_out_channels=(8, 16), norm_groups=4, latent_channels=4)
 
 
 def write(folder, layout, change=lambda tensors: None):
     """A checkpoint folder; `change` edits its tensors first."""
     folder.mkdir(exist_ok=True)
-    if layout.startswith("flux"):
+    if layout.startswith("flux2"):
+        dit, config = random_flux2(DIT2), FLUX2.config_to_json(DIT2)
+        tensors = export_entries(dit, FLUX2.entries[layout.split("-")[1]](DIT2))
+    elif layout == "autoencoder-flux2":
+        module = randomly(lambda: Flux2Autoencoder(SMALL2, rngs=nnx.Rngs(0)))
+        module.bn.running_var.set_value(jnp.abs(module.bn.running_var[...]) + 0.5)
+        config = flux2_autoencoder.config_to_json(SMALL2)
+        tensors = flux2_autoencoder.export_autoencoder(module)
+    elif layout.startswith("flux"):
         dit, config = random_dit(DIT), flux_format.config_to_json(DIT)
         table = flux_format.original_entries if layout == "flux-original" else flux_format.diffusers_entries
         tensors = export_entries(dit, table(DIT))
@@ -49,13 +66,14 @@ def write(folder, layout, change=lambda tensors: None):
         tensors = export_entries(random_internvl(), table(INTERNVL))
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-    if layout != "flux-original":
+    if layout not in ("flux-original", "flux2-original"):
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 LAYOUTS = [
     "flux-diffusers", "flux-original", "autoencoder-diffusers", "autoencoder-original", "internvl", "internvl-original",
+    "flux2-diffusers", "flux2-original", "autoencoder-flux2",
 ]  # fmt: skip
 
 
@@ -65,7 +83,7 @@ def test_a_good_checkpoint_passes(tmp_path, layout):
     report = verify(write(tmp_path / "x", layout))
     assert report.kind == layout.split("-")[0]
     assert report.passed, report.rows
-    assert len(report.rows) == {"flux": 3, "autoencoder": 2, "internvl": 3}[report.kind]
+    assert len(report.rows) == {"flux": 3, "flux2": 3, "autoencoder": 2, "internvl": 3}[report.kind]
     assert all(row.error is not None and row.error > 0 for row in report.rows)
     assert json.loads(json.dumps(report.to_json()))["passed"] is True
 
