@@ -117,7 +117,7 @@ def test_diffusers_tensors_come_back_byte_for_byte():
 
 @pytest.mark.parametrize("prefix", ["", "vae."])
 def test_the_single_file_gives_the_same_parameters_as_diffusers_folder(prefix):
-    """Against diffusers' converter of older files, which keep 1x1 convolutions outside the coders."""
+    """Against diffusers' converter of older files, whose 1x1 convolutions stand alone."""
     torch = pytest.importorskip(
         "torch", reason="PyTorch is not installed: parity tests are skipped"
     )
