@@ -236,9 +236,8 @@ class Flux2(nnx.Module):
         References follow the target in the image stream. `BlockInputs.temb` is a `Modulation`.
         """
         batch, length = target.shape[:2]
-        positions = jnp.pad(
-            target_positions(target_grid, length), ((0, 0), (0, 0), (1, 0))
-        )  # t = 0
+        # The target is at t = 0.
+        positions = jnp.pad(target_positions(target_grid, length), ((0, 0), (0, 0), (1, 0)))
         tokens, mask, cached_kv = target, None, None
         if isinstance(references, CachedReferences):
             cached_kv = references
@@ -252,11 +251,8 @@ class Flux2(nnx.Module):
         mask = join_masks(context_mask, mask, (batch, context.shape[1], keys))
         modulation = temb if isinstance(temb, Modulation) else self.make_modulation(temb)
         inputs = BlockInputs(modulation, self._rope(positions, context.shape[1]), mask, cached_kv)
-        streams = (
-            constrain(self.txt_in(context), "tokens"),
-            constrain(self.img_in(tokens), "tokens"),
-        )
-        return streams, inputs
+        txt, img = self.txt_in(context), self.img_in(tokens)
+        return (constrain(txt, "tokens"), constrain(img, "tokens")), inputs
 
     def apply_blocks(
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None

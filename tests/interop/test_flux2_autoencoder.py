@@ -154,6 +154,7 @@ def test_configs_go_there_and_back():
         ("use_quant_conv", False),
         ("patch_size", [1, 1]),
         ("act_fn", "relu"),
+        ("out_channels", 4),
         ("mid_block_add_attention", False),
         ("_class_name", "AutoencoderKL"),
     ],
