@@ -50,7 +50,8 @@ def config_from_json(values: dict[str, Any]) -> Flux2AutoencoderConfig:
     Raises KeyError where a size is missing, and InputError for what this model does not do (no
     convolutions at the latents, other blocks, other patches).
     """
-    for name, want in _fixed(len(values["block_out_channels"])).items():
+    fixed = _fixed(len(values["block_out_channels"]))
+    for name, want in {**fixed, "out_channels": values.get("in_channels", 3)}.items():
         found = values.get(name, want)
         if (list(found) if isinstance(found, tuple) else found) != want:
             raise InputError(

@@ -12,6 +12,7 @@ from squeeze_jax.diffusion.latents import (
     pack,
     reference_origins,
     reference_positions,
+    timed_reference_positions,
     unpack,
 )
 
@@ -52,6 +53,18 @@ def test_odd_latents_and_a_wrong_grid_are_refused():
 
 def test_grid_positions_run_row_by_row():
     assert grid_positions(2, 3, (4, 5)).tolist() == [[4, 5], [4, 6], [4, 7], [5, 5], [5, 6], [5, 7]]
+
+
+@pytest.mark.parametrize("grids", [[(2, 3)], [(2, 3), (4, 1), (1, 1)]])
+def test_timed_references_equal_diffusers(grids):
+    torch = pytest.importorskip("torch")
+    from diffusers import Flux2KleinPipeline
+
+    latents = [torch.zeros(1, 1, *grid) for grid in grids]
+    theirs = Flux2KleinPipeline._prepare_image_ids(latents)[0].numpy()
+    assert not theirs[:, 3].any()  # l, the text's axis
+    np.testing.assert_array_equal(timed_reference_positions(grids), theirs[:, :3])
+    assert timed_reference_positions([]).shape == (0, 3)
 
 
 def test_references_shift_diagonally_and_add_up():

@@ -117,7 +117,7 @@ def test_diffusers_tensors_come_back_byte_for_byte():
 
 @pytest.mark.parametrize("prefix", ["", "vae."])
 def test_the_single_file_gives_the_same_parameters_as_diffusers_folder(prefix):
-    """Against diffusers' converter of older files, which keep 1x1 convolutions outside the coders."""
+    """Against diffusers' converter of older files, whose 1x1 convolutions stand alone."""
     torch = pytest.importorskip(
         "torch", reason="PyTorch is not installed: parity tests are skipped"
     )
@@ -154,6 +154,7 @@ def test_configs_go_there_and_back():
         ("use_quant_conv", False),
         ("patch_size", [1, 1]),
         ("act_fn", "relu"),
+        ("out_channels", 4),
         ("mid_block_add_attention", False),
         ("_class_name", "AutoencoderKL"),
     ],

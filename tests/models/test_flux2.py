@@ -197,6 +197,21 @@ def test_a_padded_row_of_references_equals_the_call_with_references(model, veloc
     assert relative_error(padded, run(model, x)) < 1e-5
 
 
+def test_padding_among_cached_references_changes_nothing():
+    model, x = random_flux2(CACHED), inputs()
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def padded(state):
+        model = nnx.merge(graph, state)
+        row = jax.tree.map(jnp.asarray, packed_references(x, extra=3))
+        cache = model.cache_references(row, model.embed_timestep(jnp.zeros(2)))
+        temb = model.embed_timestep(x["t"])
+        return model.velocity(x["target"], x["target_grid"], temb, x["context"], None, cache)
+
+    assert relative_error(padded(state), run(model, x)) < 1e-5
+
+
 def test_masked_conditions_equal_conditions_left_out(velocity):
     """A sample's masked tokens have no influence, though its neighbour in the batch keeps them."""
     x = inputs()
