@@ -16,7 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import PRODUCT, Linear
+from squeeze_jax.layers.linear import FLOAT32, PRODUCT, Linear
+from squeeze_jax.layers.norm import scaled
 from squeeze_jax.sharding import all_gather_fsdp
 
 QKVLayout = Literal["shared", "separate"]
@@ -72,17 +73,19 @@ class LowRank(nnx.Module):
     def size(self) -> int:
         return self.up.shape[-1]
 
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
+    def __call__(
+        self, x: Float[Array, "*B C"], precision: jax.lax.PrecisionLike = None
+    ) -> Float[Array, "*B _"]:
         down, up = (leaf[...].astype(x.dtype) for leaf in (self.down, self.up))
-        narrow = checkpoint_name(x @ all_gather_fsdp(down, "nothing"), PRODUCT)  # `up`'s gradient needs it
-        delta = narrow @ all_gather_fsdp(up, "out")
-        return delta * self.scale[...].astype(x.dtype)
+        down, up = all_gather_fsdp(down, "nothing"), all_gather_fsdp(up, "out")
+        narrow = jnp.matmul(x, down, precision=precision)
+        narrow = checkpoint_name(narrow, PRODUCT)  # the gradient of `up` needs it
+        return scaled(jnp.matmul(narrow, up, precision=precision), self.scale[...])
 
     def matrix(self) -> Float[Array, "*depth C _"]:
         """The delta of the kernel, in float32."""
         down, up = self.down[...].astype(jnp.float32), self.up[...].astype(jnp.float32)
-        # Accelerators multiply float32 in bfloat16 by default, which a merge would keep for ever.
-        delta = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+        delta = jnp.matmul(down, up, precision=FLOAT32)  # a merge keeps its rounding for ever
         return delta * self.scale[...].astype(jnp.float32)[..., None, None]
 
 
@@ -92,10 +95,16 @@ class Adapter(nnx.Module):
     def __init__(self, parts: list[LowRank]) -> None:
         self.parts = nnx.List(parts)
 
-    def __call__(self, x: Float[Array, "*B C"], y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    def __call__(
+        self,
+        x: Float[Array, "*B C"],
+        y: Float[Array, "*B F"],
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Float[Array, "*B F"]:
+        """`y`, the base's product of `x`, with the delta added; `precision` is the base's."""
         for part in self.parts:
             after = y.shape[-1] - part.start - part.size
-            delta = part(x)
+            delta = part(x, precision)
             if part.start or after:
                 delta = jnp.pad(delta, [(0, 0)] * (y.ndim - 1) + [(part.start, after)])
             y = y + delta

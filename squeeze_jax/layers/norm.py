@@ -12,6 +12,15 @@ def per_channel(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
+def scaled(x: Array, scale: Array | float) -> Array:
+    """x · scale, multiplied in float32 and rounded once to the dtype of `x`.
+
+    A float32 scale that were rounded to bfloat16 first would be off by up to 0.4 % for all
+    of `x` alike.
+    """
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
 def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
     """(x − mean) / sqrt(variance + eps) over the last axis, without scale and bias."""
     y = x.astype(jnp.float32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.array_types import Array, Float, Int
+from squeeze_jax.layers.linear import FLOAT32
 from squeeze_jax.sharding import platform
 
 Rotation = tuple[Float[Array, "#B S 1 D"], Float[Array, "#B S 1 D"]]
@@ -43,8 +44,9 @@ def _partner(x: Float[Array, "B S H D"]) -> Float[Array, "B S H D"]:
     """
     if platform() == "tpu":
         swap = np.kron(np.eye(x.shape[-1] // 2, dtype=np.float32), np.array([[0, 1], [-1, 0]], np.float32))
-        exact = jax.lax.Precision.HIGHEST  # of float32; bfloat16 is exact anyway
-        return jnp.matmul(x, jnp.asarray(swap, x.dtype), precision=exact, preferred_element_type=jnp.float32)
+        return jnp.matmul(
+            x, jnp.asarray(swap, x.dtype), precision=FLOAT32, preferred_element_type=jnp.float32
+        )
     y = x.astype(jnp.float32)
     first = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
     return jnp.where(first, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from squeeze_jax.array_types import Array, Bool, Float
+from squeeze_jax.layers.norm import scaled
 from squeeze_jax.sharding import ROWS, current_mesh, drop_indivisible
 
 BLOCKS = (1024, 768, 640, 512, 384, 256, 128)
@@ -72,7 +73,7 @@ def splash_attention(
         return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
     segments = tuple(full(x.astype(jnp.int32), length, 1) for x, length in zip((asking, valid), lengths))
-    query = full((query * jnp.asarray(width**-0.5, query.dtype)).swapaxes(1, 2), lengths[0], 2)
+    query = full(scaled(query, width**-0.5).swapaxes(1, 2), lengths[0], 2)
     key, value = (full(x.swapaxes(1, 2), lengths[1], 2) for x in (key, value))
     if name is not None:
         query, key, value = (checkpoint_name(x, f"{name}_inputs") for x in (query, key, value))

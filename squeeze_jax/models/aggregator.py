@@ -17,7 +17,7 @@ from squeeze_jax.array_types import Array, Bool, DType, Float
 from squeeze_jax.batch import Context, HiddenStates
 from squeeze_jax.layers.attention import attention
 from squeeze_jax.layers.linear import Linear, silu
-from squeeze_jax.layers.norm import RMSNorm
+from squeeze_jax.layers.norm import RMSNorm, scaled
 from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stack_blocks
 from squeeze_jax.sharding import constrain
 
@@ -133,9 +133,10 @@ class Aggregator(nnx.Module):
             case "last_layer":
                 return text[:, -1], image[:, -1]
             case "last_layer_vit":
-                weight = jax.nn.sigmoid(self.vision_weight[...].astype(self.dtype))
-                # Input embeddings: the tower's projected features.
-                return text[:, -1], image[:, -1] * (1 - weight) + image[:, 0] * weight
+                weight = jax.nn.sigmoid(self.vision_weight[...].astype(jnp.float32))
+                # At image tokens, layer 0 (input embeddings) is the tower's projected features.
+                last, vision = (image[:, i].astype(jnp.float32) for i in (-1, 0))
+                return text[:, -1], (last * (1 - weight) + vision * weight).astype(self.dtype)
 
 
 class LayerPool(nnx.Module):
@@ -190,6 +191,7 @@ class FusionBlock(nnx.Module):
         q, k, v = (part.reshape(shape) for part in jnp.split(self.to_qkv(y), 3, axis=-1))
         q, k, v = (constrain(part, "heads") for part in (self.norm_q(q), self.norm_k(k), v))
         mixed = attention(q, k, v, mask=mask, name=ATTENTION).reshape(y.shape)
-        x = constrain(x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y))), "tokens")
+        gate = jax.nn.sigmoid(self.to_gate(y).astype(jnp.float32))
+        x = constrain(x + self.to_out(scaled(mixed, gate)), "tokens")
         y = self.norm2(x)
         return constrain(x + self.ff_down(constrain(silu(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens")

@@ -13,7 +13,7 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float, Key
 from squeeze_jax.layers.attention import attention
-from squeeze_jax.layers.linear import Linear, silu
+from squeeze_jax.layers.linear import FLOAT32, Linear, silu
 from squeeze_jax.layers.norm import per_channel
 
 NORM_EPS = 1e-6
@@ -56,8 +56,9 @@ class AutoencoderConfig:
 class Autoencoder(nnx.Module):
     """Encoder, decoder, and the shift and scale between them.
 
-    `dtype` is what convolutions are computed in, `param_dtype` what is stored; group norms and the softmax are float32
-    always, moments and latents come out as float32.
+    `dtype` is what convolutions are computed in, `param_dtype` what is stored; with a `dtype` of
+    float32, products are float32 on every device. Group norms and the softmax are always float32;
+    moments and latents come out as float32.
     """
 
     def __init__(
@@ -229,7 +230,11 @@ class SpatialAttention(nnx.Module):
     def __init__(self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.group_norm = GroupNorm(width, groups, param_dtype=param_dtype)
-        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(width, width, **how) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            Linear(width, width, precision=FLOAT32, **how) for _ in range(4)
+        )
+        # Of bfloat16, products are exact in any case, and attention may use a kernel.
+        self.precision = FLOAT32 if jnp.dtype(dtype) == jnp.float32 else None
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         batch, height, width, channels = x.shape
@@ -237,10 +242,15 @@ class SpatialAttention(nnx.Module):
         query = self.to_q(y)
         key, value = (to(y).reshape(batch, height * width, 1, channels) for to in (self.to_k, self.to_v))
         if height * width <= ATTENTION_TOKENS:
-            y = attention(query.reshape(batch, height * width, 1, channels), key, value)
+            query = query.reshape(batch, height * width, 1, channels)
+            y = attention(query, key, value, precision=self.precision)
         else:
             rows = query.swapaxes(0, 1)[:, :, :, None, :]
-            y = jax.lax.map(lambda row: attention(row, key, value), rows).swapaxes(0, 1)
+
+            def attend(row: Float[Array, "B w 1 C"]) -> Float[Array, "B w 1 C"]:
+                return attention(row, key, value, precision=self.precision)
+
+            y = jax.lax.map(attend, rows).swapaxes(0, 1)
         return x + self.to_out(y.reshape(x.shape))
 
 
@@ -276,6 +286,7 @@ class Conv(nnx.Module):
             window_strides=(self.stride, self.stride),
             padding=(self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=FLOAT32,
         )
         return y + per_channel(self.bias[...].astype(self.dtype), y)
 
