@@ -13,12 +13,17 @@ Leaves = dict[str, np.ndarray]
 
 
 def adapter_leaves(
-    dit: DiT, file: str | Path, alpha_over_rank: float, fresh: np.random.Generator | None = None
+    dit: DiT,
+    file: str | Path,
+    alpha_over_rank: float,
+    fresh: np.random.Generator | None = None,
+    init_gain: float = 1.0,
 ) -> Leaves:
     """`down` and `up` of every adapter that the file names, by dotted path; adapters that it does not name are left out.
 
     dit: a transformer with a config's adapters, of which only shapes are looked at. Ranks and layers that the file lacks
-    are zero; with `fresh` (to train on) their `down` is drawn from it, since of two zero matrices neither ever learns.
+    are zero; with `fresh` (to train on) their `down` is drawn from it, since of two zero matrices neither ever learns, with
+    the deviation that `LoRAConfig.init_gain` gives a new adapter's.
     A scale that differs from the config's goes into `up`. Raises InputError where a layer has no adapter, where the rank is
     larger, or where the file's q, k and v have down-projections of their own and the config shares one (lora.qkv).
     """
@@ -33,7 +38,8 @@ def adapter_leaves(
             *depth, fan_in, rank = part.down.shape
             down, up = np.zeros((*depth, fan_in, rank), np.float32), np.zeros((*depth, rank, part.size), np.float32)
             if fresh is not None:
-                down = fresh.standard_normal(down.shape, np.float32) * np.float32(fan_in**-0.5)
+                deviation = np.float32(init_gain * fan_in**-0.5)
+                down = fresh.standard_normal(down.shape, np.float32) * deviation
             for (where, layer), found in pairs.items():
                 inside = [pair for pair in found if _inside(pair, part)]
                 if where != path or not inside:

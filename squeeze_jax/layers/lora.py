@@ -48,12 +48,17 @@ class LoRAConfig:
     """Regular expression that a layer's dotted path must match from start to end."""
     qkv: QKVLayout = "shared"
     """`shared`: one down-projection for q, k and v together; `separate`: one each, as PEFT files have them."""
+    init_gain: float = 1.0
+    """`down` starts normal with standard deviation init_gain · in^-1/2, `up` at zero (our decision:
+    docs/decisions.md, "LoRA initialisation")."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"lora.alpha is {self.alpha}; it must be larger than 0, or None for alpha = rank")
+        if not self.init_gain > 0:
+            raise ValueError(f"lora.init_gain is {self.init_gain}; it must be larger than 0")
         if self.qkv not in get_args(QKVLayout):
             raise ValueError(f"lora.qkv is {self.qkv!r}; choose one of {', '.join(get_args(QKVLayout))}")
         try:
@@ -132,8 +137,8 @@ def add_lora(
 ) -> list[str]:
     """Attaches fresh adapters to every linear layer that `config.target` matches; returns their paths.
 
-    `down` is normal with standard deviation in^-1/2 and `up` zero (our decision; the paper is silent). Raises ValueError
-    if nothing matches or a layer already carries an adapter.
+    `down` is normal with standard deviation `config.init_gain` · in^-1/2, `up` is zero. Raises
+    ValueError if nothing matches or a layer already carries an adapter.
     """
     pattern = re.compile(config.target)
     chosen = {path: linear for path, linear in sorted(linears(model), key=lambda item: item[0]) if pattern.fullmatch(path)}
@@ -147,7 +152,8 @@ def add_lora(
         scale = jnp.full(tuple(depth), alpha / config.rank, jnp.float32)
         parts = []
         for start, size in qkv_ranges(path, fan_in, fan_out, config.qkv):
-            down = jax.random.normal(rngs.params(), (*depth, fan_in, config.rank), param_dtype) * fan_in**-0.5
+            noise = jax.random.normal(rngs.params(), (*depth, fan_in, config.rank), param_dtype)
+            down = noise * (config.init_gain * fan_in**-0.5)
             parts.append(LowRank(down, jnp.zeros((*depth, config.rank, size), param_dtype), scale, start))
         linear.adapter = Adapter(parts)
     return list(chosen)

@@ -23,7 +23,6 @@ from squeeze_jax.sharding import constrain
 
 Kind = Literal["last_layer", "last_layer_vit", "lap", "dla"]
 KINDS = get_args(Kind)
-EPS = 1e-5  # Krea 2's
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class AggregatorConfig:
 
     kind: Kind = "dla"
     """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last hidden state;
-    `last_layer_vit`: the same, image tokens blended with the vision tower's features by a learned weight."""
+    `last_layer_vit`: the same, image tokens blended with the vision tower's features by one learned weight (the
+    weight is our decision: docs/decisions.md, "Inside the aggregator")."""
     layers: tuple[int, ...] = tuple(range(29))
     """Which hidden states the pooling sees, 0 = input embeddings; `last_layer` and `last_layer_vit` take the last one."""
     width: int = 3584
@@ -48,6 +48,8 @@ class AggregatorConfig:
     """Attention blocks over the layer axis in each LAP."""
     refiner_blocks: int = 2
     """Attention blocks over the token axis after the join; they undo the MLLM's causal bias."""
+    norm_eps: float = 1e-5
+    """What every RMSNorm adds to the mean square: Krea 2's (docs/decisions.md, "Inside the aggregator")."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -56,6 +58,8 @@ class AggregatorConfig:
             raise ValueError(f"aggregator.width {self.width} must be a multiple of aggregator.heads {self.heads}")
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
             raise ValueError(f"aggregator.layers {self.layers} must be distinct, ascending and not negative")
+        if not self.norm_eps > 0:
+            raise ValueError(f"aggregator.norm_eps is {self.norm_eps}; it must be larger than 0")
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -83,6 +87,7 @@ class Aggregator(nnx.Module):
         pools = {"dla": ("text", "image"), "lap": ("shared",)}.get(config.kind, ())
         self.pools = nnx.Dict({name: LayerPool(config, **kinds, remat=remat, rngs=rngs) for name in pools})
         if config.kind == "last_layer_vit":
+            # The vision tower's share is the sigmoid of this: a half at the start (our decision).
             self.vision_weight = nnx.Param(jnp.zeros((), param_dtype))
         refiner = config.refiner_blocks
         self.refiner_blocks = (
@@ -174,7 +179,7 @@ class FusionBlock(nnx.Module):
     def __init__(self, config: AggregatorConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
         width = config.width
         kinds: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm: Any = {"eps": EPS, "zero_centred": True, "param_dtype": param_dtype}
+        norm: Any = {"eps": config.norm_eps, "zero_centred": True, "param_dtype": param_dtype}
         self.norm1, self.norm2 = RMSNorm(width, **norm), RMSNorm(width, **norm)
         self.norm_q, self.norm_k = (RMSNorm(width // config.heads, **norm) for _ in "qk")
         self.to_qkv = Linear(width, 3 * width, **kinds)

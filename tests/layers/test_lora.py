@@ -255,6 +255,7 @@ def test_a_second_adapter_on_a_layer_is_refused_and_changes_nothing():
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0"),
         ({"target": "("}, "not a regular expression"),
+        ({"init_gain": 0.0}, "init_gain is 0"),
     ],
 )
 def test_impossible_settings_are_refused(values, message):
