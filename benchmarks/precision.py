@@ -42,7 +42,7 @@ from squeeze_jax.planning.train_program import compile_train_step, step_flops, t
 
 PASSES = 6
 """Products of bfloat16 that a TPU makes of one of float32 at the highest precision."""
-SHALLOW = {"double_blocks": 1, "single_blocks": 1}
+SHALLOW = {"num_double_blocks": 1, "num_single_blocks": 1}
 ROWS = 8
 """Rows that a TPU's matrix unit takes at least: one example's vector costs as much."""
 
@@ -94,7 +94,7 @@ def off(found: Any, exact: Any) -> float:
 
 def random_dit(dtype: Any) -> DiT:
     """Half of FLUX.1's width, two blocks of each kind, weights and adapters without zeros; stored in bfloat16."""
-    config = DiTConfig(heads=12, double_blocks=2, single_blocks=2, context_width=1024)
+    config = DiTConfig(heads=12, num_double_blocks=2, num_single_blocks=2, context_width=1024)
     dit = nnx.eval_shape(lambda: DiT(config, dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 

@@ -385,6 +385,23 @@ def load_preset(path: str | Path) -> Config:
     return config
 
 
+RENAMED = {
+    "model.dit.double_blocks": "model.dit.num_double_blocks",
+    "model.dit.single_blocks": "model.dit.num_single_blocks",
+}
+"""Fields that once had another name: old paths to new ones. Files and flags may have either."""
+
+
 def override(config: Config, arguments: list[str], prog: str) -> Config:
-    """`config` with `--path.to.field value` applied; tyro prints an unknown field with the nearest ones and exits 2."""
-    return tyro.cli(Config, default=config, args=arguments, prog=prog)
+    """Returns `config` with `--path.to.field value` applied; old names of `RENAMED` count, too.
+
+    For an unknown field tyro prints the nearest ones and exits with 2.
+    """
+
+    def current(argument: str) -> str:
+        flag, equals, value = argument.partition("=")
+        path = flag.removeprefix("--").replace("-", "_")
+        known = flag.startswith("--") and path in RENAMED
+        return f"--{RENAMED[path]}{equals}{value}" if known else argument
+
+    return tyro.cli(Config, default=config, args=[*map(current, arguments)], prog=prog)

@@ -85,12 +85,12 @@ def _original_targets(config: DiTConfig) -> dict[str, Target]:
 def _xlabs_targets(config: DiTConfig) -> dict[str, Target]:
     """Attention alone: stream 1 is the image's, 2 the text's; a single block's qkv leaves the feed-forward's rows out."""
     found = {}
-    for i in range(config.double_blocks):
+    for i in range(config.num_double_blocks):
         for number, stream in ((1, "img"), (2, "txt")):
             for name in ("qkv", "proj"):
                 path = f"double_blocks.{stream}_attn.{name}"
                 found[f"double_blocks.{i}.processor.{name}_lora{number}"] = Target(path, i, 0, -1)
-    for i in range(config.single_blocks):
+    for i in range(config.num_single_blocks):
         found[f"single_blocks.{i}.processor.qkv_lora"] = Target("single_blocks.linear1", i, 0, 3 * config.width)
         found[f"single_blocks.{i}.processor.proj_lora"] = Target("single_blocks.linear2", i, 0, -1)
     return found

@@ -111,5 +111,11 @@ def _mixed(
     # The softmax's sum divides the result [.., D], not the weights [.., S].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
-    mixed = jnp.einsum("BHTS,BHSD->BHTD", weights.astype(value.dtype), value, precision=precision, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(
+        "BHTS,BHSD->BHTD",
+        weights.astype(value.dtype),
+        value,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
     return (mixed / total).astype(value.dtype)

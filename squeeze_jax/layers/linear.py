@@ -15,7 +15,7 @@ FLOAT32 = jax.lax.Precision.HIGHEST
 """The `precision` of products that are float32 on every device.
 
 JAX's default multiplies float32 operands in bfloat16 on TPU, and in TF32 on newer GPUs; on CPUs there is
-no difference. Source: docs/decisions.md, "Precision".
+no difference. Source: docs/decisions.md, "Float32 and bfloat16".
 """
 
 PRODUCT = "product"

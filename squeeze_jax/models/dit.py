@@ -50,8 +50,8 @@ class DiTConfig:
     """Width of the pooled text vector; this system feeds zeros (docs/decisions.md, "Entry to the backbone")."""
     heads: int = 24
     head_width: int = 128
-    double_blocks: int = 19
-    single_blocks: int = 38
+    num_double_blocks: int = 19
+    num_single_blocks: int = 38
     mlp_ratio: int = 4
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     """Channels of a head that turn with (unused index, row, column)."""
@@ -103,8 +103,12 @@ class DiT(nnx.Module):
         self.time_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs)
         self.vector_in = Embedder(config.pooled_width, width, param_dtype=param_dtype, rngs=rngs)
         self.guidance_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs) if config.guidance else None
-        self.double_blocks = stack_blocks(lambda r: DoubleBlock(config, **kinds, rngs=r), config.double_blocks, rngs)
-        self.single_blocks = stack_blocks(lambda r: SingleBlock(config, **kinds, rngs=r), config.single_blocks, rngs)
+        self.double_blocks = stack_blocks(
+            lambda r: DoubleBlock(config, **kinds, rngs=r), config.num_double_blocks, rngs
+        )
+        self.single_blocks = stack_blocks(
+            lambda r: SingleBlock(config, **kinds, rngs=r), config.num_single_blocks, rngs
+        )
         self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
 
     def __call__(
@@ -229,7 +233,7 @@ class DiT(nnx.Module):
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
     ) -> Streams:
         """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then single blocks."""
-        double, single = self.config.double_blocks, self.config.single_blocks
+        double, single = self.config.num_double_blocks, self.config.num_single_blocks
         stop = double + single if stop is None else stop
         if start < double:
             block_range = None if (start, stop >= double) == (0, True) else range(start, min(stop, double))

@@ -90,7 +90,7 @@ def step_estimate(
     context, image = sequence(config, references if stage.references else 0)
     rows = config.data.batch_per_chip
     blocks = [block_program(config, mesh, kind, rows, context, image) for kind in ("double", "single")]
-    depths = (dit.double_blocks, dit.single_blocks)
+    depths = (dit.num_double_blocks, dit.num_single_blocks)
     compute = whole.expected(chip) + sum((depth - 1) * block.expected(chip) for depth, block in zip(depths, blocks))
     moved = whole.traffic + sum((depth - 1) * block.traffic for depth, block in zip(depths, blocks))
     uncounted = _refiners(config, stage, rows, references) + _encoders(config, stage, rows, references)
@@ -124,7 +124,8 @@ def _refiners(config: Config, stage: StageConfig, rows: int, references: int) ->
     count = config.aggregator.refiner_blocks
     if count < 2:
         return 0
-    shallow = replace(config.model, dit=replace(config.model.dit, double_blocks=1, single_blocks=1))
+    one_each = replace(config.model.dit, num_double_blocks=1, num_single_blocks=1)
+    shallow = replace(config.model, dit=one_each)
     config = replace(config, model=shallow)
     one = replace(config, aggregator=replace(config.aggregator, refiner_blocks=1))
     return step_flops(config, stage, rows, references) - step_flops(one, stage, rows, references)
@@ -137,7 +138,8 @@ def block_program(
 
     Without `backward`, as in sampling, shifts, scales and gates are given: one set for all examples.
     """
-    one = replace(config.model, dit=replace(config.model.dit, double_blocks=1, single_blocks=1))
+    one_each = replace(config.model.dit, num_double_blocks=1, num_single_blocks=1)
+    one = replace(config.model, dit=one_each)
     config = replace(config, model=one)
     name = f"{kind}_blocks"
     blocks = nnx.eval_shape(lambda: getattr(build_system(config, with_base=False).dit, name))

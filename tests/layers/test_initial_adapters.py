@@ -9,7 +9,8 @@ from squeeze_jax.layers.lora import LoRAConfig, add_lora
 from squeeze_jax.models.dit import DiT, DiTConfig
 
 # Six layers of every kind, wide enough that a deviation is known to 2 %.
-CONFIG = DiTConfig(context_width=8, pooled_width=8, heads=2, head_width=32, double_blocks=1, single_blocks=1,
+CONFIG = DiTConfig(context_width=8, pooled_width=8, heads=2, head_width=32,
+                   num_double_blocks=1, num_single_blocks=1,
                    rope_axes=(8, 12, 12))  # fmt: skip
 
 
