@@ -110,6 +110,11 @@ class DataConfig(Checked):
     max_tiles: int = 1
     """Most tiles of a reference that InternVL sees, 1 to 12 (published option; one tile is our decision)."""
 
+    @property
+    def tiles_per_reference(self) -> int:
+        """Most tiles that the MLLM sees of a reference: the whole picture is one more of several."""
+        return self.max_tiles + (self.max_tiles > 1)
+
     def _problems(self) -> Iterator[str]:
         for name in ("height", "width", "reference_long_side"):
             value = getattr(self, name)

@@ -4,6 +4,7 @@ Aggregator, sampler, trainer, planner and export use these names alone. `models/
 first backbone; `tests/models/test_toy_backbone.py` has the smallest one that can be trained and sampled.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.batch import References
-from squeeze_jax.diffusion.latents import grid_positions
+from squeeze_jax.diffusion.latents import grid_positions, reference_positions
 from squeeze_jax.layers.attention import attention, heads_first
 from squeeze_jax.layers.rope import Rotation, rotate
 from squeeze_jax.layers.stack import ATTENTION
@@ -152,6 +153,21 @@ def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> 
         return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
     index, columns = jnp.arange(length)[None], jnp.asarray(grid)[:, 1:]
     return jnp.stack([index // columns, index % columns], axis=-1)
+
+
+def join_references(
+    target_grid: tuple[int, int],
+    references: Sequence[tuple[Float[Array, "B _ c"], tuple[int, int]]],
+) -> References:
+    """References of the same sizes in every sample, packed already, as one row of tokens.
+
+    Each has its tokens and (rows, columns) of them; they are positioned past the target as
+    `diffusion.latents.pack_references` does it for samples of different sizes.
+    """
+    tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
+    positions = jnp.asarray(reference_positions(target_grid, [grid for _, grid in references]))
+    positions = jnp.broadcast_to(positions[None], (*tokens.shape[:2], 2))
+    return References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
 
 
 def join_masks(

@@ -15,7 +15,6 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, Bool, DType, Float, Int
 from squeeze_jax.batch import References
-from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, add_gated, modulate, sinusoidal
@@ -31,6 +30,7 @@ from squeeze_jax.models.backbone import (
     ReferenceAttention,
     Streams,
     join_masks,
+    join_references,
     joint_attention,
     split_heads,
     target_positions,
@@ -129,12 +129,7 @@ class DiT(nnx.Module):
         value as a user gives it (3.5, say), needed where the model takes one. `pooled=None` means zeros. The context
         may have length 0.
         """
-        packed = None
-        if references:
-            tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
-            positions = jnp.asarray(reference_positions(target_grid, [grid for _, grid in references]))
-            positions = jnp.broadcast_to(positions[None], (*tokens.shape[:2], 2))
-            packed = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
+        packed = join_references(target_grid, references) if references else None
         shown: References | CachedReferences | None = packed
         if packed is not None and self.config.reference_attention == "cached":
             shown = self.cache_references(packed, self.embed_timestep(jnp.zeros_like(t), guidance, pooled))

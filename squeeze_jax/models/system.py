@@ -20,12 +20,13 @@ class System(nnx.Module):
         self.encoders = encoders
 
     def encode_batch(self, batch: TrainingBatch | RawBatch) -> TrainingBatch:
-        """Runs the encoders on raw examples; returns a batch of features as it is. No gradient flows through."""
-        if isinstance(batch, TrainingBatch):
-            return batch
+        """Returns the batch's features: raw examples go through the encoders, without gradient."""
+        return batch.features(self._encode)
+
+    def _encode(self, raw: RawBatch) -> TrainingBatch:
         if self.encoders is None:
             raise ValueError("raw examples need a system with encoders (data.online)")
-        return jax.lax.stop_gradient(self.encoders(batch, self.aggregator.config.reads))
+        return jax.lax.stop_gradient(self.encoders(raw, self.aggregator.config.reads))
 
     def aggregate(self, states: HiddenStates) -> Context:
         """Aggregates a prompt's hidden states: once a prompt, whatever the number of steps."""
