@@ -68,15 +68,21 @@ def reference_origins(target_grid: Grid, reference_grids: Sequence[Grid]) -> lis
     return origins
 
 
-def reference_positions(target_grid: Grid, reference_grids: Sequence[Grid]) -> Int32[np.ndarray, "R 2"]:
+def reference_positions(
+    target_grid: Grid, reference_grids: Sequence[Grid]
+) -> Int32[np.ndarray, "R 2"]:
     """`grid_positions` of all references in a row, each from its origin of `reference_origins`."""
     origins = reference_origins(target_grid, reference_grids)
-    parts = [grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)]
+    parts = [
+        grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)
+    ]
     return np.concatenate([np.zeros((0, 2), np.int32), *parts])
 
 
 def pack_references(
-    latents: Sequence[Sequence[np.ndarray]], target_grids: Sequence[Grid], length: int,
+    latents: Sequence[Sequence[np.ndarray]],
+    target_grids: Sequence[Grid],
+    length: int,
     channels: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Packs each sample's reference latents into one row of `length` tokens, positioned past its target.

@@ -86,14 +86,21 @@ def plain_attention(
         return jnp.moveaxis(x.reshape(*x.shape[:2], count, QUERIES, x.shape[-1]), 2, 0)
 
     if allowed is None or allowed.shape[2] == 1:
-        mixed = jax.lax.map(lambda part: _mixed(part, key, value, allowed, precision), blocks(query[:, :, :many]))
+        mixed = jax.lax.map(
+            lambda part: _mixed(part, key, value, allowed, precision), blocks(query[:, :, :many])
+        )
         left = allowed
     else:
         cut = blocks(query[:, :, :many]), blocks(allowed[:, :, :many])
-        mixed, left = jax.lax.map(lambda part: _mixed(part[0], key, value, part[1], precision), cut), allowed[:, :, many:]
+        mixed, left = (
+            jax.lax.map(lambda part: _mixed(part[0], key, value, part[1], precision), cut),
+            allowed[:, :, many:],
+        )
     mixed = jnp.moveaxis(mixed, 0, 2).reshape(*query.shape[:2], many, query.shape[-1])
     if query.shape[2] > many:
-        mixed = jnp.concatenate([mixed, _mixed(query[:, :, many:], key, value, left, precision)], axis=2)
+        mixed = jnp.concatenate(
+            [mixed, _mixed(query[:, :, many:], key, value, left, precision)], axis=2
+        )
     return mixed.swapaxes(1, 2)
 
 
@@ -104,7 +111,9 @@ def _mixed(
     allowed: Bool[Array, "B 1 #T S"] | None,
     precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "B H T D"]:
-    scores = jnp.einsum("BHTD,BHSD->BHTS", query, key, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "BHTD,BHSD->BHTS", query, key, precision=precision, preferred_element_type=jnp.float32
+    )
     scores = scores * (query.shape[-1] ** -0.5)
     if allowed is not None:
         scores = jnp.where(allowed, scores, MASKED)

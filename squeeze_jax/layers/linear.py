@@ -48,7 +48,9 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(gain * in_features**-0.5) if gain else nnx.initializers.zeros
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
-        self.kernel_scale: Any = nnx.data(None)  # layers.int8: what the values of an int8 kernel stand for
+        self.kernel_scale: Any = nnx.data(
+            None
+        )  # layers.int8: what the values of an int8 kernel stand for
         self.adapter: Any = nnx.data(None)  # layers.lora.Adapter
         self.dtype = jnp.dtype(dtype)
         self.tensor_axis: TensorAxis = tensor_axis
@@ -56,8 +58,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         x = x.astype(self.dtype)
-        narrow = min(self.kernel.dtype, self.dtype, key=lambda kind: kind.itemsize)  # what the matrix travels in
-        kernel = all_gather_fsdp(self.kernel[...].astype(narrow), self.tensor_axis).astype(self.dtype)
+        narrow = min(
+            self.kernel.dtype, self.dtype, key=lambda kind: kind.itemsize
+        )  # what the matrix travels in
+        kernel = all_gather_fsdp(self.kernel[...].astype(narrow), self.tensor_axis).astype(
+            self.dtype
+        )
         if self.kernel_scale is None:
             y = jnp.matmul(x, kernel, precision=self.precision)
         else:

@@ -56,15 +56,21 @@ class LoRAConfig:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
         if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"lora.alpha is {self.alpha}; it must be larger than 0, or None for alpha = rank")
+            raise ValueError(
+                f"lora.alpha is {self.alpha}; it must be larger than 0, or None for alpha = rank"
+            )
         if not self.init_gain > 0:
             raise ValueError(f"lora.init_gain is {self.init_gain}; it must be larger than 0")
         if self.qkv not in get_args(QKVLayout):
-            raise ValueError(f"lora.qkv is {self.qkv!r}; choose one of {', '.join(get_args(QKVLayout))}")
+            raise ValueError(
+                f"lora.qkv is {self.qkv!r}; choose one of {', '.join(get_args(QKVLayout))}"
+            )
         try:
             re.compile(self.target)
         except re.error as error:
-            raise ValueError(f"lora.target {self.target!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"lora.target {self.target!r} is not a regular expression: {error}"
+            ) from None
 
 
 class LowRank(nnx.Module):
@@ -141,11 +147,19 @@ def add_lora(
     ValueError if nothing matches or a layer already carries an adapter.
     """
     pattern = re.compile(config.target)
-    chosen = {path: linear for path, linear in sorted(linears(model), key=lambda item: item[0]) if pattern.fullmatch(path)}
+    chosen = {
+        path: linear
+        for path, linear in sorted(linears(model), key=lambda item: item[0])
+        if pattern.fullmatch(path)
+    }
     if not chosen:
-        raise ValueError(f"lora.target {config.target!r} matches no linear layer of the transformer")
+        raise ValueError(
+            f"lora.target {config.target!r} matches no linear layer of the transformer"
+        )
     if carrying := [path for path, linear in chosen.items() if linear.adapter is not None]:
-        raise ValueError(f"{', '.join(carrying)} already carries an adapter; merge or remove it first")
+        raise ValueError(
+            f"{', '.join(carrying)} already carries an adapter; merge or remove it first"
+        )
     alpha = config.rank if config.alpha is None else config.alpha
     for path, linear in chosen.items():
         *depth, fan_in, fan_out = linear.kernel.shape
@@ -154,7 +168,9 @@ def add_lora(
         for start, size in qkv_ranges(path, fan_in, fan_out, config.qkv):
             noise = jax.random.normal(rngs.params(), (*depth, fan_in, config.rank), param_dtype)
             down = noise * (config.init_gain * fan_in**-0.5)
-            parts.append(LowRank(down, jnp.zeros((*depth, config.rank, size), param_dtype), scale, start))
+            parts.append(
+                LowRank(down, jnp.zeros((*depth, config.rank, size), param_dtype), scale, start)
+            )
         linear.adapter = Adapter(parts)
     return list(chosen)
 
@@ -187,7 +203,9 @@ def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
             continue
         kernel = linear.kernel[...]
         if linear.kernel_scale is not None:
-            raise ValueError(f"{path} is kept in int8; load the base in bfloat16 to merge adapters into it")
+            raise ValueError(
+                f"{path} is kept in int8; load the base in bfloat16 to merge adapters into it"
+            )
         before[path] = kernel
         merged = kernel.astype(jnp.float32) + linear.adapter.matrix(kernel.shape[-1])
         linear.kernel.set_value(merged.astype(kernel.dtype))

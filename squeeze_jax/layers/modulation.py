@@ -44,7 +44,9 @@ class AdaLN(nnx.Module):
     """`count` vectors a sample from the conditioning vector: lin(silu(vec)), in float32; zero at the start."""
 
     def __init__(self, width: int, count: int, *, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        self.lin = float32_linear(width, count * width, gain=0.0, param_dtype=param_dtype, rngs=rngs)
+        self.lin = float32_linear(
+            width, count * width, gain=0.0, param_dtype=param_dtype, rngs=rngs
+        )
         self.count = count
 
     def __call__(self, vec: Float[Array, "B C"]) -> tuple[Float[Array, "B 1 C"], ...]:
@@ -58,6 +60,8 @@ def modulate(
     return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), NORM_EPS) + shift).astype(x.dtype)
 
 
-def add_gated(x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]) -> jax.Array:
+def add_gated(
+    x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]
+) -> jax.Array:
     """x + gate·update, the residual step: in float32, returned in the dtype of `x`."""
     return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)

@@ -39,7 +39,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         y = layer_norm(x.astype(jnp.float32), self.eps)
-        scale, bias = (per_channel(leaf[...].astype(jnp.float32), x) for leaf in (self.scale, self.bias))
+        scale, bias = (
+            per_channel(leaf[...].astype(jnp.float32), x) for leaf in (self.scale, self.bias)
+        )
         return (y * scale + bias).astype(x.dtype)
 
 
@@ -47,7 +49,12 @@ class RMSNorm(nnx.Module):
     """x / sqrt(mean(x²) + eps) · scale; with `zero_centred` the multiplier is 1 + scale (Krea 2's convention)."""
 
     def __init__(
-        self, features: int, *, eps: float, zero_centred: bool = False, param_dtype: DType = jnp.float32
+        self,
+        features: int,
+        *,
+        eps: float,
+        zero_centred: bool = False,
+        param_dtype: DType = jnp.float32,
     ) -> None:
         start = jnp.zeros if zero_centred else jnp.ones
         self.scale = nnx.Param(start((features,), param_dtype))

@@ -40,10 +40,14 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         if not self.block_out_channels or self.layers_per_block < 1:
-            raise ValueError("the autoencoder needs at least one width and one residual block a resolution")
+            raise ValueError(
+                "the autoencoder needs at least one width and one residual block a resolution"
+            )
         for width in self.block_out_channels:
             if width % self.norm_groups:
-                raise ValueError(f"width {width} does not divide into {self.norm_groups} groups (norm_groups)")
+                raise ValueError(
+                    f"width {width} does not divide into {self.norm_groups} groups (norm_groups)"
+                )
         if self.scaling_factor <= 0:
             raise ValueError(f"scaling_factor is {self.scaling_factor}; it must be positive")
 
@@ -117,7 +121,9 @@ class Autoencoder(nnx.Module):
 class Encoder(nnx.Module):
     """Pictures to moments (mean and log variance side by side on the last axis)."""
 
-    def __init__(self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths, groups = config.block_out_channels, config.norm_groups
         self.conv_in = Conv(config.in_channels, widths[0], **how)
@@ -142,7 +148,9 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Raw latents to pictures."""
 
-    def __init__(self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths, groups = config.block_out_channels[::-1], config.norm_groups
         self.conv_in = Conv(config.latent_channels, widths[0], **how)
@@ -178,9 +186,13 @@ class Level(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.resnets = nnx.List([ResidualBlock(before, width, groups, **how) for before in widths_in])
+        self.resnets = nnx.List(
+            [ResidualBlock(before, width, groups, **how) for before in widths_in]
+        )
         self.resample = resample
-        self.conv = Conv(width, width, stride=2 if resample == "down" else 1, **how) if resample else None
+        self.conv = (
+            Conv(width, width, stride=2 if resample == "down" else 1, **how) if resample else None
+        )
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 F"]:
         for block in self.resnets:
@@ -193,7 +205,9 @@ class Level(nnx.Module):
 class MidBlock(nnx.Module):
     """Residual block, attention over all latents, residual block."""
 
-    def __init__(self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.resnets = nnx.List([ResidualBlock(width, width, groups, **how) for _ in range(2)])
         self.attention = SpatialAttention(width, groups, **how)
@@ -209,7 +223,14 @@ class ResidualBlock(nnx.Module):
     """
 
     def __init__(
-        self, width_in: int, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+        self,
+        width_in: int,
+        width: int,
+        groups: int,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
     ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm1 = GroupNorm(width_in, groups, param_dtype=param_dtype)
@@ -227,7 +248,9 @@ class ResidualBlock(nnx.Module):
 class SpatialAttention(nnx.Module):
     """x + single-head attention over all places of the grid."""
 
-    def __init__(self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.group_norm = GroupNorm(width, groups, param_dtype=param_dtype)
         self.to_q, self.to_k, self.to_v, self.to_out = (
@@ -240,7 +263,9 @@ class SpatialAttention(nnx.Module):
         batch, height, width, channels = x.shape
         y = self.group_norm(x)
         query = self.to_q(y)
-        key, value = (to(y).reshape(batch, height * width, 1, channels) for to in (self.to_k, self.to_v))
+        key, value = (
+            to(y).reshape(batch, height * width, 1, channels) for to in (self.to_k, self.to_v)
+        )
         if height * width <= ATTENTION_TOKENS:
             query = query.reshape(batch, height * width, 1, channels)
             y = attention(query, key, value, precision=self.precision)
@@ -272,8 +297,14 @@ class Conv(nnx.Module):
         param_dtype: DType,
         rngs: nnx.Rngs,
     ) -> None:
-        init = nnx.initializers.normal(gain * (size * size * in_channels) ** -0.5) if gain else nnx.initializers.zeros
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_channels, out_channels), param_dtype))
+        init = (
+            nnx.initializers.normal(gain * (size * size * in_channels) ** -0.5)
+            if gain
+            else nnx.initializers.zeros
+        )
+        self.kernel = nnx.Param(
+            init(rngs.params(), (size, size, in_channels, out_channels), param_dtype)
+        )
         self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype))
         self.stride = stride
         self.padding = (0, 1) if stride == 2 else (size // 2, size // 2)
@@ -302,7 +333,9 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         y = x.astype(jnp.float32)
         y = y - self._group_mean(y)
-        scale, bias = (per_channel(vector[...].astype(jnp.float32), y) for vector in (self.scale, self.bias))
+        scale, bias = (
+            per_channel(vector[...].astype(jnp.float32), y) for vector in (self.scale, self.bias)
+        )
         multiplier = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + NORM_EPS) * scale
         return (y * multiplier + bias).astype(x.dtype)
 

@@ -106,13 +106,17 @@ class Backbone(Protocol):
     @property
     def config(self) -> BackboneConfig: ...
 
-    def embed_timestep(self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None) -> jax.Array:
+    def embed_timestep(
+        self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None
+    ) -> jax.Array:
         """The conditioning vector [B, C] of times and distilled guidance values."""
         ...
 
     def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation: ...
 
-    def cache_references(self, references: References, temb: Float[Array, "B C"]) -> CachedReferences: ...
+    def cache_references(
+        self, references: References, temb: Float[Array, "B C"]
+    ) -> CachedReferences: ...
 
     def embed_inputs(
         self,
@@ -132,7 +136,9 @@ class Backbone(Protocol):
         """The hidden states after the blocks `start` to `stop` - 1, of all blocks in order."""
         ...
 
-    def predict_velocity(self, hidden: Float[Array, "B N C"], inputs: BlockInputs) -> Float[Array, "B N c"]:
+    def predict_velocity(
+        self, hidden: Float[Array, "B N C"], inputs: BlockInputs
+    ) -> Float[Array, "B N c"]:
         """The velocity of the target tokens from their hidden states after the last block."""
         ...
 
@@ -147,7 +153,9 @@ class Backbone(Protocol):
     ) -> Float[Array, "B N c"]: ...
 
 
-def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> Int[Array, "#B N 2"]:
+def target_positions(
+    grid: tuple[int, int] | Int[Array, "B 2"], length: int
+) -> Int[Array, "#B N 2"]:
     """Row and column of the target's tokens, of one grid or of one a row of the batch, each with `length` tokens."""
     if isinstance(grid, tuple):
         return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
@@ -171,7 +179,9 @@ def join_references(
 
 
 def join_masks(
-    context: Bool[Array, "B L"] | None, image: Bool[Array, "B T"] | None, sizes: tuple[int, int, int]
+    context: Bool[Array, "B L"] | None,
+    image: Bool[Array, "B T"] | None,
+    sizes: tuple[int, int, int],
 ) -> Bool[Array, "B S"] | None:
     """One mask of the joint sequence; `sizes` are (batch, context tokens, image tokens). None where all count."""
     if context is None and image is None:
@@ -186,7 +196,11 @@ def join_masks(
 
 def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fused [q; k; v] channels as three arrays [B T H D]."""
-    shape = (*qkv.shape[:2], heads, qkv.shape[-1] // (3 * heads))  # no -1: a context may have length 0
+    shape = (
+        *qkv.shape[:2],
+        heads,
+        qkv.shape[-1] // (3 * heads),
+    )  # no -1: a context may have length 0
     q, k, v = (heads_first(part.reshape(shape)) for part in jnp.split(qkv, 3, axis=-1))
     return q, k, v
 
@@ -207,7 +221,9 @@ def joint_attention(
     kv = k, v
     if cached_kv is not None:  # one row of the cache may serve several images of a prompt
         k, v = (
-            jnp.concatenate([own, jnp.repeat(cached, q.shape[0] // cached.shape[0], axis=0)], axis=1)
+            jnp.concatenate(
+                [own, jnp.repeat(cached, q.shape[0] // cached.shape[0], axis=0)], axis=1
+            )
             for own, cached in zip(kv, cached_kv)
         )
     mixed = attention(q, k, v, mask=mask, name=ATTENTION)

@@ -45,7 +45,9 @@ class Encoders(nnx.Module):
     def hidden_states(self, raw: RawBatch, layers: tuple[int, ...]) -> HiddenStates:
         """Some of the MLLM's hidden states, text and image tokens apart."""
         unit = raw.tiles.astype(jnp.float32) / 255.0
-        mean, deviation = (per_channel(jnp.array(values), unit) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, deviation = (
+            per_channel(jnp.array(values), unit) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         tiles = (unit - mean) / deviation
         hidden = self.mllm(raw.ids, tiles, raw.valid)[:, jnp.array(layers)].astype(jnp.bfloat16)
         image = raw.tiles.shape[1] * self.mllm.config.image_tokens
