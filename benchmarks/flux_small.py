@@ -25,7 +25,8 @@ from squeeze_jax.interop.mapping import load_entries
 from squeeze_jax.models.dit import DiT, DiTConfig
 
 CONFIG = DiTConfig(
-    context_width=256, pooled_width=64, heads=4, head_width=64, double_blocks=2, single_blocks=4, rope_axes=(16, 24, 24)
+    context_width=256, pooled_width=64, heads=4, head_width=64,
+    num_double_blocks=2, num_single_blocks=4, rope_axes=(16, 24, 24)
 )
 BATCH, GRID, CONTEXT, ROUNDS = 4, (16, 16), 128, 15
 

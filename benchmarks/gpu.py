@@ -72,7 +72,9 @@ def config_of(depth):
     from squeeze_jax.config import load_preset
 
     config = load_preset(Path(__file__).parents[1] / "configs" / "flux_stage2.py")
-    dit = dataclasses.replace(config.model.dit, double_blocks=depth[0], single_blocks=depth[1])
+    dit = dataclasses.replace(
+        config.model.dit, num_double_blocks=depth[0], num_single_blocks=depth[1]
+    )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dit=dit, dit_weights=None))
 
 

@@ -36,7 +36,7 @@ def write(folder: Path, single_blocks: int) -> None:
     from squeeze_jax.interop.mapping import parameters_by_path
     from squeeze_jax.models.dit import DiT, DiTConfig
 
-    config = dataclasses.replace(DiTConfig(), double_blocks=2, single_blocks=single_blocks)
+    config = dataclasses.replace(DiTConfig(), num_double_blocks=2, num_single_blocks=single_blocks)
     parameters = parameters_by_path(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))))
     rng, shards = np.random.default_rng(0), {}
     for entry in diffusers_entries(config):

@@ -40,7 +40,8 @@ from squeeze_jax.sampling.sampler import make_sampler
 from squeeze_jax.sampling.schedule import STAGES, make_schedule, noise_for
 
 CONFIG = DiTConfig(
-    context_width=256, pooled_width=64, heads=4, head_width=64, double_blocks=2, single_blocks=4, rope_axes=(16, 24, 24)
+    context_width=256, pooled_width=64, heads=4, head_width=64,
+    num_double_blocks=2, num_single_blocks=4, rope_axes=(16, 24, 24)
 )
 READS = AggregatorConfig(
     layers=tuple(range(5)), width=128, out_width=256, heads=4, mlp_width=256, refiner_blocks=2
@@ -120,7 +121,7 @@ def counted(system: System, states: HiddenStates, references: References, schedu
 
 def by_tokens(references: int, schedule, way: str) -> float:
     """The same by the arithmetic of docs/sampling.md: 24·T·C² + 4·T·S·C a block, T queries, S keys; nothing else."""
-    width, blocks = CONFIG.width, CONFIG.double_blocks + CONFIG.single_blocks
+    width, blocks = CONFIG.width, CONFIG.num_double_blocks + CONFIG.num_single_blocks
 
     def block(queries: int, keys: int) -> float:
         return blocks * (24.0 * queries * width**2 + 4.0 * queries * keys * width)

@@ -44,7 +44,8 @@ def preset(steps: int) -> Config:
         name="soak",
         model=ModelConfig(
             dit=DiTConfig(
-                in_channels=32, context_width=64, pooled_width=8, heads=2, head_width=32, double_blocks=1, single_blocks=2,
+                in_channels=32, context_width=64, pooled_width=8, heads=2, head_width=32,
+                num_double_blocks=1, num_single_blocks=2,
                 rope_axes=(8, 12, 12), guidance=False,
             ),
             latent_pixels=4, dtype="float32", frozen_dtype="float32",

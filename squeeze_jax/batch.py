@@ -3,6 +3,7 @@
 Letters are those of `array_types`. Padding stands at the end of an axis, is masked out, and never changes a result.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from squeeze_jax.array_types import Array, Bool, Float, Int, UInt8
@@ -52,6 +53,10 @@ class TrainingBatch(NamedTuple):
     grid: Int[Array, "B 2"] | None = None
     """Rows and columns of each target's tokens, where targets are of several sizes; None: the config's."""
 
+    def features(self, encode: "Callable[[RawBatch], TrainingBatch]") -> "TrainingBatch":
+        """The batch itself: it holds features already."""
+        return self
+
 
 class RawBatch(NamedTuple):
     """One batch of examples before the frozen encoders, for programs that run these themselves."""
@@ -68,3 +73,7 @@ class RawBatch(NamedTuple):
     """What the MLLM sees of the references, sample by sample; unused places at the end of a sample's."""
     index: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """The example's number."""
+
+    def features(self, encode: "Callable[[RawBatch], TrainingBatch]") -> TrainingBatch:
+        """What the encoders make of the examples."""
+        return encode(self)

@@ -114,6 +114,11 @@ class DataConfig(Checked):
     max_tiles: int = 1
     """Most tiles of a reference that InternVL sees, 1 to 12 (published option; one tile is our decision)."""
 
+    @property
+    def tiles_per_reference(self) -> int:
+        """Most tiles that the MLLM sees of a reference: the whole picture is one more of several."""
+        return self.max_tiles + (self.max_tiles > 1)
+
     def _problems(self) -> Iterator[str]:
         for name in ("height", "width", "reference_long_side"):
             value = getattr(self, name)
@@ -389,8 +394,25 @@ def load_preset(path: str | Path) -> Config:
     return config
 
 
+RENAMED = {
+    "model.dit.double_blocks": "model.dit.num_double_blocks",
+    "model.dit.single_blocks": "model.dit.num_single_blocks",
+}
+"""Fields that once had another name: old paths to new ones. Files and flags may have either."""
+
+
 def override(config: Config, arguments: list[str], prog: str) -> Config:
-    """`config` with `--path.to.field value` applied; tyro prints an unknown field with the nearest ones and exits 2."""
-    # Without the marker a union would be a subcommand; what the default is, stays.
+    """Returns `config` with `--path.to.field value` applied; old names of `RENAMED` count, too.
+
+    For an unknown field tyro prints the nearest ones and exits with 2.
+    """
+
+    def current(argument: str) -> str:
+        flag, equals, value = argument.partition("=")
+        path = flag.removeprefix("--").replace("-", "_")
+        known = flag.startswith("--") and path in RENAMED
+        return f"--{RENAMED[path]}{equals}{value}" if known else argument
+
+    # Without the marker a union would be a subcommand; the kind that the default is of, stays.
     kind = tyro.conf.AvoidSubcommands[Config]
-    return tyro.cli(kind, default=config, args=arguments, prog=prog)
+    return tyro.cli(kind, default=config, args=[*map(current, arguments)], prog=prog)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any, get_args
 
-from squeeze_jax.config import Config
+from squeeze_jax.config import RENAMED, Config
 from squeeze_jax.errors import InputError
 
 
@@ -14,7 +14,9 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`; a missing field has its default. Raises InputError for what is no config."""
+    """The inverse of `to_json`. A missing field has its default, and one with an old name of
+    `config.RENAMED` is read under its new one. Raises InputError for what is no config.
+    """
     try:
         return _build(Config, json.loads(text), "config")
     except (TypeError, json.JSONDecodeError) as error:
@@ -27,6 +29,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise InputError(f"{where} must be an object, it is {value!r}")
         fields = {f.name: f for f in dataclasses.fields(kind)}
+        value = _with_new_names(value, where)
         unknown = sorted(set(value) - set(fields))
         if unknown:
             raise InputError(f"{where} has unknown fields {', '.join(unknown)}: it was written by another version")
@@ -45,6 +48,17 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 
 def _names(kind: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
+
+
+def _with_new_names(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a section under the names that they have today."""
+    section = where.removeprefix("config").lstrip(".")
+    for old, new in RENAMED.items():
+        path, _, name = old.rpartition(".")
+        today = new.rpartition(".")[2]
+        if path == section and name in values and today not in values:
+            values = {today if field == name else field: item for field, item in values.items()}
+    return values
 
 
 def differences(old: Config, new: Config) -> list[str]:

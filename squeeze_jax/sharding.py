@@ -44,7 +44,9 @@ PARAMETERS: tuple[tuple[str, PartitionSpec], ...] = (
 # Kind of an activation → spec of its axes.
 Activation = Literal["tokens", "hidden", "heads"]
 ACTIVATIONS: dict[Activation, PartitionSpec] = {
-    "tokens": PartitionSpec(ROWS, None, None),  # [B, T, C], between blocks: every channel of an example on one chip
+    "tokens": PartitionSpec(
+        ROWS, None, None
+    ),  # [B, T, C], between blocks: every channel of an example on one chip
     "hidden": PartitionSpec(ROWS, None, "tensor"),  # [B, T, F], inside a feed-forward
     "heads": PartitionSpec(ROWS, None, "tensor", None),  # [B, T, H, D]
 }
@@ -151,11 +153,18 @@ def drop_indivisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) ->
         names = (axes,) if isinstance(axes, str) else axes or ()
         return math.prod(mesh.shape[name] for name in names)
 
-    return PartitionSpec(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape)))
+    return PartitionSpec(
+        *(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape))
+    )
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None, heads: int = 0
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+    heads: int = 0,
 ) -> Mesh:
     """A mesh over all devices (`jax.devices()` unless given); one axis may be -1 and takes what the others leave.
 
@@ -168,12 +177,17 @@ def make_mesh(
     sizes = (data, fsdp, tensor)
     wanted = format_mesh(sizes)
     if sum(size == -1 for size in sizes) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise InputError(f"a mesh of {wanted}: sizes are at least 1, and one of them may be -1 (all that is left)")
+        raise InputError(
+            f"a mesh of {wanted}: sizes are at least 1, and one of them may be -1 (all that is left)"
+        )
     known = math.prod(size for size in sizes if size != -1)
     sizes = tuple(max(1, len(devices) // known) if size == -1 else size for size in sizes)
     slices = _slices(devices)
     if (problem := _problem(sizes, len(devices), slices, heads)) is not None:
-        near = "; ".join(format_mesh(mesh) for mesh in nearest_meshes(len(devices), sizes, slices=slices, heads=heads))
+        near = "; ".join(
+            format_mesh(mesh)
+            for mesh in nearest_meshes(len(devices), sizes, slices=slices, heads=heads)
+        )
         raise InputError(f"a mesh of {wanted} {problem}. The nearest that work: {near or 'none'}")
     return Mesh(arrange_devices(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -184,13 +198,20 @@ def arrange_devices(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     within = (sizes[0] // slices, *sizes[1:])
     # Splitting a physical axis is JAX's last resort, without which 2 x 8 on a torus of 4 x 4 has no answer.
     if slices > 1:
-        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+        )
     return mesh_utils.create_device_mesh(within, devices=devices, allow_split_physical_axes=True)
 
 
 def _slices(devices: Sequence[Any]) -> int:
     """TPU slices that these devices lie on; other devices count as one."""
-    return len({getattr(device, "slice_index", None) if device.platform == "tpu" else None for device in devices})
+    return len(
+        {
+            getattr(device, "slice_index", None) if device.platform == "tpu" else None
+            for device in devices
+        }
+    )
 
 
 def nearest_meshes(
@@ -237,7 +258,10 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 def shardings(leaves: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """A sharding for every leaf of a flat dict, by its dotted path."""
-    return {path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh)) for path, leaf in leaves.items()}
+    return {
+        path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh))
+        for path, leaf in leaves.items()
+    }
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -13,7 +13,8 @@ from squeeze_jax.interop.mapping import load_entries
 from squeeze_jax.models.dit import DiT, DiTConfig
 
 CONFIG = DiTConfig(
-    in_channels=64, context_width=40, pooled_width=24, heads=3, head_width=24, double_blocks=2, single_blocks=3,
+    in_channels=64, context_width=40, pooled_width=24, heads=3, head_width=24,
+    num_double_blocks=2, num_single_blocks=3,
     rope_axes=(4, 8, 12),
 )  # fmt: skip
 

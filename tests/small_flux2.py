@@ -12,7 +12,7 @@ from squeeze_jax.interop.mapping import load_entries, parameters_by_path
 from squeeze_jax.models.flux2 import Flux2, Flux2Config
 
 CONFIG = Flux2Config(
-    in_channels=16, context_width=40, heads=3, head_width=32, double_blocks=2, single_blocks=3,
+    in_channels=16, context_width=40, heads=3, head_width=32, num_double_blocks=2, num_single_blocks=3,
     mlp_ratio=2.5, rope_axes=(6, 8, 8, 10),
 )  # fmt: skip
 REFERENCES = ((2, 3), (4, 2), (1, 1))

@@ -136,6 +136,23 @@ def test_a_transformer_that_cannot_be(changes, message):
         DiTConfig(heads=2, head_width=8, **changes)
 
 
+def test_old_files_and_flags_still_count():
+    """Names that fields once had, and fields that there were not: as older versions wrote them."""
+    config = tiny_config(lora=LoRAConfig())
+    values = json.loads(to_json(config))
+    dit = values["model"]["dit"]
+    for kind in ("double", "single"):
+        dit[f"{kind}_blocks"] = dit.pop(f"num_{kind}_blocks")
+    del values["lora"]["init_gain"], values["aggregator"]["norm_eps"]
+    assert from_json(json.dumps(values)) == config
+    assert (config.lora.init_gain, config.aggregator.norm_eps) == (1.0, 1e-5)
+    for flags in (["--model.dit.double-blocks", "5"], ["--model.dit.double_blocks=5"]):
+        assert override(config, flags, "train.py").model.dit.num_double_blocks == 5
+    dit["num_double_blocks"] = 3
+    with pytest.raises(InputError, match=r"config\.model\.dit has unknown fields double_blocks"):
+        from_json(json.dumps(values))
+
+
 def test_json_of_another_version_is_refused():
     values = json.loads(to_json(tiny_config(lora=LoRAConfig())))
     values["optimizer"]["momentum"] = 0.9

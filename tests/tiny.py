@@ -24,7 +24,8 @@ def tiny_config(**changes) -> Config:
         name="tiny",
         model=ModelConfig(
             dit=DiTConfig(
-                context_width=24, pooled_width=8, heads=2, head_width=8, double_blocks=1, single_blocks=2,
+                context_width=24, pooled_width=8, heads=2, head_width=8,
+                num_double_blocks=1, num_single_blocks=2,
                 rope_axes=(2, 2, 4),
             ),
             dtype="float32",

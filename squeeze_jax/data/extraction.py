@@ -26,7 +26,7 @@ def rows_of_shard(config: Config, layers: int, references: int = 1) -> int:
 
     references: most of a row. Raises InputError where a record would be larger than its format allows.
     """
-    tiles = config.data.max_tiles + (config.data.max_tiles > 1)
+    tiles = config.data.tiles_per_reference
     tokens = TEXT + IMAGE * tiles * max(1, references)
     row = layers * tokens * config.aggregator.width * (1 if config.data.codec == "int8" else 2)
     if row >= MOST_BYTES:

@@ -67,7 +67,7 @@ class ReadRaw:
 
     def __call__(self, numbers: tuple[int, np.ndarray]) -> Arrays:
         wanted, data, shape = numbers[1].tolist(), self.data, self.shape
-        most = shape.references * (data.max_tiles + (data.max_tiles > 1))
+        most = shape.references * data.tiles_per_reference
         arrays: Arrays = {
             "target": np.zeros((len(wanted), data.height, data.width, 3), np.uint8),
             "references": np.zeros((len(wanted), shape.references, *shape.reference_size, 3), np.uint8),

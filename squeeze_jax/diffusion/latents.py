@@ -74,10 +74,14 @@ def reference_origins(target_grid: Grid, reference_grids: Sequence[Grid]) -> lis
     return origins
 
 
-def reference_positions(target_grid: Grid, reference_grids: Sequence[Grid]) -> Int32[np.ndarray, "R 2"]:
+def reference_positions(
+    target_grid: Grid, reference_grids: Sequence[Grid]
+) -> Int32[np.ndarray, "R 2"]:
     """`grid_positions` of all references in a row, each from its origin of `reference_origins`."""
     origins = reference_origins(target_grid, reference_grids)
-    parts = [grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)]
+    parts = [
+        grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)
+    ]
     return np.concatenate([np.zeros((0, 2), np.int32), *parts])
 
 

@@ -18,12 +18,14 @@ def adapter_leaves(
     file: str | Path,
     alpha_over_rank: float,
     fresh: np.random.Generator | None = None,
+    init_gain: float = 1.0,
 ) -> Leaves:
     """Reads `down` and `up` of every adapter that the file names, by dotted path.
 
     dit: a transformer with a config's adapters, of which only shapes are looked at. Ranks and layers
     that the file lacks are zero; with `fresh` (to train on) their `down` is drawn from it, since of
-    two zero matrices neither ever learns. A scale that differs from the config's goes into `up`.
+    two zero matrices neither ever learns, with the deviation that `LoRAConfig.init_gain` gives a new
+    adapter's. A scale that differs from the config's goes into `up`.
     Raises InputError where a layer has no adapter, where the rank is larger, where the file changes
     rows that the config's adapters leave alone, or where its q, k and v have down-projections of
     their own and the config shares one (lora.qkv).
@@ -42,7 +44,7 @@ def adapter_leaves(
             )
         for number, part in enumerate(adapter.parts):
             name = f"dit.{path}.adapter.parts.{number}"
-            leaves |= {f"{name}.down": _down(part, fresh), f"{name}.up": np.zeros(part.up.shape, np.float32)}
+            leaves |= {f"{name}.down": _down(part, fresh, init_gain), f"{name}.up": np.zeros(part.up.shape, np.float32)}
             down, up = leaves[f"{name}.down"], leaves[f"{name}.up"]
             rank = part.down.shape[-1]
             for layer, found in ours.items():
@@ -70,11 +72,11 @@ def adapter_leaves(
     return leaves
 
 
-def _down(part: LowRank, fresh: np.random.Generator | None) -> np.ndarray:
+def _down(part: LowRank, fresh: np.random.Generator | None, init_gain: float) -> np.ndarray:
     """The down-projection of ranks and layers that a file lacks."""
     if fresh is None:
         return np.zeros(part.down.shape, np.float32)
-    deviation = np.float32(part.down.shape[-2] ** -0.5)
+    deviation = np.float32(init_gain * part.down.shape[-2] ** -0.5)
     return fresh.standard_normal(part.down.shape, np.float32) * deviation
 
 

@@ -131,7 +131,7 @@ def lora_leaves(
         return dit
 
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    leaves = adapter_leaves(nnx.eval_shape(make), file, alpha / lora.rank, fresh)
+    leaves = adapter_leaves(nnx.eval_shape(make), file, alpha / lora.rank, fresh, lora.init_gain)
     if place is None:
         return dict(leaves)
     return {

@@ -30,7 +30,7 @@ def diffusers_entries(config: DiTConfig) -> list[Entry]:
         linear(f"{ours}.in_layer", f"time_text_embed.{theirs}.linear_1")
         linear(f"{ours}.out_layer", f"time_text_embed.{theirs}.linear_2")
 
-    for i in range(config.double_blocks):
+    for i in range(config.num_double_blocks):
         block = f"transformer_blocks.{i}"
         streams = {
             "img": ("norm1", ("to_q", "to_k", "to_v"), "to_out.0", "norm_q", "norm_k", "ff"),
@@ -53,7 +53,7 @@ def diffusers_entries(config: DiTConfig) -> list[Entry]:
             for norm, name in (("query_norm", norm_q), ("key_norm", norm_k)):
                 table.append(Entry((f"{block}.attn.{name}.weight",), f"{ours}_attn.norm.{norm}.scale", layer=i))
 
-    for i in range(config.single_blocks):
+    for i in range(config.num_single_blocks):
         block = f"single_transformer_blocks.{i}"
         parts = (*(f"{block}.attn.{n}" for n in ("to_q", "to_k", "to_v")), f"{block}.proj_mlp")
         linear("single_blocks.modulation.lin", f"{block}.norm.linear", layer=i)
@@ -85,7 +85,7 @@ def original_entries(config: DiTConfig) -> list[Entry]:
     for embedder in ("time_in", "vector_in", *(["guidance_in"] if config.guidance else [])):
         for layer in ("in_layer", "out_layer"):
             linear(f"{embedder}.{layer}", f"{embedder}.{layer}")
-    for i in range(config.double_blocks):
+    for i in range(config.num_double_blocks):
         for stream in ("img", "txt"):
             theirs, ours = f"double_blocks.{i}.{stream}", f"double_blocks.{stream}"
             linear(f"{theirs}_mod.lin", f"{ours}_mod.lin", i)
@@ -95,7 +95,7 @@ def original_entries(config: DiTConfig) -> list[Entry]:
             linear(f"{theirs}_mlp.2", f"{ours}_mlp.out_layer", i)
             for norm in ("query_norm", "key_norm"):
                 leaf(f"{theirs}_attn.norm.{norm}.scale", f"{ours}_attn.norm.{norm}.scale", layer=i)
-    for i in range(config.single_blocks):
+    for i in range(config.num_single_blocks):
         theirs = f"single_blocks.{i}"
         linear(f"{theirs}.modulation.lin", "single_blocks.modulation.lin", i)
         for name in ("linear1", "linear2"):
@@ -115,8 +115,8 @@ def config_from_json(values: dict[str, Any]) -> DiTConfig:
         pooled_width=values["pooled_projection_dim"],
         heads=values["num_attention_heads"],
         head_width=values["attention_head_dim"],
-        double_blocks=values["num_layers"],
-        single_blocks=values["num_single_layers"],
+        num_double_blocks=values["num_layers"],
+        num_single_blocks=values["num_single_layers"],
         rope_axes=tuple(values.get("axes_dims_rope", (16, 56, 56))),
         guidance=values["guidance_embeds"],
     )
@@ -132,8 +132,8 @@ def config_to_json(config: DiTConfig) -> dict[str, Any]:
         "pooled_projection_dim": config.pooled_width,
         "num_attention_heads": config.heads,
         "attention_head_dim": config.head_width,
-        "num_layers": config.double_blocks,
-        "num_single_layers": config.single_blocks,
+        "num_layers": config.num_double_blocks,
+        "num_single_layers": config.num_single_blocks,
         "axes_dims_rope": list(config.rope_axes),
         "guidance_embeds": config.guidance,
     }
@@ -159,8 +159,8 @@ def config_from_shapes(tensors: Tensors) -> DiTConfig:
         pooled_width=tensors.shape("vector_in.in_layer.weight")[1],
         heads=width // head,
         head_width=head,
-        double_blocks=depth("double_blocks"),
-        single_blocks=depth("single_blocks"),
+        num_double_blocks=depth("double_blocks"),
+        num_single_blocks=depth("single_blocks"),
         rope_axes=(unused, rows, columns),
         guidance=any(name.startswith("guidance_in.") for name in names),
     )
@@ -172,12 +172,12 @@ def xlabs_targets(config: DiTConfig) -> dict[str, Target]:
     Stream 1 is the image's, 2 the text's; a single block's qkv leaves the feed-forward's rows out.
     """
     found = {}
-    for i in range(config.double_blocks):
+    for i in range(config.num_double_blocks):
         for number, stream in ((1, "img"), (2, "txt")):
             for name in ("qkv", "proj"):
                 path = f"double_blocks.{stream}_attn.{name}"
                 found[f"double_blocks.{i}.processor.{name}_lora{number}"] = Target(path, i, 0, -1)
-    for i in range(config.single_blocks):
+    for i in range(config.num_single_blocks):
         block, rows = f"single_blocks.{i}.processor", 3 * config.width
         found[f"{block}.qkv_lora"] = Target("single_blocks.linear1", i, 0, rows)
         found[f"{block}.proj_lora"] = Target("single_blocks.linear2", i, 0, -1)

@@ -58,7 +58,7 @@ def rows(config: Flux2Config) -> Iterator[Row]:
             "ff_context",
         ),
     }
-    for i in range(config.double_blocks):
+    for i in range(config.num_double_blocks):
         theirs = f"transformer_blocks.{i}"
         for stream, (qkv, out, norms, ff) in streams.items():
             ours, original = f"double_blocks.{stream}", f"double_blocks.{i}.{stream}"
@@ -75,7 +75,7 @@ def rows(config: Flux2Config) -> Iterator[Row]:
 
     layers = {"linear1": "to_qkv_mlp_proj", "linear2": "to_out"}
     layers |= {"norm.query_norm": "norm_q", "norm.key_norm": "norm_k"}
-    for i in range(config.single_blocks):
+    for i in range(config.num_single_blocks):
         for ours, theirs in layers.items():
             names = (f"single_transformer_blocks.{i}.attn.{theirs}",)
             yield Row(f"single_blocks.{ours}", f"single_blocks.{i}.{ours}", names, i)
@@ -133,8 +133,8 @@ def config_from_json(values: dict[str, Any]) -> Flux2Config:
         context_width=values["joint_attention_dim"],
         heads=values["num_attention_heads"],
         head_width=values["attention_head_dim"],
-        double_blocks=values["num_layers"],
-        single_blocks=values["num_single_layers"],
+        num_double_blocks=values["num_layers"],
+        num_single_blocks=values["num_single_layers"],
         mlp_ratio=float(values.get("mlp_ratio", 3.0)),
         rope_axes=tuple(values.get("axes_dims_rope", (32, 32, 32, 32))),
         rope_theta=float(values.get("rope_theta", 2000)),
@@ -151,8 +151,8 @@ def config_to_json(config: Flux2Config) -> dict[str, Any]:
         "joint_attention_dim": config.context_width,
         "num_attention_heads": config.heads,
         "attention_head_dim": config.head_width,
-        "num_layers": config.double_blocks,
-        "num_single_layers": config.single_blocks,
+        "num_layers": config.num_double_blocks,
+        "num_single_layers": config.num_single_blocks,
         "mlp_ratio": config.mlp_ratio,
         "axes_dims_rope": list(config.rope_axes),
         "rope_theta": config.rope_theta,
@@ -179,8 +179,8 @@ def config_from_shapes(tensors: Tensors) -> Flux2Config:
         context_width=tensors.shape("txt_in.weight")[1],
         heads=width // head,
         head_width=head,
-        double_blocks=depth("double_blocks"),
-        single_blocks=depth("single_blocks"),
+        num_double_blocks=depth("double_blocks"),
+        num_single_blocks=depth("single_blocks"),
         mlp_ratio=tensors.shape("double_blocks.0.img_mlp.2.weight")[1] / width,
         rope_axes=(axis, axis, axis, axis),
         guidance=any(name.startswith("guidance_in.") for name in names),

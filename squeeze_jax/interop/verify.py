@@ -161,7 +161,7 @@ def _has(*modules: str) -> bool:
 
 def _dit_rows(source: Source) -> Iterator[Row]:
     full, family = source.config, format_of(source.config)
-    config = dataclasses.replace(full, double_blocks=1, single_blocks=1)
+    config = dataclasses.replace(full, num_double_blocks=1, num_single_blocks=1)
     table = source.entries(config)
     grid, references = (4, 4), ((2, 3),)
     rng = np.random.default_rng(0)
@@ -190,8 +190,8 @@ def _dit_rows(source: Source) -> Iterator[Row]:
             **extra,
         )
 
-    for k in range(max(full.double_blocks, full.single_blocks)):
-        double, single = min(k, full.double_blocks - 1), min(k, full.single_blocks - 1)
+    for k in range(max(full.num_double_blocks, full.num_single_blocks)):
+        double, single = min(k, full.num_double_blocks - 1), min(k, full.num_single_blocks - 1)
         layers = {r"^(double|transformer)_blocks\.0\.": double, r"^single_(transformer_)?blocks\.0\.": single}
         tensors = _one_block(source.tensors, table, layers)
         dit = _loaded(family.module, config, table, tensors)

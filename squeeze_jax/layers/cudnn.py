@@ -13,7 +13,10 @@ LEAST = 64
 
 def suits(query: jax.Array, key: jax.Array) -> bool:
     """Whether cuDNN has it: half precision, heads of at most 128 channels."""
-    half, many = query.dtype in (jnp.bfloat16, jnp.float16), min(query.shape[1], key.shape[1]) >= LEAST
+    half, many = (
+        query.dtype in (jnp.bfloat16, jnp.float16),
+        min(query.shape[1], key.shape[1]) >= LEAST,
+    )
     return half and many and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
 
 
@@ -45,12 +48,16 @@ def cudnn_attention(
     tokens, keys = query.shape[1], key.shape[1]
     if keys % 2 and mask is None:
         mask = jnp.ones((query.shape[0], keys), bool)
-    query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
+    )
     if mask is not None:
         of_queries = ((0, tokens % 2),) if mask.ndim == 3 else ()
         mask = jnp.pad(mask, ((0, 0), *of_queries, (0, keys % 2)))
 
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def run(
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
         lengths = None
         if mask is not None and mask.ndim == 2:
             order = jnp.argsort(~mask, axis=1)
@@ -59,7 +66,9 @@ def cudnn_attention(
             key, value = (jnp.where(counts, reordered(x, order), 0) for x in (key, value))
             mask = None
         elif mask is not None:
-            mask = jnp.broadcast_to(mask[:, None], (query.shape[0], 1, query.shape[1], key.shape[1]))
+            mask = jnp.broadcast_to(
+                mask[:, None], (query.shape[0], 1, query.shape[1], key.shape[1])
+            )
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
         )
@@ -73,5 +82,7 @@ def cudnn_attention(
     if specs[0][2] != specs[1][2]:
         specs = [PartitionSpec(spec[0]) for spec in specs]
     rows = None if mask is None else PartitionSpec(specs[0][0])
-    cut = jax.shard_map(run, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)
+    cut = jax.shard_map(
+        run, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False
+    )
     return cut(query, key, value, mask)[:, :tokens]

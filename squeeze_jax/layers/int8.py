@@ -35,6 +35,8 @@ def _rounded(kernel: Float[Array, "depth C F"]) -> tuple[Any, Float[Array, "dept
     try:
         import qwix
     except ImportError:
-        raise InputError('int8 weights need qwix; run `pip install "squeeze_jax[quantize]"`') from None
+        raise InputError(
+            'int8 weights need qwix; run `pip install "squeeze_jax[quantize]"`'
+        ) from None
     rounded = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 2))
     return rounded.qvalue, rounded.scale[:, 0]

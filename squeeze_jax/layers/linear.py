@@ -11,6 +11,13 @@ from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.norm import per_channel
 from squeeze_jax.sharding import TensorAxis, all_gather_fsdp
 
+FLOAT32 = jax.lax.Precision.HIGHEST
+"""The `precision` of products that are float32 on every device.
+
+JAX's default multiplies float32 operands in bfloat16 on TPU, and in TF32 on newer GPUs; on CPUs there is
+no difference. Source: docs/decisions.md, "Float32 and bfloat16".
+"""
+
 PRODUCT = "product"
 """The `checkpoint_name` tag of what a backward pass would have to multiply matrices for, were it not kept."""
 
@@ -22,6 +29,7 @@ class Linear(nnx.Module):
     in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored.
     `tensor_axis` is the axis of the kernel that a mesh's tensor axis splits: `in` where the inputs come in slices (after
     attention, or as the second layer of a feed-forward), and as `sharding.PARAMETERS` has it for the layer's name.
+    `precision` matters for a `dtype` of float32: None takes JAX's default, `FLOAT32` is exact.
     """
 
     def __init__(
@@ -34,29 +42,37 @@ class Linear(nnx.Module):
         tensor_axis: TensorAxis = "out",
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ) -> None:
         init = nnx.initializers.normal(gain * in_features**-0.5) if gain else nnx.initializers.zeros
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
-        self.kernel_scale: Any = nnx.data(None)  # layers.int8: what the values of an int8 kernel stand for
+        self.kernel_scale: Any = nnx.data(
+            None
+        )  # layers.int8: what the values of an int8 kernel stand for
         self.adapter: Any = nnx.data(None)  # layers.lora.Adapter
         self.dtype = jnp.dtype(dtype)
         self.tensor_axis: TensorAxis = tensor_axis
+        self.precision = precision
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         x = x.astype(self.dtype)
-        narrow = min(self.kernel.dtype, self.dtype, key=lambda kind: kind.itemsize)  # what the matrix travels in
-        kernel = all_gather_fsdp(self.kernel[...].astype(narrow), self.tensor_axis).astype(self.dtype)
+        narrow = min(
+            self.kernel.dtype, self.dtype, key=lambda kind: kind.itemsize
+        )  # what the matrix travels in
+        kernel = all_gather_fsdp(self.kernel[...].astype(narrow), self.tensor_axis).astype(
+            self.dtype
+        )
         if self.kernel_scale is None:
-            y = x @ kernel
+            y = jnp.matmul(x, kernel, precision=self.precision)
         else:
-            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+            y = jnp.matmul(x, kernel, precision=self.precision, preferred_element_type=jnp.float32)
             y = (y * per_channel(self.kernel_scale[...], y)).astype(self.dtype)
         if self.bias is not None:
             y = y + per_channel(self.bias[...].astype(self.dtype), y)
         if self.adapter is not None:
-            y = self.adapter(x, y)
+            y = self.adapter(x, y, self.precision)
         return checkpoint_name(y, PRODUCT)
 
 

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import PRODUCT, Linear
+from squeeze_jax.layers.linear import FLOAT32, PRODUCT, Linear
+from squeeze_jax.layers.norm import scaled
 from squeeze_jax.sharding import all_gather_fsdp
 
 QKVLayout = Literal["shared", "separate"]
@@ -47,18 +48,29 @@ class LoRAConfig:
     """Regular expression that a layer's dotted path must match from start to end."""
     qkv: QKVLayout = "shared"
     """`shared`: one down-projection for q, k and v together; `separate`: one each, as PEFT files have them."""
+    init_gain: float = 1.0
+    """`down` starts normal with standard deviation init_gain · in^-1/2, `up` at zero (our decision:
+    docs/decisions.md, "LoRA initialisation")."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
         if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"lora.alpha is {self.alpha}; it must be larger than 0, or None for alpha = rank")
+            raise ValueError(
+                f"lora.alpha is {self.alpha}; it must be larger than 0, or None for alpha = rank"
+            )
+        if not self.init_gain > 0:
+            raise ValueError(f"lora.init_gain is {self.init_gain}; it must be larger than 0")
         if self.qkv not in get_args(QKVLayout):
-            raise ValueError(f"lora.qkv is {self.qkv!r}; choose one of {', '.join(get_args(QKVLayout))}")
+            raise ValueError(
+                f"lora.qkv is {self.qkv!r}; choose one of {', '.join(get_args(QKVLayout))}"
+            )
         try:
             re.compile(self.target)
         except re.error as error:
-            raise ValueError(f"lora.target {self.target!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"lora.target {self.target!r} is not a regular expression: {error}"
+            ) from None
 
 
 class LowRank(nnx.Module):
@@ -72,17 +84,19 @@ class LowRank(nnx.Module):
     def size(self) -> int:
         return self.up.shape[-1]
 
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B _"]:
+    def __call__(
+        self, x: Float[Array, "*B C"], precision: jax.lax.PrecisionLike = None
+    ) -> Float[Array, "*B _"]:
         down, up = (leaf[...].astype(x.dtype) for leaf in (self.down, self.up))
-        narrow = checkpoint_name(x @ all_gather_fsdp(down, "nothing"), PRODUCT)  # `up`'s gradient needs it
-        delta = narrow @ all_gather_fsdp(up, "out")
-        return delta * self.scale[...].astype(x.dtype)
+        down, up = all_gather_fsdp(down, "nothing"), all_gather_fsdp(up, "out")
+        narrow = jnp.matmul(x, down, precision=precision)
+        narrow = checkpoint_name(narrow, PRODUCT)  # the gradient of `up` needs it
+        return scaled(jnp.matmul(narrow, up, precision=precision), self.scale[...])
 
     def matrix(self) -> Float[Array, "*depth C _"]:
         """The delta of the kernel, in float32."""
         down, up = self.down[...].astype(jnp.float32), self.up[...].astype(jnp.float32)
-        # Accelerators multiply float32 in bfloat16 by default, which a merge would keep for ever.
-        delta = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+        delta = jnp.matmul(down, up, precision=FLOAT32)  # a merge keeps its rounding for ever
         return delta * self.scale[...].astype(jnp.float32)[..., None, None]
 
 
@@ -92,10 +106,16 @@ class Adapter(nnx.Module):
     def __init__(self, parts: list[LowRank]) -> None:
         self.parts = nnx.List(parts)
 
-    def __call__(self, x: Float[Array, "*B C"], y: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    def __call__(
+        self,
+        x: Float[Array, "*B C"],
+        y: Float[Array, "*B F"],
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Float[Array, "*B F"]:
+        """`y`, the base's product of `x`, with the delta added; `precision` is the base's."""
         for part in self.parts:
             after = y.shape[-1] - part.start - part.size
-            delta = part(x)
+            delta = part(x, precision)
             if part.start or after:
                 delta = jnp.pad(delta, [(0, 0)] * (y.ndim - 1) + [(part.start, after)])
             y = y + delta
@@ -123,23 +143,34 @@ def add_lora(
 ) -> list[str]:
     """Attaches fresh adapters to every linear layer that `config.target` matches; returns their paths.
 
-    `down` is normal with standard deviation in^-1/2 and `up` zero (our decision; the paper is silent). Raises ValueError
-    if nothing matches or a layer already carries an adapter.
+    `down` is normal with standard deviation `config.init_gain` · in^-1/2, `up` is zero. Raises
+    ValueError if nothing matches or a layer already carries an adapter.
     """
     pattern = re.compile(config.target)
-    chosen = {path: linear for path, linear in sorted(linears(model), key=lambda item: item[0]) if pattern.fullmatch(path)}
+    chosen = {
+        path: linear
+        for path, linear in sorted(linears(model), key=lambda item: item[0])
+        if pattern.fullmatch(path)
+    }
     if not chosen:
-        raise ValueError(f"lora.target {config.target!r} matches no linear layer of the transformer")
+        raise ValueError(
+            f"lora.target {config.target!r} matches no linear layer of the transformer"
+        )
     if carrying := [path for path, linear in chosen.items() if linear.adapter is not None]:
-        raise ValueError(f"{', '.join(carrying)} already carries an adapter; merge or remove it first")
+        raise ValueError(
+            f"{', '.join(carrying)} already carries an adapter; merge or remove it first"
+        )
     alpha = config.rank if config.alpha is None else config.alpha
     for path, linear in chosen.items():
         *depth, fan_in, fan_out = linear.kernel.shape
         scale = jnp.full(tuple(depth), alpha / config.rank, jnp.float32)
         parts = []
         for start, size in qkv_ranges(path, fan_in, fan_out, config.qkv):
-            down = jax.random.normal(rngs.params(), (*depth, fan_in, config.rank), param_dtype) * fan_in**-0.5
-            parts.append(LowRank(down, jnp.zeros((*depth, config.rank, size), param_dtype), scale, start))
+            noise = jax.random.normal(rngs.params(), (*depth, fan_in, config.rank), param_dtype)
+            down = noise * (config.init_gain * fan_in**-0.5)
+            parts.append(
+                LowRank(down, jnp.zeros((*depth, config.rank, size), param_dtype), scale, start)
+            )
         linear.adapter = Adapter(parts)
     return list(chosen)
 
@@ -172,7 +203,9 @@ def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
             continue
         kernel = linear.kernel[...]
         if linear.kernel_scale is not None:
-            raise ValueError(f"{path} is kept in int8; load the base in bfloat16 to merge adapters into it")
+            raise ValueError(
+                f"{path} is kept in int8; load the base in bfloat16 to merge adapters into it"
+            )
         before[path] = kernel
         merged = kernel.astype(jnp.float32) + linear.adapter.matrix(kernel.shape[-1])
         linear.kernel.set_value(merged.astype(kernel.dtype))

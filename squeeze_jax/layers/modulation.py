@@ -1,5 +1,6 @@
 """What the noise level does to a transformer: embeddings of scalars, and shift, scale and gate (AdaLN)."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import Linear, silu
+from squeeze_jax.layers.linear import FLOAT32, Linear, silu
 from squeeze_jax.layers.norm import layer_norm
 
 NORM_EPS = 1e-6  # FLUX.1: every LayerNorm and q/k RMSNorm
@@ -25,6 +26,10 @@ def sinusoidal(x: Float[Array, " B"], width: int = 256) -> Float[Array, "B {widt
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+float32_linear = partial(Linear, dtype=jnp.float32, precision=FLOAT32)
+"""A linear layer that multiplies in float32 on every device, whatever the model's dtype."""
+
+
 class Embedder(nnx.Module):
     """Linear, SiLU, linear in float32 (FLUX.1's MLPEmbedder; FLUX.2's has no biases)."""
 
@@ -38,8 +43,8 @@ class Embedder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         kinds: Any = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
-        self.in_layer = Linear(in_features, width, dtype=jnp.float32, **kinds)
-        self.out_layer = Linear(width, width, dtype=jnp.float32, **kinds)
+        self.in_layer = float32_linear(in_features, width, **kinds)
+        self.out_layer = float32_linear(width, width, **kinds)
 
     def __call__(self, x: Float[Array, "B _"]) -> Float[Array, "B C"]:
         return self.out_layer(silu(self.in_layer(x)))
@@ -52,7 +57,7 @@ class AdaLN(nnx.Module):
         self, width: int, count: int, *, use_bias: bool = True, param_dtype: DType, rngs: nnx.Rngs
     ) -> None:
         kinds: Any = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
-        self.lin = Linear(width, count * width, gain=0.0, dtype=jnp.float32, **kinds)
+        self.lin = float32_linear(width, count * width, gain=0.0, **kinds)
         self.count = count
 
     def __call__(self, vec: Float[Array, "B C"]) -> tuple[Float[Array, "B 1 C"], ...]:
@@ -66,6 +71,8 @@ def modulate(
     return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), NORM_EPS) + shift).astype(x.dtype)
 
 
-def add_gated(x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]) -> jax.Array:
-    """x + gate·update, the residual step, in the dtype of `x`."""
-    return x + gate.astype(x.dtype) * update
+def add_gated(
+    x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]
+) -> jax.Array:
+    """x + gate·update, the residual step: in float32, returned in the dtype of `x`."""
+    return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)

@@ -12,6 +12,15 @@ def per_channel(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
+def scaled(x: Array, scale: Array | float) -> Array:
+    """x · scale, multiplied in float32 and rounded once to the dtype of `x`.
+
+    A float32 scale that were rounded to bfloat16 first would be off by up to 0.4 % for all
+    of `x` alike.
+    """
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
 def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
     """(x − mean) / sqrt(variance + eps) over the last axis, without scale and bias."""
     y = x.astype(jnp.float32)
@@ -30,7 +39,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         y = layer_norm(x.astype(jnp.float32), self.eps)
-        scale, bias = (per_channel(leaf[...].astype(jnp.float32), x) for leaf in (self.scale, self.bias))
+        scale, bias = (
+            per_channel(leaf[...].astype(jnp.float32), x) for leaf in (self.scale, self.bias)
+        )
         return (y * scale + bias).astype(x.dtype)
 
 
@@ -38,7 +49,12 @@ class RMSNorm(nnx.Module):
     """x / sqrt(mean(x²) + eps) · scale; with `zero_centred` the multiplier is 1 + scale (Krea 2's convention)."""
 
     def __init__(
-        self, features: int, *, eps: float, zero_centred: bool = False, param_dtype: DType = jnp.float32
+        self,
+        features: int,
+        *,
+        eps: float,
+        zero_centred: bool = False,
+        param_dtype: DType = jnp.float32,
     ) -> None:
         start = jnp.zeros if zero_centred else jnp.ones
         self.scale = nnx.Param(start((features,), param_dtype))

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.array_types import Array, Float, Int
+from squeeze_jax.layers.linear import FLOAT32
 from squeeze_jax.sharding import platform
 
 Rotation = tuple[Float[Array, "#B S 1 D"], Float[Array, "#B S 1 D"]]
 """Cosine and sine of every token's angles, float32, each angle twice in a row."""
 
 
-def rotation(positions: Int[Array, "#B S A"], axes: Sequence[int], theta: float = 10_000.0) -> Rotation:
+def rotation(
+    positions: Int[Array, "#B S A"], axes: Sequence[int], theta: float = 10_000.0
+) -> Rotation:
     """Angles of tokens at integer `positions` on A axes; axis a rotates `axes[a]` channels, sum(axes) = D.
 
     Channel pair i of an axis of width n turns by position · theta^(−2i/n). Phases are float32 whatever the
@@ -42,9 +44,12 @@ def _partner(x: Float[Array, "B S H D"]) -> Float[Array, "B S H D"]:
     none, and it is exact, for each sum has one term.
     """
     if platform() == "tpu":
-        swap = np.kron(np.eye(x.shape[-1] // 2, dtype=np.float32), np.array([[0, 1], [-1, 0]], np.float32))
-        exact = jax.lax.Precision.HIGHEST  # of float32; bfloat16 is exact anyway
-        return jnp.matmul(x, jnp.asarray(swap, x.dtype), precision=exact, preferred_element_type=jnp.float32)
+        swap = np.kron(
+            np.eye(x.shape[-1] // 2, dtype=np.float32), np.array([[0, 1], [-1, 0]], np.float32)
+        )
+        return jnp.matmul(
+            x, jnp.asarray(swap, x.dtype), precision=FLOAT32, preferred_element_type=jnp.float32
+        )
     y = x.astype(jnp.float32)
     first = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
     return jnp.where(first, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))

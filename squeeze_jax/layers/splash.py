@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from squeeze_jax.array_types import Array, Bool, Float
+from squeeze_jax.layers.norm import scaled
 from squeeze_jax.sharding import ROWS, current_mesh, drop_indivisible
 
 BLOCKS = (1024, 768, 640, 512, 384, 256, 128)
@@ -45,7 +46,9 @@ def _keys_at_once(length: int, block: int) -> int:
     then summed, so as many whole blocks as fit into a chip's scoped memory.
     """
     blocks = length // block
-    return block * max(n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * block <= KEYS))
+    return block * max(
+        n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * block <= KEYS)
+    )
 
 
 def splash_attention(
@@ -71,8 +74,10 @@ def splash_attention(
     def full(x: jax.Array, length: int, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
-    segments = tuple(full(x.astype(jnp.int32), length, 1) for x, length in zip((asking, valid), lengths))
-    query = full((query * jnp.asarray(width**-0.5, query.dtype)).swapaxes(1, 2), lengths[0], 2)
+    segments = tuple(
+        full(x.astype(jnp.int32), length, 1) for x, length in zip((asking, valid), lengths)
+    )
+    query = full(scaled(query, width**-0.5).swapaxes(1, 2), lengths[0], 2)
     key, value = (full(x.swapaxes(1, 2), lengths[1], 2) for x in (key, value))
     if name is not None:
         query, key, value = (checkpoint_name(x, f"{name}_inputs") for x in (query, key, value))
@@ -86,7 +91,9 @@ def splash_attention(
         kernel = splash.make_splash_mha_single_device(
             whole, block_sizes=sizes, residual_checkpoint_name=name, interpret=interpret
         )
-        attend: Any = jax.vmap(lambda q, k, v, asking, valid: kernel(q, k, v, splash.SegmentIds(asking, valid)))
+        attend: Any = jax.vmap(
+            lambda q, k, v, asking, valid: kernel(q, k, v, splash.SegmentIds(asking, valid))
+        )
         return attend(query, key, value, *segments)
 
     whole: Any = run
@@ -95,5 +102,11 @@ def splash_attention(
         spec = drop_indivisible(PartitionSpec(ROWS, "tensor", None, None), query.shape, mesh)
         by_row = PartitionSpec(spec[0], None)
         # The kernel says nothing of how its outputs vary over the mesh.
-        whole = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec, by_row, by_row), out_specs=spec, check_vma=False)
+        whole = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(spec, spec, spec, by_row, by_row),
+            out_specs=spec,
+            check_vma=False,
+        )
     return whole(query, key, value, *segments)[:, :, :tokens].swapaxes(1, 2)

@@ -104,7 +104,9 @@ def unstack(state: nnx.State, inside: Sequence[str], *, donate: bool = False) ->
     return nnx.from_flat_state(flat)
 
 
-def rematerialised(function: Callable[..., Any], remat: Remat, *, prevent_cse: bool = False) -> Callable[..., Any]:
+def rematerialised(
+    function: Callable[..., Any], remat: Remat, *, prevent_cse: bool = False
+) -> Callable[..., Any]:
     """`function` wrapped in `jax.checkpoint` under the named policy (see `scan_blocks`).
 
     `prevent_cse` puts a barrier between the forward pass and its recomputation. It is needed where no loop separates

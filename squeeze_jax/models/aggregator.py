@@ -17,13 +17,12 @@ from squeeze_jax.array_types import Array, Bool, DType, Float
 from squeeze_jax.batch import Context, HiddenStates
 from squeeze_jax.layers.attention import attention
 from squeeze_jax.layers.linear import Linear, silu
-from squeeze_jax.layers.norm import RMSNorm
+from squeeze_jax.layers.norm import RMSNorm, scaled
 from squeeze_jax.layers.stack import ATTENTION, Remat, scan_blocks, stack_blocks
 from squeeze_jax.sharding import constrain
 
 Kind = Literal["last_layer", "last_layer_vit", "lap", "dla"]
 KINDS = get_args(Kind)
-EPS = 1e-5  # Krea 2's
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class AggregatorConfig:
 
     kind: Kind = "dla"
     """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last hidden state;
-    `last_layer_vit`: the same, image tokens blended with the vision tower's features by a learned weight."""
+    `last_layer_vit`: the same, image tokens blended with the vision tower's features by one learned weight (the
+    weight is our decision: docs/decisions.md, "Inside the aggregator")."""
     layers: tuple[int, ...] = tuple(range(29))
     """Which hidden states the pooling sees, 0 = input embeddings; `last_layer` and `last_layer_vit` take the last one."""
     width: int = 3584
@@ -48,19 +48,30 @@ class AggregatorConfig:
     """Attention blocks over the layer axis in each LAP."""
     refiner_blocks: int = 2
     """Attention blocks over the token axis after the join; they undo the MLLM's causal bias."""
+    norm_eps: float = 1e-5
+    """What every RMSNorm adds to the mean square: Krea 2's (docs/decisions.md, "Inside the aggregator")."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"aggregator.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.width % self.heads:
-            raise ValueError(f"aggregator.width {self.width} must be a multiple of aggregator.heads {self.heads}")
+            raise ValueError(
+                f"aggregator.width {self.width} must be a multiple of aggregator.heads {self.heads}"
+            )
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
-            raise ValueError(f"aggregator.layers {self.layers} must be distinct, ascending and not negative")
+            raise ValueError(
+                f"aggregator.layers {self.layers} must be distinct, ascending and not negative"
+            )
+        if not self.norm_eps > 0:
+            raise ValueError(f"aggregator.norm_eps is {self.norm_eps}; it must be larger than 0")
 
     @property
     def reads(self) -> tuple[int, ...]:
         """The hidden states that are looked at, ascending: a record needs no others."""
-        by_kind = {"last_layer": self.layers[-1:], "last_layer_vit": tuple(sorted({0, self.layers[-1]}))}
+        by_kind = {
+            "last_layer": self.layers[-1:],
+            "last_layer_vit": tuple(sorted({0, self.layers[-1]})),
+        }
         return by_kind.get(self.kind, self.layers)
 
 
@@ -81,12 +92,17 @@ class Aggregator(nnx.Module):
         self.config, self.dtype, self.unroll = config, jnp.dtype(dtype), unroll
         self.remat: Remat = remat
         pools = {"dla": ("text", "image"), "lap": ("shared",)}.get(config.kind, ())
-        self.pools = nnx.Dict({name: LayerPool(config, **kinds, remat=remat, rngs=rngs) for name in pools})
+        self.pools = nnx.Dict(
+            {name: LayerPool(config, **kinds, remat=remat, rngs=rngs) for name in pools}
+        )
         if config.kind == "last_layer_vit":
+            # The vision tower's share is the sigmoid of this: a half at the start (our decision).
             self.vision_weight = nnx.Param(jnp.zeros((), param_dtype))
         refiner = config.refiner_blocks
         self.refiner_blocks = (
-            stack_blocks(lambda r: FusionBlock(config, **kinds, rngs=r), refiner, rngs) if refiner else None
+            stack_blocks(lambda r: FusionBlock(config, **kinds, rngs=r), refiner, rngs)
+            if refiner
+            else None
         )
         self.out = Linear(config.width, config.out_width, tensor_axis="in", **kinds, rngs=rngs)
 
@@ -100,11 +116,15 @@ class Aggregator(nnx.Module):
         mask = jnp.concatenate([states.text_mask, states.image_mask], axis=1)
         position = jnp.concatenate([states.text_positions, states.image_positions], axis=1)
         order = jnp.argsort(jnp.where(mask, position, jnp.iinfo(position.dtype).max), axis=1)
-        tokens = jnp.take_along_axis(jnp.concatenate([text, image], axis=1), order[..., None], axis=1)
+        tokens = jnp.take_along_axis(
+            jnp.concatenate([text, image], axis=1), order[..., None], axis=1
+        )
         mask = jnp.take_along_axis(mask, order, axis=1)
         return Context(self.out(self.refine(tokens, mask)), mask)
 
-    def refine(self, tokens: Float[Array, "B L C"], mask: Bool[Array, "B L"]) -> Float[Array, "B L C"]:
+    def refine(
+        self, tokens: Float[Array, "B L C"], mask: Bool[Array, "B L"]
+    ) -> Float[Array, "B L C"]:
         """Attention over the token axis, in both directions."""
         if self.refiner_blocks is None:
             return tokens
@@ -122,8 +142,13 @@ class Aggregator(nnx.Module):
         # One of both at most is possible: as many as are read, and the last of them out of reach, cannot be all.
         exact = available == len(reads)
         if not exact and reads[-1] >= available:
-            raise ValueError(f"aggregator.layers asks for layer {reads[-1]}, the hidden states have {available}")
-        text, image = ((x if exact else x[:, jnp.array(reads)]).astype(self.dtype) for x in (states.text, states.image))
+            raise ValueError(
+                f"aggregator.layers asks for layer {reads[-1]}, the hidden states have {available}"
+            )
+        text, image = (
+            (x if exact else x[:, jnp.array(reads)]).astype(self.dtype)
+            for x in (states.text, states.image)
+        )
         match self.config.kind:
             case "dla":
                 return self.pools["text"](text), self.pools["image"](image)
@@ -133,9 +158,10 @@ class Aggregator(nnx.Module):
             case "last_layer":
                 return text[:, -1], image[:, -1]
             case "last_layer_vit":
-                weight = jax.nn.sigmoid(self.vision_weight[...].astype(self.dtype))
-                # Input embeddings: the tower's projected features.
-                return text[:, -1], image[:, -1] * (1 - weight) + image[:, 0] * weight
+                weight = jax.nn.sigmoid(self.vision_weight[...].astype(jnp.float32))
+                # At image tokens, layer 0 (input embeddings) is the tower's projected features.
+                last, vision = (image[:, i].astype(jnp.float32) for i in (-1, 0))
+                return text[:, -1], (last * (1 - weight) + vision * weight).astype(self.dtype)
 
 
 class LayerPool(nnx.Module):
@@ -153,16 +179,24 @@ class LayerPool(nnx.Module):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
         count = config.layer_blocks
         self.remat: Remat = remat
-        self.layer_blocks = stack_blocks(lambda r: FusionBlock(config, **kinds, rngs=r), count, rngs) if count else None
+        self.layer_blocks = (
+            stack_blocks(lambda r: FusionBlock(config, **kinds, rngs=r), count, rngs)
+            if count
+            else None
+        )
         # Starts as the mean over layers, so that no layer is preferred.
-        self.projector = nnx.Param(jnp.full((len(config.layers),), 1.0 / len(config.layers), param_dtype))
+        self.projector = nnx.Param(
+            jnp.full((len(config.layers),), 1.0 / len(config.layers), param_dtype)
+        )
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, states: Float[Array, "B M L C"]) -> Float[Array, "B L C"]:
         batch, layers, length, width = states.shape
         x = states.swapaxes(1, 2).reshape(batch * length, layers, width)
         if self.layer_blocks is not None:
-            x, _ = scan_blocks(self.layer_blocks, lambda block, x, _: (block(x), None), x, remat=self.remat)
+            x, _ = scan_blocks(
+                self.layer_blocks, lambda block, x, _: (block(x), None), x, remat=self.remat
+            )
         pooled = jnp.einsum("TMC,M->TC", x, self.projector[...].astype(self.dtype))
         return pooled.reshape(batch, length, width)
 
@@ -170,10 +204,12 @@ class LayerPool(nnx.Module):
 class FusionBlock(nnx.Module):
     """Pre-norm transformer block: q/k-normed attention with a sigmoid output gate, then SwiGLU; no biases."""
 
-    def __init__(self, config: AggregatorConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AggregatorConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         width = config.width
         kinds: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm: Any = {"eps": EPS, "zero_centred": True, "param_dtype": param_dtype}
+        norm: Any = {"eps": config.norm_eps, "zero_centred": True, "param_dtype": param_dtype}
         self.norm1, self.norm2 = RMSNorm(width, **norm), RMSNorm(width, **norm)
         self.norm_q, self.norm_k = (RMSNorm(width // config.heads, **norm) for _ in "qk")
         self.to_qkv = Linear(width, 3 * width, **kinds)
@@ -184,12 +220,21 @@ class FusionBlock(nnx.Module):
         self.ff_down = Linear(config.mlp_width, width, tensor_axis="in", **kinds)
         self.heads = config.heads
 
-    def __call__(self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T C"]:
+    def __call__(
+        self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T C"]:
         y = self.norm1(x)
-        shape = (*y.shape[:2], self.heads, y.shape[-1] // self.heads)  # no -1: there may be no tokens at all
+        shape = (
+            *y.shape[:2],
+            self.heads,
+            y.shape[-1] // self.heads,
+        )  # no -1: there may be no tokens at all
         q, k, v = (part.reshape(shape) for part in jnp.split(self.to_qkv(y), 3, axis=-1))
         q, k, v = (constrain(part, "heads") for part in (self.norm_q(q), self.norm_k(k), v))
         mixed = attention(q, k, v, mask=mask, name=ATTENTION).reshape(y.shape)
-        x = constrain(x + self.to_out(mixed * jax.nn.sigmoid(self.to_gate(y))), "tokens")
+        gate = jax.nn.sigmoid(self.to_gate(y).astype(jnp.float32))
+        x = constrain(x + self.to_out(scaled(mixed, gate)), "tokens")
         y = self.norm2(x)
-        return constrain(x + self.ff_down(constrain(silu(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens")
+        return constrain(
+            x + self.ff_down(constrain(silu(self.ff_gate(y)) * self.ff_up(y), "hidden")), "tokens"
+        )

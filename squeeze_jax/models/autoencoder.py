@@ -13,7 +13,7 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, DType, Float, Key
 from squeeze_jax.layers.attention import attention
-from squeeze_jax.layers.linear import Linear, silu
+from squeeze_jax.layers.linear import FLOAT32, Linear, silu
 from squeeze_jax.layers.norm import per_channel
 
 NORM_EPS = 1e-6
@@ -40,10 +40,14 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         if not self.block_out_channels or self.layers_per_block < 1:
-            raise ValueError("the autoencoder needs at least one width and one residual block a resolution")
+            raise ValueError(
+                "the autoencoder needs at least one width and one residual block a resolution"
+            )
         for width in self.block_out_channels:
             if width % self.norm_groups:
-                raise ValueError(f"width {width} does not divide into {self.norm_groups} groups (norm_groups)")
+                raise ValueError(
+                    f"width {width} does not divide into {self.norm_groups} groups (norm_groups)"
+                )
         if self.scaling_factor <= 0:
             raise ValueError(f"scaling_factor is {self.scaling_factor}; it must be positive")
 
@@ -61,8 +65,9 @@ class AutoencoderConfig:
 class Autoencoder(nnx.Module):
     """Encoder, decoder, and the shift and scale between them.
 
-    `dtype` is what convolutions are computed in, `param_dtype` what is stored; group norms and the softmax are float32
-    always, moments and latents come out as float32.
+    `dtype` is what convolutions are computed in, `param_dtype` what is stored; with a `dtype` of
+    float32, products are float32 on every device. Group norms and the softmax are always float32;
+    moments and latents come out as float32.
     """
 
     def __init__(
@@ -129,7 +134,9 @@ class Autoencoder(nnx.Module):
 class Encoder(nnx.Module):
     """Pictures to moments (mean and log variance side by side on the last axis)."""
 
-    def __init__(self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths, groups = config.block_out_channels, config.norm_groups
         self.conv_in = Conv(config.in_channels, widths[0], **how)
@@ -154,7 +161,9 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Raw latents to pictures."""
 
-    def __init__(self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AutoencoderConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths, groups = config.block_out_channels[::-1], config.norm_groups
         self.conv_in = Conv(config.latent_channels, widths[0], **how)
@@ -190,9 +199,13 @@ class Level(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.resnets = nnx.List([ResidualBlock(before, width, groups, **how) for before in widths_in])
+        self.resnets = nnx.List(
+            [ResidualBlock(before, width, groups, **how) for before in widths_in]
+        )
         self.resample = resample
-        self.conv = Conv(width, width, stride=2 if resample == "down" else 1, **how) if resample else None
+        self.conv = (
+            Conv(width, width, stride=2 if resample == "down" else 1, **how) if resample else None
+        )
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 F"]:
         for block in self.resnets:
@@ -205,7 +218,9 @@ class Level(nnx.Module):
 class MidBlock(nnx.Module):
     """Residual block, attention over all latents, residual block."""
 
-    def __init__(self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.resnets = nnx.List([ResidualBlock(width, width, groups, **how) for _ in range(2)])
         self.attention = SpatialAttention(width, groups, **how)
@@ -221,7 +236,14 @@ class ResidualBlock(nnx.Module):
     """
 
     def __init__(
-        self, width_in: int, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+        self,
+        width_in: int,
+        width: int,
+        groups: int,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
     ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm1 = GroupNorm(width_in, groups, param_dtype=param_dtype)
@@ -239,21 +261,34 @@ class ResidualBlock(nnx.Module):
 class SpatialAttention(nnx.Module):
     """x + single-head attention over all places of the grid."""
 
-    def __init__(self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, groups: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         how = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.group_norm = GroupNorm(width, groups, param_dtype=param_dtype)
-        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(width, width, **how) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            Linear(width, width, precision=FLOAT32, **how) for _ in range(4)
+        )
+        # Of bfloat16, products are exact in any case, and attention may use a kernel.
+        self.precision = FLOAT32 if jnp.dtype(dtype) == jnp.float32 else None
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         batch, height, width, channels = x.shape
         y = self.group_norm(x)
         query = self.to_q(y)
-        key, value = (to(y).reshape(batch, height * width, 1, channels) for to in (self.to_k, self.to_v))
+        key, value = (
+            to(y).reshape(batch, height * width, 1, channels) for to in (self.to_k, self.to_v)
+        )
         if height * width <= ATTENTION_TOKENS:
-            y = attention(query.reshape(batch, height * width, 1, channels), key, value)
+            query = query.reshape(batch, height * width, 1, channels)
+            y = attention(query, key, value, precision=self.precision)
         else:
             rows = query.swapaxes(0, 1)[:, :, :, None, :]
-            y = jax.lax.map(lambda row: attention(row, key, value), rows).swapaxes(0, 1)
+
+            def attend(row: Float[Array, "B w 1 C"]) -> Float[Array, "B w 1 C"]:
+                return attention(row, key, value, precision=self.precision)
+
+            y = jax.lax.map(attend, rows).swapaxes(0, 1)
         return x + self.to_out(y.reshape(x.shape))
 
 
@@ -275,8 +310,14 @@ class Conv(nnx.Module):
         param_dtype: DType,
         rngs: nnx.Rngs,
     ) -> None:
-        init = nnx.initializers.normal(gain * (size * size * in_channels) ** -0.5) if gain else nnx.initializers.zeros
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_channels, out_channels), param_dtype))
+        init = (
+            nnx.initializers.normal(gain * (size * size * in_channels) ** -0.5)
+            if gain
+            else nnx.initializers.zeros
+        )
+        self.kernel = nnx.Param(
+            init(rngs.params(), (size, size, in_channels, out_channels), param_dtype)
+        )
         self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype))
         self.stride = stride
         self.padding = (0, 1) if stride == 2 else (size // 2, size // 2)
@@ -289,6 +330,7 @@ class Conv(nnx.Module):
             window_strides=(self.stride, self.stride),
             padding=(self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=FLOAT32,
         )
         return y + per_channel(self.bias[...].astype(self.dtype), y)
 
@@ -304,7 +346,9 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         y = x.astype(jnp.float32)
         y = y - self._group_mean(y)
-        scale, bias = (per_channel(vector[...].astype(jnp.float32), y) for vector in (self.scale, self.bias))
+        scale, bias = (
+            per_channel(vector[...].astype(jnp.float32), y) for vector in (self.scale, self.bias)
+        )
         multiplier = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + NORM_EPS) * scale
         return (y * multiplier + bias).astype(x.dtype)
 

@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.batch import References
-from squeeze_jax.diffusion.latents import Grid, grid_positions
+from squeeze_jax.diffusion.latents import Grid, ReferencePositions, grid_positions
 from squeeze_jax.layers.attention import attention, heads_first
 from squeeze_jax.layers.rope import Rotation, rotate
 from squeeze_jax.layers.stack import ATTENTION
@@ -137,10 +137,7 @@ class Backbone(nnx.Module):
         """
         shown: References | CachedReferences | None = None
         if references:
-            tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
-            positions = self.config.reference_positions(target_grid, [grid for _, grid in references])
-            positions = jnp.broadcast_to(positions[None], (len(tokens), *positions.shape))
-            shown = References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
+            shown = join_references(references, target_grid, self.config.reference_positions)
             if self.config.reference_attention == "cached":
                 start = self.embed_timestep(jnp.zeros_like(t), guidance, **extra)
                 shown = self.cache_references(shown, start)
@@ -179,7 +176,9 @@ class Backbone(nnx.Module):
         """The hidden states after the blocks `start` to `stop` - 1, of all blocks in order."""
         raise NotImplementedError
 
-    def predict_velocity(self, hidden: Float[Array, "B N C"], inputs: BlockInputs) -> Float[Array, "B N c"]:
+    def predict_velocity(
+        self, hidden: Float[Array, "B N C"], inputs: BlockInputs
+    ) -> Float[Array, "B N c"]:
         """The velocity of the target tokens from their hidden states after the last block."""
         raise NotImplementedError
 
@@ -205,7 +204,9 @@ class Backbone(nnx.Module):
         return self.predict_velocity(img[:, : target.shape[1]], inputs)
 
 
-def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> Int[Array, "#B N 2"]:
+def target_positions(
+    grid: tuple[int, int] | Int[Array, "B 2"], length: int
+) -> Int[Array, "#B N 2"]:
     """Row and column of the target's tokens, of one grid or of one a row of the batch, each with `length` tokens."""
     if isinstance(grid, tuple):
         return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
@@ -214,6 +215,22 @@ def target_positions(grid: tuple[int, int] | Int[Array, "B 2"], length: int) -> 
 
 
 def join_references(
+    references: Sequence[tuple[Float[Array, "B _ c"], Grid]],
+    target_grid: Grid,
+    positions_of: ReferencePositions,
+) -> References:
+    """Joins references that have the same sizes in every sample to one row of tokens, none padding.
+
+    Each has its tokens and (rows, columns) of them; samples of different sizes are the business of
+    `diffusion.latents.pack_references`.
+    """
+    tokens = jnp.concatenate([tokens for tokens, _ in references], axis=1)
+    positions = jnp.asarray(positions_of(target_grid, [grid for _, grid in references]))
+    positions = jnp.broadcast_to(positions[None], (len(tokens), *positions.shape))
+    return References(tokens, jnp.ones(tokens.shape[:2], bool), positions)
+
+
+def append_references(
     target: Float[Array, "B N c"],
     positions: Int[Array, "#B N axes"],
     references: References | CachedReferences | None,
@@ -245,7 +262,9 @@ def join_references(
 
 
 def join_masks(
-    context: Bool[Array, "B L"] | None, image: Bool[Array, "B T"] | None, sizes: tuple[int, int, int]
+    context: Bool[Array, "B L"] | None,
+    image: Bool[Array, "B T"] | None,
+    sizes: tuple[int, int, int],
 ) -> Bool[Array, "B S"] | None:
     """One mask of the joint sequence; `sizes` are (batch, context tokens, image tokens). None where all count."""
     if context is None and image is None:
@@ -260,7 +279,11 @@ def join_masks(
 
 def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fused [q; k; v] channels as three arrays [B T H D]."""
-    shape = (*qkv.shape[:2], heads, qkv.shape[-1] // (3 * heads))  # no -1: a context may have length 0
+    shape = (
+        *qkv.shape[:2],
+        heads,
+        qkv.shape[-1] // (3 * heads),
+    )  # no -1: a context may have length 0
     q, k, v = (heads_first(part.reshape(shape)) for part in jnp.split(qkv, 3, axis=-1))
     return q, k, v
 
@@ -281,7 +304,9 @@ def joint_attention(
     kv = k, v
     if cached_kv is not None:  # one row of the cache may serve several images of a prompt
         k, v = (
-            jnp.concatenate([own, jnp.repeat(cached, q.shape[0] // cached.shape[0], axis=0)], axis=1)
+            jnp.concatenate(
+                [own, jnp.repeat(cached, q.shape[0] // cached.shape[0], axis=0)], axis=1
+            )
             for own, cached in zip(kv, cached_kv)
         )
     mixed = attention(q, k, v, mask=mask, name=ATTENTION)

@@ -7,9 +7,8 @@ Source: the published FLUX.1 architecture; references follow UNO (arXiv 2504.021
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,8 +19,7 @@ from squeeze_jax.diffusion.flow import schedule_shift
 from squeeze_jax.diffusion.latents import Grid, reference_positions
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.modulation import NORM_EPS, AdaLN, Embedder, add_gated, modulate, sinusoidal
-from squeeze_jax.layers.norm import RMSNorm
+from squeeze_jax.layers.modulation import Embedder, sinusoidal
 from squeeze_jax.layers.rope import Rotation, rotation
 from squeeze_jax.layers.stack import Remat, scan_blocks, stack_blocks
 from squeeze_jax.models.backbone import (
@@ -29,16 +27,19 @@ from squeeze_jax.models.backbone import (
     BlockInputs,
     CachedReferences,
     KeysValues,
-    Modulated,
     Modulation,
     ReferenceAttention,
     Streams,
-    join_references,
-    joint_attention,
-    split_heads,
+    append_references,
     target_positions,
 )
+from squeeze_jax.models.dit_blocks import DoubleBlock, FinalLayer, QKNorm, SingleBlock
 from squeeze_jax.sharding import constrain
+
+__all__ = ["BLOCK_STACKS", "DiT", "DiTConfig", "QKNorm"]
+
+Hidden = Streams | Float[Array, "B T C"]
+"""Hidden states of double blocks, or of single blocks: the joint stream."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class DiTConfig:
     """Width of the pooled text vector; this system feeds zeros (docs/decisions.md, "Entry to the backbone")."""
     heads: int = 24
     head_width: int = 128
-    double_blocks: int = 19
-    single_blocks: int = 38
+    num_double_blocks: int = 19
+    num_single_blocks: int = 38
     mlp_ratio: int = 4
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     """Channels of a head that turn with (unused index, row, column)."""
@@ -78,7 +79,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if sum(self.rope_axes) != self.head_width:
-            raise ValueError(f"dit.rope_axes {self.rope_axes} must sum to dit.head_width {self.head_width}")
+            raise ValueError(
+                f"dit.rope_axes {self.rope_axes} must sum to dit.head_width {self.head_width}"
+            )
         if any(axis % 2 for axis in self.rope_axes):
             raise ValueError(f"dit.rope_axes {self.rope_axes} must be even: channels turn in pairs")
         if self.reference_attention not in ("joint", "cached"):
@@ -115,10 +118,17 @@ class DiT(Backbone):
         self.txt_in = Linear(config.context_width, width, **kinds, rngs=rngs)
         self.time_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs)
         self.vector_in = Embedder(config.pooled_width, width, param_dtype=param_dtype, rngs=rngs)
-        self.guidance_in = Embedder(256, width, param_dtype=param_dtype, rngs=rngs) if config.guidance else None
-        self.double_blocks = stack_blocks(lambda r: DoubleBlock(config, **kinds, rngs=r), config.double_blocks, rngs)
-        self.single_blocks = stack_blocks(lambda r: SingleBlock(config, **kinds, rngs=r), config.single_blocks, rngs)
-        self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
+        self.guidance_in = (
+            Embedder(256, width, param_dtype=param_dtype, rngs=rngs) if config.guidance else None
+        )
+        sizes = width, config.heads, config.mlp_ratio * width
+        self.double_blocks = stack_blocks(
+            lambda r: DoubleBlock(*sizes, **kinds, rngs=r), config.num_double_blocks, rngs
+        )
+        self.single_blocks = stack_blocks(
+            lambda r: SingleBlock(*sizes, **kinds, rngs=r), config.num_single_blocks, rngs
+        )
+        self.final_layer = FinalLayer(width, config.in_channels, **kinds, rngs=rngs)
 
     def embed_timestep(
         self,
@@ -142,16 +152,22 @@ class DiT(Backbone):
 
     def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation:
         """Computes the modulation of every block, for programs that know their times beforehand: samplers."""
-        _, double = scan_blocks(self.double_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None)
-        _, single = scan_blocks(self.single_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None)
+        _, double = scan_blocks(
+            self.double_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None
+        )
+        _, single = scan_blocks(
+            self.single_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None
+        )
         return Modulation(double, single, self.final_layer.adaLN_modulation(temb))
 
-    def cache_references(self, references: References, temb: Float[Array, "B C"]) -> CachedReferences:
+    def cache_references(
+        self, references: References, temb: Float[Array, "B C"]
+    ) -> CachedReferences:
         """Computes keys and values of reference tokens, which attend to each other alone; `temb` is that of t = 0."""
         inputs = BlockInputs(temb, self._rope(references.positions, 0), references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
-        (_, img), double = self._apply_double((img[:, :0], img), inputs, None, return_kv=True)
-        _, single = self._apply_single(img, inputs, None, return_kv=True)
+        (_, img), double = self._scan("double", (img[:, :0], img), inputs, return_kv=True)
+        _, single = self._scan("single", img, inputs, return_kv=True)
         assert double is not None and single is not None
         return CachedReferences(double, single, references.mask)
 
@@ -166,7 +182,7 @@ class DiT(Backbone):
     ) -> tuple[Streams, BlockInputs]:
         """Projects context and image tokens to the transformer's width; collects blocks' inputs."""
         positions = target_positions(target_grid, target.shape[1])
-        tokens, positions, mask, cached_kv = join_references(
+        tokens, positions, mask, cached_kv = append_references(
             target, positions, references, context, context_mask
         )
         inputs = BlockInputs(temb, self._rope(positions, context.shape[1]), mask, cached_kv)
@@ -177,178 +193,73 @@ class DiT(Backbone):
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
     ) -> Streams:
         """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then single blocks."""
-        double, single = self.config.double_blocks, self.config.single_blocks
+        double, single = self.config.num_double_blocks, self.config.num_single_blocks
         stop = double + single if stop is None else stop
         if start < double:
-            block_range = None if (start, stop >= double) == (0, True) else range(start, min(stop, double))
-            streams, _ = self._apply_double(streams, inputs, block_range)
+            block_range = (
+                None if (start, stop >= double) == (0, True) else range(start, min(stop, double))
+            )
+            streams, _ = self._scan("double", streams, inputs, block_range)
         if stop > double:
             first, last = max(start - double, 0), stop - double
             length = streams[0].shape[1]
             x = jnp.concatenate(streams, axis=1)
-            x, _ = self._apply_single(x, inputs, None if (first, last) == (0, single) else range(first, last))
+            block_range = None if (first, last) == (0, single) else range(first, last)
+            x, _ = self._scan("single", x, inputs, block_range)
             streams = x[:, :length], x[:, length:]
         return streams
 
-    def predict_velocity(self, hidden: Float[Array, "B N C"], inputs: BlockInputs) -> Float[Array, "B N c"]:
+    def predict_velocity(
+        self, hidden: Float[Array, "B N C"], inputs: BlockInputs
+    ) -> Float[Array, "B N c"]:
         """Applies the final layer to the target's hidden states."""
         temb = inputs.temb
-        final = temb.final if isinstance(temb, Modulation) else self.final_layer.adaLN_modulation(temb)
+        final = (
+            temb.final if isinstance(temb, Modulation) else self.final_layer.adaLN_modulation(temb)
+        )
         return self.final_layer(hidden, final)
 
-    def _apply_double(
-        self, streams: Streams, inputs: BlockInputs, block_range: range | None, *, return_kv: bool = False
-    ) -> tuple[Streams, KeysValues | None]:
-        """Runs double blocks (all, or `block_range`); `return_kv` also returns every block's keys and values."""
-        temb, rope, mask, cached_kv = inputs
-        known = temb.double if isinstance(temb, Modulation) else None
+    def _scan(
+        self,
+        kind: Literal["double", "single"],
+        hidden: Hidden,
+        inputs: BlockInputs,
+        block_range: range | None = None,
+        *,
+        return_kv: bool = False,
+    ) -> tuple[Hidden, KeysValues | None]:
+        """Runs the blocks of a kind, all or those in `block_range`, on both streams or on the joint one.
 
-        def apply(block: DoubleBlock, streams: Streams, per_block: Any) -> tuple[Streams, KeysValues | None]:
+        `return_kv` also returns every block's keys and values.
+        """
+        temb, rope, mask, cached_kv = inputs
+        # Per block, with a leading axis of depth: its modulation where that is known, its cached keys.
+        known = getattr(temb, kind) if isinstance(temb, Modulation) else None
+        cached = None if cached_kv is None else getattr(cached_kv, kind)
+
+        def apply(
+            block: DoubleBlock | SingleBlock,
+            hidden: Hidden,
+            per_block: tuple[Any, KeysValues | None],
+        ) -> tuple[Hidden, KeysValues | None]:
             modulation, cached = per_block
             modulation = block.modulation(temb) if modulation is None else modulation
-            streams, kv = block(*streams, modulation, rope, mask, cached)
-            return streams, kv if return_kv else None
+            streams = hidden if kind == "double" else (hidden,)
+            hidden, kv = block(*streams, modulation, rope, mask, cached)
+            return hidden, kv if return_kv else None
 
-        per_block = known, cached_kv and cached_kv.double
+        blocks = self.double_blocks if kind == "double" else self.single_blocks
         return scan_blocks(
-            self.double_blocks, apply, streams, per_block,
-            remat=self.remat, unroll=self.unroll, block_range=block_range,
-        )  # fmt: skip
-
-    def _apply_single(
-        self, x: Float[Array, "B T C"], inputs: BlockInputs, block_range: range | None, *, return_kv: bool = False
-    ) -> tuple[Float[Array, "B T C"], KeysValues | None]:
-        """Runs single blocks on the joint stream, as `_apply_double` does."""
-        temb, rope, mask, cached_kv = inputs
-        known = temb.single if isinstance(temb, Modulation) else None
-
-        def apply(block: SingleBlock, x: jax.Array, per_block: Any) -> tuple[jax.Array, KeysValues | None]:
-            modulation, cached = per_block
-            x, kv = block(x, block.modulation(temb) if modulation is None else modulation, rope, mask, cached)
-            return x, kv if return_kv else None
-
-        per_block = known, cached_kv and cached_kv.single
-        return scan_blocks(
-            self.single_blocks, apply, x, per_block, remat=self.remat, unroll=self.unroll, block_range=block_range
+            blocks,
+            apply,
+            hidden,
+            (known, cached),
+            remat=self.remat,
+            unroll=self.unroll,
+            block_range=block_range,
         )
 
     def _rope(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
         """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""
         positions = jnp.pad(positions, ((0, 0), (context_length, 0), (1, 0)))
         return rotation(positions, self.config.rope_axes)
-
-
-class SelfAttention(nnx.Module):
-    """Fused q/k/v projection, q/k RMSNorm and output projection of one stream."""
-
-    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width = config.width
-        self.qkv = Linear(width, 3 * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
-        self.proj = Linear(width, width, tensor_axis="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.heads = config.heads
-
-    def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q, k, v, each [B T H D], q and k normalised."""
-        return self.norm(*split_heads(self.qkv(x), self.heads))
-
-
-class QKNorm(nnx.Module):
-    def __init__(self, head_width: int, *, param_dtype: DType) -> None:
-        self.query_norm = RMSNorm(head_width, eps=NORM_EPS, param_dtype=param_dtype)
-        self.key_norm = RMSNorm(head_width, eps=NORM_EPS, param_dtype=param_dtype)
-
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.query_norm(q), self.key_norm(k), v
-
-
-class MLP(nnx.Module):
-    """Linear, GELU (tanh form, as FLUX.1 has it), linear."""
-
-    def __init__(self, width: int, hidden: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        self.in_layer = Linear(width, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.out_layer = Linear(hidden, width, tensor_axis="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.out_layer(constrain(jax.nn.gelu(self.in_layer(x), approximate=True), "hidden"))
-
-
-class DoubleBlock(nnx.Module):
-    """Context and image stream with weights of their own, joined in attention."""
-
-    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width = config.width
-        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.img_mod = AdaLN(width, 6, param_dtype=param_dtype, rngs=rngs)
-        self.img_attn = SelfAttention(config, **kinds)
-        self.img_mlp = MLP(width, config.mlp_ratio * width, **kinds)
-        self.txt_mod = AdaLN(width, 6, param_dtype=param_dtype, rngs=rngs)
-        self.txt_attn = SelfAttention(config, **kinds)
-        self.txt_mlp = MLP(width, config.mlp_ratio * width, **kinds)
-
-    def modulation(self, vec: Float[Array, "T C"]) -> tuple[Modulated, Modulated]:
-        return self.img_mod(vec), self.txt_mod(vec)
-
-    def __call__(
-        self,
-        txt: Float[Array, "B L C"],
-        img: Float[Array, "B T C"],
-        modulated: tuple[Modulated, Modulated],
-        rope: Rotation,
-        mask: Bool[Array, "B keys"] | None,
-        cached_kv: KeysValues | None = None,
-    ) -> tuple[tuple[Float[Array, "B L C"], Float[Array, "B T C"]], KeysValues]:
-        """Both streams, and their keys and values. `cached_kv` are keys and values of tokens without queries here."""
-        img_shift, img_scale, img_gate, img_shift_mlp, img_scale_mlp, img_gate_mlp = modulated[0]
-        txt_shift, txt_scale, txt_gate, txt_shift_mlp, txt_scale_mlp, txt_gate_mlp = modulated[1]
-        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift, txt_scale))
-        img_qkv = self.img_attn.project(modulate(img, img_shift, img_scale))
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv))
-        mixed, kv = joint_attention(q, k, v, rope, mask, cached_kv)
-        length = txt.shape[1]
-        txt = add_gated(txt, txt_gate, self.txt_attn.proj(mixed[:, :length]))
-        img = add_gated(img, img_gate, self.img_attn.proj(mixed[:, length:]))
-        txt = add_gated(txt, txt_gate_mlp, self.txt_mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
-        img = add_gated(img, img_gate_mlp, self.img_mlp(modulate(img, img_shift_mlp, img_scale_mlp)))
-        return (constrain(txt, "tokens"), constrain(img, "tokens")), kv
-
-
-class SingleBlock(nnx.Module):
-    """One stream; attention and feed-forward in parallel, between two fused linear layers."""
-
-    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width, hidden = config.width, config.mlp_ratio * config.width
-        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.modulation = AdaLN(width, 3, param_dtype=param_dtype, rngs=rngs)
-        self.linear1 = Linear(width, 3 * width + hidden, **kinds)
-        self.linear2 = Linear(width + hidden, width, tensor_axis="in", **kinds)
-        self.norm = QKNorm(config.head_width, param_dtype=param_dtype)
-        self.heads, self.width = config.heads, width
-
-    def __call__(
-        self,
-        x: Float[Array, "B T C"],
-        modulated: Modulated,
-        rope: Rotation,
-        mask: Bool[Array, "B keys"] | None,
-        cached_kv: KeysValues | None = None,
-    ) -> tuple[Float[Array, "B T C"], KeysValues]:
-        """As `DoubleBlock`, of one stream."""
-        shift, scale, gate = modulated
-        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
-        mixed, kv = joint_attention(*self.norm(*split_heads(qkv, self.heads)), rope, mask, cached_kv)
-        hidden = constrain(jax.nn.gelu(hidden, approximate=True), "hidden")
-        return constrain(add_gated(x, gate, self.linear2(jnp.concatenate([mixed, hidden], axis=-1))), "tokens"), kv
-
-
-class FinalLayer(nnx.Module):
-    """Modulated norm and the projection back to latent tokens."""
-
-    def __init__(self, config: DiTConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        self.adaLN_modulation = AdaLN(config.width, 2, param_dtype=param_dtype, rngs=rngs)
-        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.linear = Linear(config.width, config.in_channels, gain=0.0, **kinds)
-
-    def __call__(self, x: Float[Array, "B N C"], modulated: Modulated) -> Float[Array, "B N c"]:
-        shift, scale = modulated
-        return self.linear(modulate(x, shift, scale))

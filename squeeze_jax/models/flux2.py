@@ -34,7 +34,7 @@ from squeeze_jax.models.backbone import (
     Modulation,
     ReferenceAttention,
     Streams,
-    join_references,
+    append_references,
     target_positions,
 )
 from squeeze_jax.models.flux2_blocks import DoubleBlock, SingleBlock
@@ -51,8 +51,8 @@ class Flux2Config:
     """Width of a context token: the aggregator's output, in the place of Qwen3-4B's layers."""
     heads: int = 24
     head_width: int = 128
-    double_blocks: int = 5
-    single_blocks: int = 20
+    num_double_blocks: int = 5
+    num_single_blocks: int = 20
     mlp_ratio: float = 3.0
     """Width of a feed-forward layer over the transformer's."""
     rope_axes: tuple[int, int, int, int] = (32, 32, 32, 32)
@@ -88,8 +88,8 @@ class Flux2Config:
             "context_width",
             "heads",
             "head_width",
-            "double_blocks",
-            "single_blocks",
+            "num_double_blocks",
+            "num_single_blocks",
             "mlp_width",
         )
         for name in sizes:
@@ -140,10 +140,10 @@ class Flux2(Backbone):
         self.single_stream_modulation = AdaLN(width, 3, **of_time)
         sizes = width, config.heads, config.mlp_width
         self.double_blocks = stack_blocks(
-            lambda r: DoubleBlock(*sizes, **kinds, rngs=r), config.double_blocks, rngs
+            lambda r: DoubleBlock(*sizes, **kinds, rngs=r), config.num_double_blocks, rngs
         )
         self.single_blocks = stack_blocks(
-            lambda r: SingleBlock(*sizes, **kinds, rngs=r), config.single_blocks, rngs
+            lambda r: SingleBlock(*sizes, **kinds, rngs=r), config.num_single_blocks, rngs
         )
         self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
 
@@ -197,7 +197,7 @@ class Flux2(Backbone):
         """
         positions = target_positions(target_grid, target.shape[1])
         positions = jnp.pad(positions, ((0, 0), (0, 0), (1, 0)))  # t = 0
-        tokens, positions, mask, cached_kv = join_references(
+        tokens, positions, mask, cached_kv = append_references(
             target, positions, references, context, context_mask
         )
         modulation = temb if isinstance(temb, Modulation) else self.make_modulation(temb)
@@ -209,7 +209,7 @@ class Flux2(Backbone):
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
     ) -> Streams:
         """Runs the blocks `start` to `stop` - 1 (None: to the last), double blocks first."""
-        double, single = self.config.double_blocks, self.config.single_blocks
+        double, single = self.config.num_double_blocks, self.config.num_single_blocks
         stop = double + single if stop is None else stop
         if start < double:
             streams, _ = self._apply("double", streams, inputs, range(start, min(stop, double)))
@@ -250,7 +250,7 @@ class Flux2(Backbone):
             carry, kv = block(carry, modulated, rope, mask, cached)
             return carry, kv if return_kv else None
 
-        if block_range == range(getattr(self.config, f"{stack}_blocks")):
+        if block_range == range(getattr(self.config, f"num_{stack}_blocks")):
             block_range = None  # a whole stack is scanned as it lies
         return scan_blocks(
             blocks, apply, carry, cached_kv and getattr(cached_kv, stack),

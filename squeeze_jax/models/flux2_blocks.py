@@ -14,7 +14,7 @@ from squeeze_jax.layers.linear import Linear, silu
 from squeeze_jax.layers.modulation import add_gated, modulate
 from squeeze_jax.layers.rope import Rotation
 from squeeze_jax.models.backbone import KeysValues, Modulated, Streams, joint_attention, split_heads
-from squeeze_jax.models.dit import QKNorm
+from squeeze_jax.models.dit_blocks import QKNorm
 from squeeze_jax.sharding import constrain
 
 

@@ -19,7 +19,14 @@ from squeeze_jax.layers.norm import RMSNorm
 from squeeze_jax.layers.stack import scan_blocks, stack_blocks
 from squeeze_jax.models.internvl_vision import Projector, VisionConfig, VisionTower, pixel_shuffle
 
-__all__ = ["InternVL", "InternVLConfig", "TextConfig", "VisionConfig", "pixel_shuffle", "split_hidden_states"]
+__all__ = [
+    "InternVL",
+    "InternVLConfig",
+    "TextConfig",
+    "VisionConfig",
+    "pixel_shuffle",
+    "split_hidden_states",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads evenly"
@@ -64,7 +73,9 @@ class InternVLConfig:
 
     def __post_init__(self) -> None:
         if self.vision.patches % self.downsample:
-            raise ValueError(f"{self.vision.patches} patches a side do not divide into groups of {self.downsample}")
+            raise ValueError(
+                f"{self.vision.patches} patches a side do not divide into groups of {self.downsample}"
+            )
 
     @property
     def image_tokens(self) -> int:
@@ -102,9 +113,13 @@ class InternVL(nnx.Module):
     ) -> None:
         text, types = config.text, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.vision_tower = VisionTower(config.vision, **types)
-        self.projector = Projector(config.vision.hidden_size * config.downsample**2, text.hidden_size, **types)
+        self.projector = Projector(
+            config.vision.hidden_size * config.downsample**2, text.hidden_size, **types
+        )
         normal = nnx.initializers.normal(0.02)
-        self.embedding = nnx.Param(normal(rngs.params(), (text.vocab_size, text.hidden_size), param_dtype))
+        self.embedding = nnx.Param(
+            normal(rngs.params(), (text.vocab_size, text.hidden_size), param_dtype)
+        )
         self.blocks = stack_blocks(
             lambda rngs: DecoderBlock(text, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             text.num_hidden_layers,
@@ -112,7 +127,9 @@ class InternVL(nnx.Module):
         )
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps, param_dtype=param_dtype)
         self.head = (
-            None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, use_bias=False, **types)
+            None
+            if text.tie_word_embeddings
+            else Linear(text.hidden_size, text.vocab_size, use_bias=False, **types)
         )
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -120,7 +137,9 @@ class InternVL(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "B L"],
-        pixel_values: Float[Array, "images height width 3"] | Float[Array, "B images height width 3"] | None = None,
+        pixel_values: Float[Array, "images height width 3"]
+        | Float[Array, "B images height width 3"]
+        | None = None,
         attention_mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B M L C"]:
         """All hidden states: index 0 the embeddings with the image features in place, the last after the final norm.
@@ -132,7 +151,9 @@ class InternVL(nnx.Module):
         """
         config, (B, L) = self.config, input_ids.shape
         if config.text.max_position_embeddings < L:
-            raise ValueError(f"{L} tokens, but positions end at {config.text.max_position_embeddings}: shorten the input")
+            raise ValueError(
+                f"{L} tokens, but positions end at {config.text.max_position_embeddings}: shorten the input"
+            )
         valid = jnp.ones((B, L), bool) if attention_mask is None else attention_mask.astype(bool)
         x = jnp.take(self.embedding[...], input_ids, axis=0, mode="clip").astype(self.dtype)
         if pixel_values is not None:
@@ -140,7 +161,9 @@ class InternVL(nnx.Module):
             features = self.vision(pixel_values.reshape(-1, *pixel_values.shape[-3:]))
             if pixel_values.ndim == 5:  # rows stay apart, so that a mesh may split them
                 within = jnp.maximum(jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1, 0)
-                placed = jax.vmap(_features_at)(features.reshape(B, -1, config.text.hidden_size), within)
+                placed = jax.vmap(_features_at)(
+                    features.reshape(B, -1, config.text.hidden_size), within
+                )
             else:
                 placed = _features_at(features.reshape(-1, config.text.hidden_size), index)
             x = jnp.where(is_image[..., None], placed, x)
@@ -165,7 +188,9 @@ class InternVL(nnx.Module):
         """The vision tower's features of every image token, neighbouring patches joined, before the projector."""
         return pixel_shuffle(self.vision_tower(pixel_values), self.config.downsample)
 
-    def vision(self, pixel_values: Float[Array, "images height width 3"]) -> Float[Array, "images tokens C"]:
+    def vision(
+        self, pixel_values: Float[Array, "images height width 3"]
+    ) -> Float[Array, "images tokens C"]:
         """What stands at a picture's image tokens among the embeddings."""
         return self.projector(self.vision_features(pixel_values))
 
@@ -179,12 +204,23 @@ class InternVL(nnx.Module):
 class DecoderBlock(nnx.Module):
     """Pre-norm causal attention with shared key/value heads, and a gated MLP."""
 
-    def __init__(self, config: TextConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
-        width, eps, kv_width = config.hidden_size, config.rms_norm_eps, config.num_key_value_heads * config.head_dim
+    def __init__(
+        self, config: TextConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
+        width, eps, kv_width = (
+            config.hidden_size,
+            config.rms_norm_eps,
+            config.num_key_value_heads * config.head_dim,
+        )
 
         def linear(features_in: int, features_out: int, use_bias: bool = False) -> Linear:
             return Linear(
-                features_in, features_out, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+                features_in,
+                features_out,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
             )
 
         self.attention_norm = RMSNorm(width, eps=eps, param_dtype=param_dtype)
@@ -206,7 +242,10 @@ class DecoderBlock(nnx.Module):
     ) -> Float[Array, "B T C"]:
         heads = (*x.shape[:2], -1, self.head_dim)
         y = self.attention_norm(x)
-        query, key = rotate(self.query(y).reshape(heads), rotation), rotate(self.key(y).reshape(heads), rotation)
+        query, key = (
+            rotate(self.query(y).reshape(heads), rotation),
+            rotate(self.key(y).reshape(heads), rotation),
+        )
         y = attention(query, key, self.value(y).reshape(heads), mask=mask)
         x = x + self.attention_output(y.reshape(x.shape))
         y = self.mlp_norm(x)
@@ -228,11 +267,15 @@ def rotate(
     """Qwen2's rotary embedding: channel i turns with channel i + D/2, in float32."""
     cosine, sine = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    turned = jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    )
     return turned.astype(x.dtype)
 
 
-def _features_at(features: Float[Array, "slots C"], index: Int[Array, "*L"]) -> Float[Array, "*L C"]:
+def _features_at(
+    features: Float[Array, "slots C"], index: Int[Array, "*L"]
+) -> Float[Array, "*L C"]:
     return jnp.take(features, index, axis=0, mode="fill", fill_value=jnp.nan)
 
 

@@ -34,9 +34,13 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads"
+            )
 
     @property
     def patches(self) -> int:
@@ -47,15 +51,21 @@ class VisionConfig:
 class VisionTower(nnx.Module):
     """Patches, class token and positions, then blocks; no final norm, and the class token is dropped at the end."""
 
-    def __init__(self, config: VisionConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: VisionConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         width, patch = config.hidden_size, config.patch_size
         normal = nnx.initializers.normal(0.02)
         self.patch_embedding = nnx.Param(
-            nnx.initializers.normal((3 * patch * patch) ** -0.5)(rngs.params(), (patch, patch, 3, width), param_dtype)
+            nnx.initializers.normal((3 * patch * patch) ** -0.5)(
+                rngs.params(), (patch, patch, 3, width), param_dtype
+            )
         )
         self.patch_bias = nnx.Param(jnp.zeros((width,), param_dtype))
         self.class_token = nnx.Param(normal(rngs.params(), (1, 1, width), param_dtype))
-        self.position_embedding = nnx.Param(normal(rngs.params(), (1, config.patches**2 + 1, width), param_dtype))
+        self.position_embedding = nnx.Param(
+            normal(rngs.params(), (1, config.patches**2 + 1, width), param_dtype)
+        )
         self.blocks = stack_blocks(
             lambda rngs: VisionBlock(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             config.num_hidden_layers,
@@ -64,7 +74,9 @@ class VisionTower(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, pixel_values: Float[Array, "images height width 3"]) -> Float[Array, "images h w C"]:
+    def __call__(
+        self, pixel_values: Float[Array, "images height width 3"]
+    ) -> Float[Array, "images h w C"]:
         """Features of every patch, on its grid. `pixel_values` are normalised by ImageNet's mean and deviation."""
         config = self.config
         if pixel_values.shape[1:3] != (config.image_size, config.image_size):
@@ -72,7 +84,12 @@ class VisionTower(nnx.Module):
                 f"pictures are {pixel_values.shape[1]}x{pixel_values.shape[2]}, the vision tower reads "
                 f"{config.image_size}x{config.image_size}: prepare them with data.chat.preprocess_image"
             )
-        images, side, patch, width = pixel_values.shape[0], config.patches, config.patch_size, config.hidden_size
+        images, side, patch, width = (
+            pixel_values.shape[0],
+            config.patches,
+            config.patch_size,
+            config.hidden_size,
+        )
         # A convolution whose stride is its size is a matrix product over cut-out patches, which is faster on CPUs.
         x = pixel_values.astype(self.dtype).reshape(images, side, patch, side, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(images, side * side, patch * patch * 3)
@@ -87,12 +104,19 @@ class VisionTower(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm attention and MLP (exact GELU), each scaled per channel before it is added."""
 
-    def __init__(self, config: VisionConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: VisionConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+    ) -> None:
         width, eps = config.hidden_size, config.layer_norm_eps
 
         def linear(features_in: int, features_out: int, use_bias: bool = True) -> Linear:
             return Linear(
-                features_in, features_out, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+                features_in,
+                features_out,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
             )
 
         self.attention_norm = LayerNorm(width, eps=eps, param_dtype=param_dtype)
@@ -100,7 +124,9 @@ class VisionBlock(nnx.Module):
         self.key = linear(width, width, config.attention_bias)
         self.value = linear(width, width, config.attention_bias)
         self.attention_output = linear(width, width)
-        self.attention_scale = nnx.Param(jnp.full((width,), config.layer_scale_init_value, param_dtype))
+        self.attention_scale = nnx.Param(
+            jnp.full((width,), config.layer_scale_init_value, param_dtype)
+        )
         self.mlp_norm = LayerNorm(width, eps=eps, param_dtype=param_dtype)
         self.mlp_in = linear(width, config.intermediate_size)
         self.mlp_out = linear(config.intermediate_size, width)
@@ -110,31 +136,51 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         heads = (*x.shape[:2], self.heads, -1)
         y = self.attention_norm(x)
-        y = attention(self.query(y).reshape(heads), self.key(y).reshape(heads), self.value(y).reshape(heads))
-        x = x + self.attention_output(y.reshape(x.shape)) * self.attention_scale[...].astype(x.dtype)[None, None]
+        y = attention(
+            self.query(y).reshape(heads), self.key(y).reshape(heads), self.value(y).reshape(heads)
+        )
+        x = (
+            x
+            + self.attention_output(y.reshape(x.shape))
+            * self.attention_scale[...].astype(x.dtype)[None, None]
+        )
         y = self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=False))
         return x + y * self.mlp_scale[...].astype(x.dtype)[None, None]
 
 
-def pixel_shuffle(features: Float[Array, "B h w C"], factor: int = 2) -> Float[Array, "B tokens FC"]:
+def pixel_shuffle(
+    features: Float[Array, "B h w C"], factor: int = 2
+) -> Float[Array, "B tokens FC"]:
     """Joins neighbouring factor x factor patches into one token, row by row within the neighbourhood.
 
     A 4x4 grid of 0 .. 15 becomes [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15].
     """
     B, h, w, C = features.shape
     x = features.reshape(B, h // factor, factor, w // factor, factor, C)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, (h // factor) * (w // factor), factor * factor * C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(
+        B, (h // factor) * (w // factor), factor * factor * C
+    )
 
 
 class Projector(nnx.Module):
     """Image tokens to the language model's width: LayerNorm, linear, exact GELU, linear."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
     ) -> None:
         self.norm = LayerNorm(in_features, eps=1e-5, param_dtype=param_dtype)
-        self.linear_1 = Linear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.linear_2 = Linear(out_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.linear_1 = Linear(
+            in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.linear_2 = Linear(
+            out_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T C"]:
         return self.linear_2(jax.nn.gelu(self.linear_1(self.norm(x)), approximate=False))

@@ -5,9 +5,10 @@ from flax import nnx
 
 from squeeze_jax.array_types import Array, Float, UInt8
 from squeeze_jax.batch import HiddenStates, RawBatch, References, TrainingBatch
-from squeeze_jax.diffusion.latents import latent_grid, pack, reference_positions
+from squeeze_jax.diffusion.latents import ReferencePositions, latent_grid, pack
 from squeeze_jax.layers.norm import per_channel
 from squeeze_jax.models.autoencoder import Autoencoder
+from squeeze_jax.models.backbone import join_references
 from squeeze_jax.models.internvl import InternVL, split_hidden_states
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -21,19 +22,25 @@ class Encoders(nnx.Module):
         mllm.head = None  # it predicts words, which nobody asks for
         self.mllm, self.autoencoder = mllm, autoencoder
 
-    def __call__(self, raw: RawBatch, layers: tuple[int, ...]) -> TrainingBatch:
-        """The batch that records of the same examples would give, with these hidden states; bf16 as there."""
+    def __call__(
+        self, raw: RawBatch, layers: tuple[int, ...], positions_of: ReferencePositions
+    ) -> TrainingBatch:
+        """Computes the batch that records of the same examples would give, in bfloat16 as there.
+
+        `layers`: which hidden states. `positions_of`: the backbone's (`BackboneConfig`).
+        """
         targets = self.latents(raw.target)
         count = raw.references.shape[1]
         each = self.latents(raw.references.reshape(-1, *raw.references.shape[2:]))
-        tokens = pack(each).reshape(len(raw.target), -1, 4 * each.shape[-1])
-        grid = latent_grid(each)
+        tokens = pack(each)
+        tokens = tokens.reshape(len(raw.target), count, *tokens.shape[1:])
+        row = [(tokens[:, i], latent_grid(each)) for i in range(count)]
+        references = join_references(row, latent_grid(targets), positions_of)
+        # Samples with fewer references than the batch's most: the rest is padding.
         exists = jnp.arange(count)[None] < raw.reference_count[:, None]
-        mask = jnp.repeat(exists, grid[0] * grid[1], axis=1)
-        positions = jnp.asarray(reference_positions(latent_grid(targets), [grid] * count))
-        references = References(
-            jnp.where(mask[..., None], tokens, 0.0), mask, jnp.broadcast_to(positions[None], (*mask.shape, 2))
-        )
+        mask = jnp.repeat(exists, tokens.shape[2], axis=1)
+        kept = jnp.where(mask[..., None], references.tokens, 0.0)
+        references = References(kept, mask, references.positions)
         return TrainingBatch(pack(targets), self.hidden_states(raw, layers), references, raw.index)
 
     def latents(self, pixels: UInt8[Array, "B height width 3"]) -> Float[Array, "B h w c"]:
@@ -43,7 +50,9 @@ class Encoders(nnx.Module):
     def hidden_states(self, raw: RawBatch, layers: tuple[int, ...]) -> HiddenStates:
         """Some of the MLLM's hidden states, text and image tokens apart."""
         unit = raw.tiles.astype(jnp.float32) / 255.0
-        mean, deviation = (per_channel(jnp.array(values), unit) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, deviation = (
+            per_channel(jnp.array(values), unit) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         tiles = (unit - mean) / deviation
         hidden = self.mllm(raw.ids, tiles, raw.valid)[:, jnp.array(layers)].astype(jnp.bfloat16)
         image = raw.tiles.shape[1] * self.mllm.config.image_tokens

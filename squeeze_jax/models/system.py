@@ -14,18 +14,22 @@ from squeeze_jax.models.online_encoders import Encoders
 class System(nnx.Module):
     """Predicts a velocity from hidden states of the MLLM and reference tokens."""
 
-    def __init__(self, aggregator: Aggregator, dit: Backbone, encoders: Encoders | None = None) -> None:
+    def __init__(
+        self, aggregator: Aggregator, dit: Backbone, encoders: Encoders | None = None
+    ) -> None:
         self.aggregator = aggregator
         self.dit = dit
         self.encoders = encoders
 
     def encode_batch(self, batch: TrainingBatch | RawBatch) -> TrainingBatch:
-        """Runs the encoders on raw examples; returns a batch of features as it is. No gradient flows through."""
-        if isinstance(batch, TrainingBatch):
-            return batch
+        """Returns the batch's features: raw examples go through the encoders, without gradient."""
+        return batch.features(self._encode)
+
+    def _encode(self, raw: RawBatch) -> TrainingBatch:
         if self.encoders is None:
             raise ValueError("raw examples need a system with encoders (data.online)")
-        return jax.lax.stop_gradient(self.encoders(batch, self.aggregator.config.reads))
+        reads, positions_of = self.aggregator.config.reads, self.dit.config.reference_positions
+        return jax.lax.stop_gradient(self.encoders(raw, reads, positions_of))
 
     def aggregate(self, states: HiddenStates) -> Context:
         """Aggregates a prompt's hidden states: once a prompt, whatever the number of steps."""
@@ -35,7 +39,9 @@ class System(nnx.Module):
         """Computes the modulation of every block at these times, before a loop over them."""
         return self.dit.make_modulation(self.embed_timestep(times, guidance))
 
-    def prepare_references(self, references: References, guidance: float = 1.0) -> References | CachedReferences:
+    def prepare_references(
+        self, references: References, guidance: float = 1.0
+    ) -> References | CachedReferences:
         """Converts references to what `velocity` takes: once a prompt, whatever the number of steps."""
         if self.dit.config.reference_attention == "joint":
             return references
@@ -63,7 +69,9 @@ class System(nnx.Module):
         if isinstance(references, References):
             references = self.prepare_references(references, guidance)
         temb = self.embed_timestep(t, guidance) if modulation is None else modulation
-        return self.dit.velocity(target, target_grid, temb, context.tokens, context.mask, references)
+        return self.dit.velocity(
+            target, target_grid, temb, context.tokens, context.mask, references
+        )
 
     def embed_timestep(self, t: Float[Array, " T"], guidance: float = 1.0) -> Float[Array, "T C"]:
         """The conditioning vector of times, with one distilled guidance value for all."""

@@ -15,7 +15,11 @@ OVERLAP = 0.25
 
 
 def decode_tiles(
-    decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, *, tile: int = TILE, overlap: float = OVERLAP
+    decode: Callable[[np.ndarray], np.ndarray],
+    latents: np.ndarray,
+    *,
+    tile: int = TILE,
+    overlap: float = OVERLAP,
 ) -> np.ndarray:
     """Pictures [B, height, width, 3] of latents [B, h, w, c]; `decode` does so for one tile [B, ≤ tile, ≤ tile, c]."""
     if max(latents.shape[1:3]) <= tile:
@@ -30,7 +34,10 @@ def decode_tiles(
             part = latents[:, top : top + tile, left : left + tile]
             picture = np.array(decode(part))
             factor = picture.shape[1] // part.shape[1]
-            extent, limit = int(tile * factor * overlap), tile * factor - int(tile * factor * overlap)
+            extent, limit = (
+                int(tile * factor * overlap),
+                tile * factor - int(tile * factor * overlap),
+            )
             if above:
                 fade(above[len(row)], picture, extent, axis=1)
             if row:
@@ -44,7 +51,9 @@ def decode_tiles(
 def fade(before: np.ndarray, after: np.ndarray, extent: int, axis: int) -> None:
     """Over its first `extent` places along an axis, `after` takes over from the last ones of `before`; in place."""
     extent = min(before.shape[axis], after.shape[axis], extent)
-    share = (np.arange(extent, dtype=np.float32) / extent).reshape([-1 if i == axis else 1 for i in range(after.ndim)])
+    share = (np.arange(extent, dtype=np.float32) / extent).reshape(
+        [-1 if i == axis else 1 for i in range(after.ndim)]
+    )
     old, new = [slice(None)] * after.ndim, [slice(None)] * after.ndim
     old[axis], new[axis] = slice(before.shape[axis] - extent, None), slice(0, extent)
     after[tuple(new)] = before[tuple(old)] * (1 - share) + after[tuple(new)] * share

@@ -87,7 +87,7 @@ def step_estimate(
     rows = config.data.batch_per_chip
     kinds: tuple[Literal["double", "single"], ...] = ("double", "single")
     blocks = [block_program(config, mesh, kind, rows, context, image) for kind in kinds]
-    depths = (dit.double_blocks, dit.single_blocks)
+    depths = (dit.num_double_blocks, dit.num_single_blocks)
     compute = whole.expected(chip) + sum((depth - 1) * block.expected(chip) for depth, block in zip(depths, blocks))
     moved = whole.traffic + sum((depth - 1) * block.traffic for depth, block in zip(depths, blocks))
     uncounted = _refiners(config, stage, rows, references) + _encoders(config, stage, rows, references)
@@ -121,7 +121,8 @@ def _refiners(config: Config, stage: StageConfig, rows: int, references: int) ->
     count = config.aggregator.refiner_blocks
     if count < 2:
         return 0
-    shallow = replace(config.model, dit=replace(config.model.dit, double_blocks=1, single_blocks=1))
+    one_each = replace(config.model.dit, num_double_blocks=1, num_single_blocks=1)
+    shallow = replace(config.model, dit=one_each)
     config = replace(config, model=shallow)
     one = replace(config, aggregator=replace(config.aggregator, refiner_blocks=1))
     return step_flops(config, stage, rows, references) - step_flops(one, stage, rows, references)
@@ -143,7 +144,7 @@ def block_program(
     """
     # A transformer of one block of each kind, of which one is run. A single block reads one joint
     # sequence: it is given as an image without context, so that nothing is joined or cut around it.
-    dit_config = replace(config.model.dit, double_blocks=1, single_blocks=1)
+    dit_config = replace(config.model.dit, num_double_blocks=1, num_single_blocks=1)
     parallel = config.parallel if backward else replace(config.parallel, remat="none")
     model = replace(config.model, dit=dit_config)
     config = replace(config, model=model, parallel=parallel)

@@ -57,7 +57,8 @@ def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) ->
 def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, references: int) -> Report:
     """The part of a plan that training and sampling share."""
     state, split = abstract_system(config)
-    frozen, blocks = count(split.frozen), config.model.dit.double_blocks + config.model.dit.single_blocks
+    frozen, dit = count(split.frozen), config.model.dit
+    blocks = dit.num_double_blocks + dit.num_single_blocks
     largest = max((one.largest for one in whole.collectives), default=0)
     return {
         "preset": config.name,

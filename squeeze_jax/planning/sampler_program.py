@@ -110,14 +110,14 @@ def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, imag
     target = config.target_grid[0] * config.target_grid[1]
     kept = image if dit.reference_attention == "joint" else target
     seconds = moved = kernels = 0.0
-    blocks = dit.double_blocks + dit.single_blocks
+    blocks = dit.num_double_blocks + dit.num_single_blocks
     lengths = []
     for (mllm, vae), steps in evaluations(config, references):
         joint = target + mllm * context + vae * (kept - target)
         lengths.append((joint, steps))
         seen = joint + vae * (image - kept)  # keys that are only looked at
         kernels += steps * Kernel(joint, dit.width, blocks, seen).flops(False, False)
-    for name, depth in (("double", dit.double_blocks), ("single", dit.single_blocks)):
+    for name, depth in (("double", dit.num_double_blocks), ("single", dit.num_single_blocks)):
         short = block_program(config, mesh, name, rows, 0, target, backward=False)
         long = block_program(config, mesh, name, rows, context, kept, backward=False)
         for tokens, steps in lengths:

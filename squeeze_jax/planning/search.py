@@ -105,13 +105,15 @@ def _communication(config: Config, mesh: Mesh, chip: Chip, frozen: nnx.State, gr
 def _exchanged(config: Config, references: int) -> float:
     """Bytes an example that the tensor axis sums: the activations, about four times a block, twice each."""
     dit = config.model.dit
-    return 8.0 * (dit.double_blocks + dit.single_blocks) * sum(sequence(config, references)) * dit.width * 2
+    blocks = dit.num_double_blocks + dit.num_single_blocks
+    return 8.0 * blocks * sum(sequence(config, references)) * dit.width * 2
 
 
 def _kernel_inputs(config: Config, references: int) -> int:
     """Bytes an example of the padded q, k and v that the TPU's kernel keeps; a trace on CPU does not have them."""
     dit = config.model.dit
-    return 3 * (dit.double_blocks + dit.single_blocks) * padded(sum(sequence(config, references))) * dit.width * 2
+    blocks = dit.num_double_blocks + dit.num_single_blocks
+    return 3 * blocks * padded(sum(sequence(config, references))) * dit.width * 2
 
 
 def _ring(mesh: Mesh, axis: str) -> float:

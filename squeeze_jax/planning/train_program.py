@@ -128,7 +128,7 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
 
     length = references * side * side
     axes = config.model.dit.reference_positions((height, width), ()).shape[-1]
-    tiles = config.data.max_tiles + (config.data.max_tiles > 1)  # several have the whole as one more
+    tiles = config.data.tiles_per_reference
     return TrainingBatch(
         shape(height * width, channels),
         HiddenStates(*tokens(MAX_TEXT_TOKENS), *tokens(references * tiles * IMAGE_TOKENS)),
@@ -142,7 +142,7 @@ def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
     if not config.data.online:
         return abstract_batch(config, rows, references)
     data, mllm = config.data, encoder_configs(config)[1]
-    tiles = references * (data.max_tiles + (data.max_tiles > 1))
+    tiles = references * data.tiles_per_reference
     length, side, tile = MAX_TEXT_TOKENS + tiles * mllm.image_tokens, data.reference_long_side, mllm.vision.image_size
 
     def shape(*sizes: int, dtype: Any = jnp.uint8) -> Any:

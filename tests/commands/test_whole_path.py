@@ -26,8 +26,9 @@ from squeeze_jax.models.dit import DiTConfig
 config = Config(
     name="small",
     model=ModelConfig(
-        dit=DiTConfig(in_channels=32, context_width=32, pooled_width=8, heads=2, head_width=16, double_blocks=1,
-                      single_blocks=1, rope_axes=(4, 6, 6), guidance=False),
+        dit=DiTConfig(in_channels=32, context_width=32, pooled_width=8, heads=2, head_width=16,
+                      num_double_blocks=1,
+                      num_single_blocks=1, rope_axes=(4, 6, 6), guidance=False),
         latent_pixels=4, dtype="float32", frozen_dtype="float32",
     ),
     aggregator=AggregatorConfig(layers=tuple(range(5)), width=128, out_width=32, heads=4, mlp_width=32, refiner_blocks=1),

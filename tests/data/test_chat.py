@@ -8,6 +8,7 @@ from PIL import Image
 from qwen_like import PROMPT, qwen_like
 from tokenizers import Tokenizer, models
 
+from squeeze_jax.config import DataConfig
 from squeeze_jax.data.chat import (
     IMAGE,
     IMAGE_END,
@@ -24,6 +25,7 @@ from squeeze_jax.data.chat import (
     pad_inputs,
     preprocess_image,
     tile_grid,
+    tile_pixels,
 )
 from squeeze_jax.errors import InputError
 from squeeze_jax.miniature.tokenizer import build_demo_tokenizer
@@ -206,3 +208,10 @@ def test_every_grid_is_the_published_one():
         for most in (1, 4, 6, 12):
             columns, rows = module.get_optimal_tiled_canvas((height, width), (448, 448), 1, most)
             assert tile_grid(height, width, 448, most) == (rows, columns), (height, width, most)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 12])
+def test_a_picture_has_at_most_the_tiles_that_the_config_counts(most):
+    """A row of as many squares as tiles are allowed takes them all, and the whole picture."""
+    tiles = tile_pixels(Image.new("RGB", (28 * most, 28)), 28, most)
+    assert len(tiles) == DataConfig(max_tiles=most).tiles_per_reference

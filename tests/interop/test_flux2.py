@@ -175,7 +175,7 @@ def test_a_config_of_another_model_is_refused(field, value):
 
 
 @pytest.mark.parametrize(
-    "config", [Flux2Config(), Flux2Config(heads=4, guidance=True, double_blocks=3)]
+    "config", [Flux2Config(), Flux2Config(heads=4, guidance=True, num_double_blocks=3)]
 )
 def test_a_single_file_tells_its_sizes(config):
     parameters = parameters_by_path(abstract(config))

@@ -66,7 +66,7 @@ def test_every_dialect_comes_back_as_it_went(tmp_path, dialect):
     save_lora(tmp_path / "x.safetensors", adapted(random_flux2()), dialect)
     again = random_flux2()
     report = load_lora(again, tmp_path / "x.safetensors")
-    assert report.modules == 4 * CONFIG.double_blocks + 2 * CONFIG.single_blocks
+    assert report.modules == 4 * CONFIG.num_double_blocks + 2 * CONFIG.num_single_blocks
     expected, found = merged_kernels(adapted(random_flux2())), merged_kernels(again)
     for path in expected:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
@@ -106,7 +106,7 @@ def test_a_file_for_the_other_family_is_named(tmp_path):
     adapted(flux1)
     save_lora(tmp_path / "flux1.safetensors", flux1, "kohya")
     with pytest.raises(InputError, match=r"a LoRA for FLUX\.1, but this transformer is FLUX\.2's"):
-        load_lora(random_flux2(dataclasses.replace(CONFIG, double_blocks=1)), tmp_path / "flux1.safetensors")
+        load_lora(random_flux2(dataclasses.replace(CONFIG, num_double_blocks=1)), tmp_path / "flux1.safetensors")
     save_lora(tmp_path / "flux2.safetensors", adapted(random_flux2()), "diffusers")
     with pytest.raises(InputError, match=r"a LoRA for FLUX\.2, but this transformer is FLUX\.1's"):
         load_lora(flux1, tmp_path / "flux2.safetensors")

@@ -32,7 +32,8 @@ from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2Autoenco
 
 DIT = dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14))
 DIT2 = Flux2Config(
-    in_channels=16, context_width=24, heads=2, head_width=32, double_blocks=2, single_blocks=3, rope_axes=(8, 8, 8, 8)
+    in_channels=16, context_width=24, heads=2, head_width=32, num_double_blocks=2, num_single_blocks=3,
+    rope_axes=(8, 8, 8, 8),
 )
 SMALL2 = Flux2AutoencoderConfig(block_out_channels=(8, 16), norm_groups=4, latent_channels=4)
 SMALL = AutoencoderConfig(block_out_channels=(8, 16), norm_groups=4, latent_channels=4)

@@ -29,7 +29,8 @@ pytest.importorskip("qwix", reason="needs the `quantize` extra")
 TINY = tiny_config(lora=LoRAConfig(rank=2))
 INT8 = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, frozen_dtype="int8"))
 ONE_BLOCK = DiTConfig(
-    in_channels=4, context_width=4, pooled_width=4, heads=2, head_width=8, double_blocks=1, single_blocks=1,
+    in_channels=4, context_width=4, pooled_width=4, heads=2, head_width=8,
+    num_double_blocks=1, num_single_blocks=1,
     rope_axes=(2, 2, 4), guidance=False,
 )  # fmt: skip
 

@@ -255,6 +255,7 @@ def test_a_second_adapter_on_a_layer_is_refused_and_changes_nothing():
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0"),
         ({"target": "("}, "not a regular expression"),
+        ({"init_gain": 0.0}, "init_gain is 0"),
     ],
 )
 def test_impossible_settings_are_refused(values, message):
@@ -307,7 +308,8 @@ def test_adding_an_adapter_shares_the_base():
 
 def test_in_the_scanned_stack_gradients_exist_for_adapters_alone():
     config = DiTConfig(
-        in_channels=4, context_width=4, pooled_width=4, heads=1, head_width=8, double_blocks=2, single_blocks=2,
+        in_channels=4, context_width=4, pooled_width=4, heads=1, head_width=8,
+        num_double_blocks=2, num_single_blocks=2,
         rope_axes=(2, 2, 4), guidance=False,
     )  # fmt: skip
     dit = random_dit(config)

@@ -75,20 +75,21 @@ def copy_block(theirs, ours, i):
         set_row(getattr(ours, name).scale, weight[f"{path}.weight"])
 
 
-def test_one_lap_and_refiner_equal_krea2():
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+def test_one_lap_and_refiner_equal_krea2(eps):
     """One pool for all tokens is exactly Krea 2's text fusion over the sequence; then comes our output projection."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
     krea = pytest.importorskip("diffusers.models.transformers.transformer_krea2")
     theirs = krea.Krea2TextFusion(
         num_text_layers=LAYERS, dim=WIDTH, num_heads=3, num_kv_heads=3, intermediate_size=20,
-        num_layerwise_blocks=2, num_refiner_blocks=2, eps=1e-5,
+        num_layerwise_blocks=2, num_refiner_blocks=2, eps=eps,
     )  # fmt: skip
     randomise(theirs)
     with torch.no_grad():  # zero-centred scales
         for name, parameter in theirs.named_parameters():
             if "norm" in name:
                 parameter.sub_(1.0)
-    config = dataclasses.replace(CONFIG, kind="lap", layer_blocks=2, refiner_blocks=2)
+    config = dataclasses.replace(CONFIG, kind="lap", layer_blocks=2, refiner_blocks=2, norm_eps=eps)
     ours = random_aggregator(config)
     for i in range(2):
         copy_block(theirs.layerwise_blocks[i], ours.pools["shared"].layer_blocks, i)

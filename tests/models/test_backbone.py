@@ -12,10 +12,11 @@ from parity import relative_error
 from tiny import STAGE, tiny_batch, tiny_config
 from toy_backbone import ToyBackbone, ToyConfig
 
+from squeeze_jax.diffusion.latents import latent_grid, pack, pack_references, reference_positions
 from squeeze_jax.interop import aggregator as aggregator_format
 from squeeze_jax.interop.mapping import export_entries, load_entries
 from squeeze_jax.models.aggregator import Aggregator
-from squeeze_jax.models.backbone import Backbone
+from squeeze_jax.models.backbone import Backbone, join_references
 from squeeze_jax.models.dit import DiT
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.sampler import make_sampler
@@ -80,3 +81,16 @@ def test_its_aggregator_is_exported_and_read_back():
     load_entries(other.aggregator, table, written)
     states = tiny_batch().hidden_states
     np.testing.assert_array_equal(other.aggregate(states).tokens, system.aggregate(states).tokens)
+
+
+def test_references_of_one_size_are_packed_like_any_others():
+    """Two samples with the same two references each, as the data workers pack them."""
+    rng = np.random.default_rng(0)
+    latents = [rng.standard_normal((2, *size, 3)).astype(np.float32) for size in ((4, 6), (2, 8))]
+    rows = [[latent[i] for latent in latents] for i in range(2)]
+    expected = pack_references(rows, [(3, 5)] * 2, length=6 + 4, channels=12)
+    found = join_references(
+        [(jnp.asarray(pack(x)), latent_grid(x)) for x in latents], (3, 5), reference_positions
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -326,7 +326,7 @@ def test_a_missing_and_an_extra_guidance_value_are_refused(model):
     [
         ({"rope_axes": (32, 32, 32, 30)}, "sum to head_width, 128"),
         ({"rope_axes": (31, 33, 32, 32)}, "must be even"),
-        ({"single_blocks": 0}, "single_blocks is 0; it must be at least 1"),
+        ({"num_single_blocks": 0}, "single_blocks is 0; it must be at least 1"),
         ({"mlp_ratio": 0.0}, "mlp_width is 0"),
     ],
 )

@@ -26,7 +26,7 @@ from squeeze_jax.training.step import make_train_step
 GRID, TOKENS = (2, 2), 4
 CONFIG = tiny_config()
 SMALL = Flux2Config(
-    in_channels=64, context_width=24, heads=2, head_width=8, double_blocks=1, single_blocks=2,
+    in_channels=64, context_width=24, heads=2, head_width=8, num_double_blocks=1, num_single_blocks=2,
     mlp_ratio=2.0, rope_axes=(2, 2, 2, 2),
 )  # fmt: skip
 

@@ -64,7 +64,7 @@ def test_selective_saving_lies_between_saving_all_and_saving_nothing():
 def test_selective_saving_runs_no_linear_layer_twice():
     """At FLUX.1's sizes: beyond `none`, only scores that a kernel makes again inside itself."""
     config = load_preset("configs/flux_stage2.py")
-    dit = dataclasses.replace(config.model.dit, double_blocks=1, single_blocks=1)
+    dit = dataclasses.replace(config.model.dit, num_double_blocks=1, num_single_blocks=1)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit=dit))
     stage = config.training.stages[0]
 

@@ -54,7 +54,7 @@ def test_a_megapixel_of_flux_is_what_it_is_by_hand():
 
 
 def test_xla_counts_the_same_in_an_unrolled_program():
-    config = DiTConfig(heads=8, double_blocks=1, single_blocks=2, context_width=512)
+    config = DiTConfig(heads=8, num_double_blocks=1, num_single_blocks=2, context_width=512)
     function, arguments = velocity(config, side=16)
     counted = jax.jit(function).lower(*arguments).cost_analysis()["flops"]
     ours = matmul_flops(function, *arguments)
@@ -67,7 +67,7 @@ KERNELS = {"gpu": (cudnn, "cudnn_attention"), "tpu": (splash, "splash_attention"
 @pytest.mark.parametrize("platform", KERNELS)
 def test_kernels_hide_nothing(monkeypatch, platform):
     """A running step's utilisation is counted where it runs, and there attention is a kernel."""
-    config = DiTConfig(heads=4, double_blocks=1, single_blocks=1, context_width=512)
+    config = DiTConfig(heads=4, num_double_blocks=1, num_single_blocks=1, context_width=512)
     function, arguments = velocity(config, side=32, dtype=jnp.bfloat16)
     on_cpu = matmul_flops(function, *arguments)
 

@@ -216,7 +216,7 @@ def test_references_keep_their_order_in_training_batches(tmp_path):
 
 @pytest.fixture(scope="module")
 def cached():
-    dit = dataclasses.replace(CONFIG.model.dit, reference_attention="cached", single_blocks=1)
+    dit = dataclasses.replace(CONFIG.model.dit, reference_attention="cached", num_single_blocks=1)
     return randomised(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dit=dit)))
 
 

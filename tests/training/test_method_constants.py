@@ -88,7 +88,7 @@ def resolved(config):
         "width": aggregator.width,
         "rank": config.lora.rank,
         "lora_scale": (config.lora.alpha or config.lora.rank) / config.lora.rank,
-        "blocks": (dit.double_blocks, dit.single_blocks, dit.heads, dit.head_width),
+        "blocks": (dit.num_double_blocks, dit.num_single_blocks, dit.heads, dit.head_width),
         "context_width": dit.context_width,
         "size": (data.height, data.width, data.reference_long_side),
         "max_tiles": data.max_tiles,
@@ -166,7 +166,9 @@ def test_updates_are_clipped_adamw_with_the_papers_constants(name, peak):
 SMALL = tiny_config()
 SMALL = dataclasses.replace(
     SMALL,
-    model=dataclasses.replace(SMALL.model, dit=dataclasses.replace(SMALL.model.dit, single_blocks=1)),
+    model=dataclasses.replace(
+        SMALL.model, dit=dataclasses.replace(SMALL.model.dit, num_single_blocks=1)
+    ),
     aggregator=dataclasses.replace(SMALL.aggregator, kind="last_layer", refiner_blocks=0),
     optimizer=OptimizerConfig(warmup_steps=1),
     diffusion=DiffusionConfig(guidance=2.0),  # neither the default nor FLUX.1's own 3.5

@@ -21,10 +21,10 @@ class Aggregator(nn.Module):
 
     def __init__(
         self, kind: str, layers: list[int], width: int, out_width: int, heads: int, mlp_width: int, layer_blocks: int,
-        refiner_blocks: int,
+        refiner_blocks: int, norm_eps: float = 1e-5,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.kind, self.layers, sizes = kind, list(layers), (width, heads, mlp_width)
+        self.kind, self.layers, sizes = kind, list(layers), (width, heads, mlp_width, norm_eps)
         pools = {"dla": ("text", "image"), "lap": ("shared",)}.get(kind, ())
         self.pools = nn.ModuleDict({name: LayerPool(len(layers), layer_blocks, *sizes) for name in pools})
         if kind == "last_layer_vit":
@@ -73,9 +73,13 @@ class Aggregator(nn.Module):
 class LayerPool(nn.Module):
     """Attention across the layers of every token [T, M, C], then a learned mix of them: [T, C]."""
 
-    def __init__(self, layers: int, blocks: int, width: int, heads: int, mlp_width: int) -> None:
+    def __init__(
+        self, layers: int, blocks: int, width: int, heads: int, mlp_width: int, norm_eps: float
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(FusionBlock(width, heads, mlp_width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            FusionBlock(width, heads, mlp_width, norm_eps) for _ in range(blocks)
+        )
         self.projector = nn.Parameter(torch.full((layers,), 1 / layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,11 +91,11 @@ class LayerPool(nn.Module):
 class FusionBlock(nn.Module):
     """Pre-norm attention with normed queries and keys and a sigmoid gate, then SwiGLU; no biases, no positions."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
+    def __init__(self, width: int, heads: int, mlp_width: int, norm_eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = Norm(width), Norm(width)
-        self.norm_q, self.norm_k = Norm(width // heads), Norm(width // heads)
+        self.norm1, self.norm2 = Norm(width, norm_eps), Norm(width, norm_eps)
+        self.norm_q, self.norm_k = (Norm(width // heads, norm_eps) for _ in "qk")
         self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         self.to_gate = nn.Linear(width, width, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
@@ -110,13 +114,14 @@ class FusionBlock(nn.Module):
 
 
 class Norm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-5) · (1 + weight), in float32."""
+    """x / sqrt(mean(x²) + eps) · (1 + weight), in float32."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * (1 + self.weight.float())).to(x.dtype)
