@@ -28,20 +28,10 @@ from squeeze_jax.diffusion.latents import timed_reference_positions
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.flux2 import diffusers_entries
 from squeeze_jax.interop.mapping import export_entries
-from squeeze_jax.layers.lora import UNO, LoRAConfig, add_lora, linears
 from squeeze_jax.layers.stack import unstack
 from squeeze_jax.models.backbone import Backbone, BackboneConfig
 from squeeze_jax.models.dit import BLOCK_STACKS
 from squeeze_jax.models.flux2 import Flux2, Flux2Config
-from squeeze_jax.sharding import (
-    MATRICES,
-    batch_sharding,
-    drop_indivisible,
-    make_mesh,
-    parameter_spec,
-    use_mesh,
-)
-from squeeze_jax.sharding import shardings as table_shardings
 
 DEV = dataclasses.replace(CONFIG, guidance=True)
 CACHED = dataclasses.replace(CONFIG, reference_attention="cached")
@@ -333,70 +323,3 @@ def test_a_missing_and_an_extra_guidance_value_are_refused(model):
 def test_impossible_sizes_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         Flux2Config(**changes)
-
-
-# --- adapters and meshes --------------------------------------------------------------------------
-
-
-def test_adapters_go_where_unos_go():
-    """On a single block's first layer they cover q, k and v alone, not the feed-forward's rows."""
-    model = random_flux2()
-    streams = [
-        f"double_blocks.{s}_attn.{layer}" for s in ("img", "txt") for layer in ("proj", "qkv")
-    ]
-    paths = add_lora(model, LoRAConfig(4, target=UNO), rngs=nnx.Rngs(0))
-    assert paths == [*streams, "single_blocks.linear1", "single_blocks.linear2"]
-    (part,) = model.single_blocks.linear1.adapter.parts
-    assert (part.start, part.size) == (0, 3 * CONFIG.width)
-
-
-def test_layers_of_klein_cut_what_the_sharding_table_cuts():
-    model = nnx.eval_shape(lambda: Flux2(Flux2Config(guidance=True), rngs=nnx.Rngs(0)))
-    mesh, cut_in = make_mesh(2, 2, 2), set()
-    for name, linear in linears(model):
-        shape = linear.kernel.shape
-        cut = jax.sharding.PartitionSpec(*(None,) * (len(shape) - 2), *MATRICES[linear.tensor_axis])
-        found = parameter_spec(f"{name}.kernel", shape, mesh)
-        assert found == drop_indivisible(cut, shape, mesh), name
-        assert {"fsdp", "tensor"} <= set(found), name
-        if linear.tensor_axis == "in":
-            cut_in.add(name.split(".", 1)[1])
-    assert cut_in == {
-        "img_attn.proj",
-        "txt_attn.proj",
-        "img_mlp.out_layer",
-        "txt_mlp.out_layer",
-        "linear2",
-    }
-
-
-@pytest.mark.parametrize("axes", [(2, 2, 2), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
-def test_a_mesh_gives_what_one_device_gives(axes):
-    """Velocity, and gradients of inputs and weights."""
-    config = dataclasses.replace(CONFIG, heads=4, context_width=48, mlp_ratio=2.0)
-    x = inputs(batch=8, config=config)
-    graph, state = nnx.split(random_flux2(config))
-    flat = nnx.to_flat_state(state)
-    leaves = {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
-    arrays = arrays_of(x)
-    arrays = {k: v for k, v in arrays.items() if v is not None}
-
-    def program(mesh, leaves, arrays):
-        def loss(leaves, arrays):
-            with use_mesh(mesh):
-                values = [
-                    (path, leaf.replace(leaves[".".join(map(str, path))])) for path, leaf in flat
-                ]
-                model, arrays = nnx.merge(graph, nnx.from_flat_state(values)), dict(arrays)
-                references = list(zip(arrays.pop("references"), REFERENCES, strict=True))
-                out = model(**arrays, target_grid=x["target_grid"], references=references)
-                return jnp.sum(jnp.sin(out)), out
-
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(leaves, arrays)
-
-    mesh = make_mesh(*axes)
-    where = table_shardings(leaves, mesh), jax.tree.map(lambda _: batch_sharding(mesh), arrays)
-    wanted = jax.jit(program, static_argnums=0)(None, leaves, arrays)
-    found = jax.jit(program, static_argnums=0, in_shardings=where)(mesh, leaves, arrays)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
-        assert relative_error(one, other) < 1e-5
