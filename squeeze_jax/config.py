@@ -16,7 +16,7 @@ import tyro
 from squeeze_jax.config_checks import Checked, above_zero, between
 from squeeze_jax.diffusion.flow import TimeSampling
 from squeeze_jax.diffusion.latents import PATCH
-from squeeze_jax.diffusion.stages import ConditionDropout
+from squeeze_jax.diffusion.stages import MAX_TAU, ConditionDropout
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.layers.stack import REMAT, Remat
@@ -222,9 +222,9 @@ class SamplingConfig(Checked):
 
     steps: int = 25
     tau1: float = 0.95
-    """At t ≥ τ1 the MLLM's tokens alone (paper)."""
+    """At t ≥ τ1 the MLLM's tokens alone (paper). Above 1 (to 1.1) no step has them alone."""
     tau2: float = 0.85
-    """At t < τ2 the references' tokens alone (paper)."""
+    """At t < τ2 the references' tokens alone (paper). 0: never; above 1: always."""
     tau_tokens: int | None = None
     """Target tokens that τ1 and τ2 are stated for: at other sizes they move with the noise level at which the layout is
     settled (`diffusion.stages.carry_tau`). None: they stay as they are, as in the paper."""
@@ -236,7 +236,7 @@ class SamplingConfig(Checked):
     def _problems(self) -> Iterator[str]:
         if self.tau2 > self.tau1:
             yield f"sampling.tau2 {self.tau2} must not be larger than sampling.tau1 {self.tau1}"
-        yield from between(0.0, 1.0, "sampling", self, "tau1", "tau2")
+        yield from between(0.0, MAX_TAU, "sampling", self, "tau1", "tau2")
         yield from above_zero("sampling", self, "steps")
         if self.tau_tokens is not None and self.tau_tokens < 1:
             yield (

@@ -14,6 +14,7 @@ from PIL import Image
 
 from squeeze_jax.app.strip import stages_of_steps, strip
 from squeeze_jax.data.images import MULTIPLE, load_image, save_png, to_uint8
+from squeeze_jax.diffusion.stages import MAX_TAU
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
@@ -56,8 +57,8 @@ class AppState:
             "height": side(own.height),
             "width": side(own.width),
             "steps": Range(1, MAX_STEPS, 1),
-            "tau1": Range(0.0, 1.0, 0.01),
-            "tau2": Range(0.0, 1.0, 0.01),
+            "tau1": Range(0.0, MAX_TAU, 0.01),
+            "tau2": Range(0.0, MAX_TAU, 0.01),
             "cfg_scale": Range(1.0, 10.0, 0.1),
             "seed": Range(0, 2**32 - 1, 1),
             "num_images": Range(1, 8, 1),

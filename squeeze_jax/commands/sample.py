@@ -31,9 +31,10 @@ class Sample:
     steps: int | None = None
     """Euler steps (FLUX: 25)."""
     tau1: float | None = None
-    """At t ≥ tau1 the MLLM's tokens alone (FLUX: 0.95); t = 1 is pure noise."""
+    """At t ≥ tau1 the MLLM's tokens alone (FLUX: 0.95). t = 1 is pure noise, where the first step
+    begins; 1.1 with --tau2 0 keeps both conditions on throughout."""
     tau2: float | None = None
-    """At t < tau2 the references' tokens alone (FLUX: 0.85)."""
+    """At t < tau2 the references' tokens alone (FLUX: 0.85); 0 is never, 1.1 throughout."""
     cfg_scale: tuple[float, ...] | None = None
     """Classifier-free guidance (FLUX: 2.5); 1 is off. Three numbers: one a stage."""
     seed: int = 0

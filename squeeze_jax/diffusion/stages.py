@@ -10,6 +10,11 @@ import numpy as np
 
 from squeeze_jax.array_types import Array, Bool, Key
 from squeeze_jax.diffusion.flow import schedule_shift, shift_time
+from squeeze_jax.errors import InputError
+
+MAX_TAU = 1.1
+"""The largest τ. All above 1 mean the same, since no step has t ≥ τ then; the bound finds typing
+errors such as 95 for 0.95 (our decision: docs/decisions.md, "Thresholds above 1")."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,36 @@ def time_steps(steps: int, target_tokens: int, shifted: bool = True) -> np.ndarr
 def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
     """A threshold stated for `base_tokens` target tokens, at the time of equal signal-to-noise for `tokens` of them.
 
-    logit(t) moves by half the logarithm of the ratio, since t/(1 − t) grows with the square root of the number of tokens
-    that show the same picture (our decision); 0 and 1 stay.
+    logit(t) moves by half the logarithm of the ratio, since t/(1 − t) grows with the square root of
+    the number of tokens that show the same picture (docs/decisions.md, "τ at other sizes"). 0 stays,
+    and so do 1 and what is above it.
     """
-    if tau in (0.0, 1.0):
+    if tau == 0.0 or tau >= 1.0:
         return tau
     odds = tau / (1.0 - tau) * math.sqrt(tokens / base_tokens)
     return odds / (1.0 + odds)
 
 
-def plan_stages(times: np.ndarray, tau1: float, tau2: float, references: bool = True) -> tuple[Stage, ...]:
-    """The stages of a run (docs/decisions.md, "Multi-stage denoising"); a stage without steps is left out.
-
-    A step belongs to the stage of the time at its start: t ≥ τ1 MLLM alone, τ2 ≤ t < τ1 both, t < τ2 VAE alone.
-    Without references the MLLM stays on throughout.
-    """
+def check_thresholds(tau1: float, tau2: float) -> None:
+    """Raises InputError unless 0 ≤ tau2 ≤ tau1 ≤ `MAX_TAU`."""
+    for name, tau in (("tau1", tau1), ("tau2", tau2)):
+        if not 0.0 <= tau <= MAX_TAU:
+            raise InputError(f"{name} is {tau:g}; it must be from 0 to {MAX_TAU:g}")
     if tau2 > tau1:
-        raise ValueError(f"tau2 is {tau2} and tau1 is {tau1}: tau2 must not be larger than tau1")
+        raise InputError(f"tau2 {tau2:g} is larger than tau1 {tau1:g}; it must not be")
+
+
+def plan_stages(
+    times: np.ndarray, tau1: float, tau2: float, references: bool = True
+) -> tuple[Stage, ...]:
+    """The stages of a run (docs/decisions.md, "Multi-stage denoising"), without those that have no step.
+
+    A step belongs to the stage of the time at its start: the MLLM alone at t ≥ τ1, both at
+    τ2 ≤ t < τ1, the VAE alone at t < τ2. The first step has t = 1, so that τ1 > 1 leaves out the
+    MLLM alone: with τ2 = 0 both conditions stay on throughout. Without references the MLLM stays
+    on throughout. Raises InputError for impossible thresholds.
+    """
+    check_thresholds(tau1, tau2)
     starts = times[:-1]
     first = int(np.sum(starts >= tau1)) if references else len(starts)
     second = int(np.sum(starts >= tau2)) if references else len(starts)

@@ -38,8 +38,8 @@ def score_critters(
 ) -> None:
     """Retrieval scores of `count` held-out pairs beside chance, pasted references and the autoencoder's ceiling.
 
-    settings: `demo` (the checkpoint's τ), `mllm` (τ = 0, 0: the MLLM alone throughout), `both` (τ = 1, 0: both
-    throughout), `withheld` (no reference: text only).
+    settings: `demo` (the checkpoint's τ), `mllm` (τ = 0, 0: the MLLM alone throughout), `both`
+    (τ = 1.1, 0: both throughout), `withheld` (no reference: text only).
     """
     assert pipeline.config.data.critters is not None
     rows = CritterRows(pipeline.config.data.critters, "held_out")
@@ -50,7 +50,7 @@ def score_critters(
     ways = {
         "demo": ("staged (the demo's own τ)", examples, Settings()),
         "mllm": ("MLLM alone throughout", examples, Settings(tau1=0.0, tau2=0.0)),
-        "both": ("both throughout", examples, Settings(tau1=1.0, tau2=0.0)),
+        "both": ("both throughout", examples, Settings(tau1=1.1, tau2=0.0)),
         "withheld": ("references withheld", bare, Settings()),
     }
 

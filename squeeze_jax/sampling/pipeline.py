@@ -21,7 +21,7 @@ from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import parse_size, to_rgb
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack_references, unpack
-from squeeze_jax.diffusion.stages import carry_tau
+from squeeze_jax.diffusion.stages import carry_tau, check_thresholds
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.layers.int8 import quantise
@@ -155,11 +155,7 @@ class Pipeline:
             first_block_threshold=settings.first_block_threshold,
             int8=self.int8,
         )
-        for name in ("tau1", "tau2"):
-            if not 0 <= getattr(resolved, name) <= 1:
-                raise InputError(f"{name} is {getattr(resolved, name):g}; it must be from 0 to 1")
-        if resolved.tau2 > resolved.tau1:
-            raise InputError(f"tau2 {resolved.tau2:g} is larger than tau1 {resolved.tau1:g}; it must not be")
+        check_thresholds(resolved.tau1, resolved.tau2)
         _ = resolved.solver_config  # refuses what does not go together
         return resolved
 

@@ -45,8 +45,6 @@ def make_schedule(
     """Builds the schedule of a run (see `diffusion.stages`). Raises InputError for impossible numbers."""
     if not 1 <= steps <= MAX_STEPS:
         raise InputError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
-    if not (0 <= tau2 <= tau1 <= 1):
-        raise InputError(f"tau1 is {tau1} and tau2 is {tau2}; they must satisfy 0 <= tau2 <= tau1 <= 1")
     times = time_steps(steps, target_tokens, shifted)
     borders, end = [], 0
     ends = {(stage.mllm, stage.vae): stage.steps[1] for stage in plan_stages(times, tau1, tau2, references)}

@@ -18,7 +18,8 @@ class Settings:
     steps: int | None = None
     tau1: float | None = None
     tau2: float | None = None
-    """Thresholds for this very size: `tau_tokens` of the config does not move them."""
+    """Thresholds for this very size, 0 ≤ tau2 ≤ tau1 ≤ 1.1 (`diffusion.stages.plan_stages`):
+    `tau_tokens` of the config does not move them."""
     cfg_scale: float | tuple[float, float, float] | None = None
     """One scale, or one a stage; a stage at 1 leaves the unconditional branch out."""
     seed: int = 0

@@ -125,6 +125,17 @@ def test_a_strip_has_a_cell_a_step_in_its_stages_colour():
     assert counts(stages_of_steps(config, RESOLVED, references=False)) == [("MLLM", 5)]
 
 
+def test_a_strip_shows_both_conditions_throughout(studio):
+    """By sliders that reach a τ1 above 1."""
+    assert studio.ranges["tau1"].high == studio.ranges["tau2"].high == 1.1
+    html = session.plan(studio, Settings(steps=4, tau1=1.1, tau2=0.0), references=True)
+    assert re.findall(r'step \d+: ([^"]+)"', html) == ["MLLM + VAE"] * 4
+    assert "4 × MLLM + VAE throughout" in html
+    settings = dataclasses.replace(RESOLVED, tau1=1.1, tau2=0.0)
+    values, notes = session.restore(studio, Embedded("p", (), "tiny", 12, settings))
+    assert (values["tau1"], values["tau2"], notes) == (1.1, 0.0, [])
+
+
 # Uploads
 
 

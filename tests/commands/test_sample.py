@@ -52,11 +52,15 @@ def test_many_images_are_drawn_some_at_a_time(tmp_path, environment, monkeypatch
 
     monkeypatch.setattr(Pipeline, "begin", watched)
     arguments = ["--steps", "1", "--cfg-scale", "1", "--num-images", "17", "--seed", str(2**32 - 1)]
+    arguments += ["--tau1", "1.1", "--tau2", "0"]
     assert sample.main([*ASKED, *arguments, "--out", str(tmp_path / "o.png")]) == 0
     assert seen == [[2**32 - 1, *range(8)], [*range(8, 16), 15]]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"o-{i}.png" for i in range(17))
-    assert capsys.readouterr().out.count("picture: ") == 17
-    assert embedded.read(tmp_path / "o-16.png").settings.seed == 15
+    said = capsys.readouterr().out
+    assert said.count("picture: ") == 17
+    assert "stages: MLLM + VAE 1 steps\n" in said
+    settings = embedded.read(tmp_path / "o-16.png").settings
+    assert (settings.seed, settings.tau1, settings.tau2) == (15, 1.1, 0.0)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 17
 
 

@@ -146,11 +146,12 @@ def sides(home, exported):
     [
         (2, {}),
         (2, {"tau1": 0.0, "tau2": 0.0}),
+        (2, {"tau1": 1.1, "tau2": 0.0}),
         (0, {}),
         pytest.param(1, {"tau1": 0.8, "tau2": 0.8}, marks=pytest.mark.slow),
         pytest.param(2, {"height": 48, "width": 80}, marks=pytest.mark.slow),
     ],
-    ids=["two references", "MLLM throughout", "text only", "one reference", "not square"],
+    ids=["two references", "MLLM throughout", "both throughout", "text only", "one reference", "not square"],
 )
 def test_pytorch_draws_the_same(sides, references, changes):
     ours, theirs = sides
@@ -174,7 +175,7 @@ def test_pytorch_draws_the_same(sides, references, changes):
 
 def test_thresholds_move_with_the_size_as_ours_do(sides):
     theirs = sys.modules[type(sides[1]).__module__]
-    for tau in (0.0, 0.3, 0.85, 0.95, 1.0):
+    for tau in (0.0, 0.3, 0.85, 0.95, 1.0, 1.1):
         for tokens in (256, 1024, 4096):
             assert theirs.carry_tau(tau, 1024, tokens) == pytest.approx(carry_tau(tau, 1024, tokens))
     assert "tau_tokens" in sides[1].settings

@@ -94,6 +94,21 @@ def test_stage_two_sees_the_papers_stages_on_the_configs_schedule(theirs, shifte
     assert [(mllm, vae) for _, mllm, vae in bare] == [(False, False)] * 25
 
 
+@pytest.mark.parametrize("tau_tokens", [None, 1024])
+def test_both_conditions_can_stay_on_throughout(theirs, tau_tokens):
+    """By the config of the ablation, at its own size and at another, and by a caller's τ."""
+    config = preset("ablations/single_stage")
+    sampling = dataclasses.replace(config.sampling, tau_tokens=tau_tokens)
+    config = dataclasses.replace(config, sampling=sampling)
+    for arguments in ({}, {"height": 256, "width": 256}, {"tau1": 1.1, "tau2": 0.0}):
+        told, _ = steps_of(theirs, config, **arguments)
+        assert [tuple(seen) for _, *seen in told[::2]] == [(True, True)] * 25
+    told, _ = steps_of(theirs, config, tau1=1.1, tau2=1.1)
+    assert [tuple(seen) for _, *seen in told[::2]] == [(False, True)] * 25
+    with pytest.raises(ValueError, match=r"tau1 is 1\.2 .* <= 1\.1"):
+        steps_of(theirs, config, tau1=1.2)
+
+
 def test_schnell_takes_four_even_steps_without_guidance(theirs):
     told, _ = steps_of(theirs, preset("flux_schnell"))
     assert [t for t, *_ in told] == [1.0, 0.75, 0.5, 0.25]

@@ -60,7 +60,7 @@ OTHERS = {
     "layers_0_9": BOTH | {"layers": tuple(range(10))},
     "layers_10_19": BOTH | {"layers": tuple(range(10, 20))},
     "layers_20_28": BOTH | {"layers": tuple(range(20, 29))},
-    "single_stage": SINGLE | sampled(1.0, 0.0, 2.5),
+    "single_stage": SINGLE | sampled(1.1, 0.0, 2.5),
     "single_stage_staged": SINGLE,
     "cfg_4": sampled(0.95, 0.85, 4.0),
     "tau_085_070": sampled(0.85, 0.7, 2.5),

@@ -2,7 +2,8 @@
 
 Time t runs from 1 (noise) to 0 on FLUX.1's shifted schedule. At t ≥ tau1 the transformer sees the multimodal LLM's tokens
 alone, at tau2 ≤ t < tau1 these and the references' latents, at t < tau2 the references alone (arXiv 2605.26111). What a
-stage does not use is left out of the sequence. Classifier-free guidance contrasts with the target alone.
+stage does not use is left out of the sequence. Classifier-free guidance contrasts with the target alone. The first step
+has t = 1, so that tau1 = 1.1 with tau2 = 0 keeps both on throughout.
 """
 
 import json
@@ -25,6 +26,7 @@ LORA = "pytorch_lora_weights.safetensors"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 MAX_TEXT_TOKENS = 128
 MULTIPLE = 16  # pixels: sides of references and pictures
+MAX_TAU = 1.1
 
 
 class SqueezePipeline(DiffusionPipeline):
@@ -113,8 +115,9 @@ class SqueezePipeline(DiffusionPipeline):
             for k, v in (("tau1", tau1), ("tau2", tau2))
         )  # fmt: skip
         scale = own["cfg_scale"] if guidance_scale is None else guidance_scale
-        if not 0 <= tau2 <= tau1 <= 1:
-            raise ValueError(f"tau1 is {tau1} and tau2 is {tau2}; they must satisfy 0 <= tau2 <= tau1 <= 1")
+        if not 0 <= tau2 <= tau1 <= MAX_TAU:
+            needed = f"0 <= tau2 <= tau1 <= {MAX_TAU}"
+            raise ValueError(f"tau1 is {tau1} and tau2 is {tau2}; they must satisfy {needed}")
         pictures = [to_rgb(image) for image in references]
         context = self.aggregator(*self.read(prompt, pictures))
         shown = [self.encode(image) for image in pictures] if own["references"] else []
@@ -236,9 +239,12 @@ def schedule(steps: int, target_tokens: int, shifted: bool) -> np.ndarray:
 
 
 def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
-    """A threshold of base_tokens at equal signal-to-noise for tokens: logit(t) moves by half the log of the ratio."""
-    odds = tau / (1.0 - tau) * math.sqrt(tokens / base_tokens) if tau < 1.0 else math.inf
-    return odds / (1.0 + odds) if odds < math.inf else 1.0
+    """A threshold of base_tokens at equal signal-to-noise for tokens: logit(t) moves by half the log
+    of the ratio; 1 and above stay."""
+    if tau >= 1.0:
+        return tau
+    odds = tau / (1.0 - tau) * math.sqrt(tokens / base_tokens)
+    return odds / (1.0 + odds)
 
 
 def reference_origins(grid: tuple[int, int], references: list[Tensor]) -> list[tuple[int, int]]:
