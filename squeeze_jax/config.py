@@ -151,7 +151,8 @@ class DiffusionConfig:
     """How times are drawn and which distilled guidance value the transformer is told."""
 
     time_sampling: TimeSampling = "shifted_uniform"
-    """Our decision: the sampler's shift of uniform times; `logit_normal` looks at the middle more often."""
+    """Our decision: uniform times, shifted as the sampler's are (`sampling.shifted`); `logit_normal`
+    looks at the middle more often."""
     guidance: float = 1.0
     """FLUX.1-dev's distilled guidance input, in training and sampling (our decision)."""
 
@@ -231,7 +232,8 @@ class SamplingConfig(Checked):
     cfg_scale: float = 2.5
     """Classifier-free guidance (paper); 1 is off."""
     shifted: bool = True
-    """FLUX.1's shifted schedule; schnell's is not."""
+    """Whether the model's times are shifted, in sampling and in training: FLUX.1-dev's are,
+    FLUX.1-schnell's are not."""
 
     def _problems(self) -> Iterator[str]:
         if self.tau2 > self.tau1:

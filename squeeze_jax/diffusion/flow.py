@@ -18,19 +18,27 @@ BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15  # FLUX.1's scheduler
 
 
-def schedule_shift(target_tokens: int) -> float:
-    """FLUX.1's μ for a picture of that many target tokens: 0.5 at 256, 1.15 at 4,096, linear and extrapolated."""
+def schedule_shift(target_tokens: int, shifted: bool = True) -> float:
+    """FLUX.1-dev's μ for a picture of so many target tokens: linear, 0.5 at 256 and 1.15 at 4,096.
+
+    `shifted=False` is FLUX.1-schnell's: 0, which leaves times as they are. Source:
+    docs/decisions.md, "Schedule and solver".
+    """
+    if not shifted:
+        return 0.0
     slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
     return BASE_SHIFT + slope * (target_tokens - BASE_TOKENS)
 
 
 def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
-    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise; 0 stays 0 and 1 stays 1."""
+    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise; 0 stays 0 and 1 stays 1. μ = 0: t = s."""
+    if mu == 0.0:
+        return s
     return math.exp(mu) * s / (math.exp(mu) * s + (1.0 - s))  # the brackets keep 1 exactly at 1
 
 
 def sample_times(key: Key, batch: int, sampling: TimeSampling, mu: float) -> Float[Array, " B"]:
-    """Draws training times: uniform or logit-normal ones, shifted as the schedule shifts its own.
+    """Draws training times: uniform or logit-normal ones, shifted by the μ of the sampler's schedule.
 
     Source: docs/decisions.md, "Training times".
     """

@@ -51,12 +51,10 @@ class Stage(NamedTuple):
 
 
 def time_steps(steps: int, target_tokens: int, shifted: bool = True) -> np.ndarray:
-    """The sampler's times, float32 [steps + 1] from 1 to 0: FLUX.1's schedule, shifted by the target's tokens.
-
-    `shifted=False` is schnell's: evenly spaced.
-    """
+    """The sampler's times, float32 [steps + 1] from 1 to 0: evenly spaced ones, shifted by
+    `flow.schedule_shift`."""
     s = 1.0 - np.arange(steps + 1, dtype=np.float64) / steps
-    return (shift_time(s, schedule_shift(target_tokens)) if shifted else s).astype(np.float32)
+    return np.asarray(shift_time(s, schedule_shift(target_tokens, shifted)), np.float32)
 
 
 def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:

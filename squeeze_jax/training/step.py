@@ -63,7 +63,8 @@ def sample_randomness(key: Key, shape: tuple[int, int, int], config: Config, sta
 
     def row(key: Key) -> StepRandomness:
         times, noise, dropout = jax.random.split(key, 3)
-        t = sample_times(times, 1, config.diffusion.time_sampling, schedule_shift(length))
+        mu = schedule_shift(length, config.sampling.shifted)  # training sees the sampler's times
+        t = sample_times(times, 1, config.diffusion.time_sampling, mu)
         mllm, vae = stage.dropout.draw(dropout, 1)
         return StepRandomness(t[0], jax.random.normal(noise, (length, channels)), mllm[0], vae[0])
 

@@ -27,6 +27,7 @@ def test_shift_is_linear_in_the_target_tokens():
     assert schedule_shift(1024) == pytest.approx(0.63)
     assert schedule_shift(16) == pytest.approx(0.5 - 240 * 0.65 / 3840)  # extrapolated below
     assert schedule_shift(16_384) == pytest.approx(1.15 + 12_288 * 0.65 / 3840)  # and above
+    assert schedule_shift(1024, shifted=False) == 0.0  # schnell's
 
 
 @pytest.mark.parametrize("tokens", [16, 256, 1024, 4096, 9216])
