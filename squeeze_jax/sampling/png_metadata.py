@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from PIL import Image
 
 from squeeze_jax.errors import InputError
-from squeeze_jax.sampling.pipeline import Resolved
+from squeeze_jax.sampling.schedule import STAGE_NAMES
+from squeeze_jax.sampling.settings import Resolved
 
 
 class Reference(NamedTuple):
@@ -35,9 +36,18 @@ class Embedded:
 
 
 def text_of(
-    prompt: str, references: Sequence[Reference], checkpoint: str, checkpoint_step: int | None, settings: Resolved, i: int
+    prompt: str,
+    references: Sequence[Reference],
+    checkpoint: str,
+    checkpoint_step: int | None,
+    settings: Resolved,
+    i: int,
+    stages: Sequence[str],
 ) -> dict[str, Any]:
-    """The text of image `i` of a run, for `save_png`."""
+    """The text of image `i` of a run, for `save_png`; `stages` names that of each step.
+
+    The number of steps of each stage is there for whoever looks: `read` takes the settings alone.
+    """
     return {
         "prompt": prompt,
         "references": [reference._asdict() for reference in references],
@@ -46,6 +56,7 @@ def text_of(
         **vars(settings),
         "seed": settings.seeds[i],
         "num_images": 1,
+        "stages": {name: stages.count(name) for name in STAGE_NAMES},
     }
 
 

@@ -28,6 +28,8 @@ STAGES = (Conditions(True, False), Conditions(True, True), Conditions(False, Tru
 UNCONDITIONAL = Conditions(False, False)
 """The other branch of classifier-free guidance: the target alone (docs/decisions.md,
 "Classifier-free guidance")."""
+STAGE_NAMES = ("MLLM", "MLLM + VAE", "VAE")
+"""What the stages are called wherever they are shown or noted."""
 
 
 class Schedule(NamedTuple):
@@ -37,6 +39,11 @@ class Schedule(NamedTuple):
     """float32 [MAX_STEPS + 1], from 1 to 0, then zeros."""
     borders: Int[Array, " 3"]
     """For each stage, the step before which it ends."""
+
+    def stage_names(self, steps: int) -> list[str]:
+        """Returns the name of the stage of each of the first `steps` steps."""
+        stages = np.searchsorted(self.borders, np.arange(steps), side="right")
+        return [STAGE_NAMES[stage] for stage in stages]
 
 
 def make_schedule(

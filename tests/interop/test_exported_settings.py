@@ -1,6 +1,7 @@
 """What the exported PyTorch pipeline makes of a run's config, step by step; its parts only note what they are told."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ from qwen_like import qwen_like
 
 from squeeze_jax.config import load_preset
 from squeeze_jax.config_json import to_json
+from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
 from squeeze_jax.interop.exported import TORCH_FILES
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
@@ -112,7 +114,36 @@ def test_both_conditions_can_stay_on_throughout(theirs, tau_tokens):
 def test_schnell_takes_four_even_steps_without_guidance(theirs):
     told, _ = steps_of(theirs, preset("flux_schnell"))
     assert [t for t, *_ in told] == [1.0, 0.75, 0.5, 0.25]
-    assert [tuple(seen) for _, *seen in told] == [(True, False)] + [(False, True)] * 3
+    assert [tuple(seen) for _, *seen in told] == [(True, False), (True, True)] + [(False, True)] * 2
+
+
+def test_a_stage_that_no_step_begins_in_is_named(theirs):
+    few = {"num_inference_steps": 4, "tau1": 0.95, "tau2": 0.85}
+    with pytest.warns(UserWarning, match=r"no step has both conditions: none of 4 begins at 0\.85 <= t < 0\.95"):
+        steps_of(theirs, preset("flux_schnell"), **few)
+    with pytest.warns(UserWarning, match="no step has") as said:
+        steps_of(theirs, preset("flux_schnell"), **few | {"num_inference_steps": 1})
+    assert ["both conditions" in str(said[0].message), "references alone" in str(said[1].message)] == [True, True]
+    steps_of(theirs, preset("flux_schnell"), references=0, **few)  # text only: one stage, no warning
+
+
+@pytest.mark.filterwarnings("ignore:no step has")
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 25, 50, 100])
+def test_times_and_stages_are_those_of_our_sampler(theirs, steps, shifted):
+    """The exported file stands alone, so it has the formulas again: the same bits, borders on a step included."""
+    for tokens in (4, 64, 256, 1024, 1536, 4096, 9216):
+        ours = time_steps(steps, tokens, shifted)
+        found = theirs.schedule(steps, tokens, shifted)
+        np.testing.assert_array_equal(found, ours)
+        assert found.dtype == ours.dtype
+        thresholds = sorted({0.0, 0.3, 0.59, 0.75, 0.83, 0.85, 0.95, 1.0, 1.1, *map(float, ours[:3])})
+        for tau2, tau1 in itertools.combinations_with_replacement(thresholds, 2):
+            plan = plan_stages(ours, tau1, tau2)
+            kept = [(stage.mllm, stage.vae) for stage in plan for _ in range(*stage.steps)]
+            assert theirs.stages(ours, tau1, tau2) == kept, (tokens, tau1, tau2)
+        for tau in thresholds:
+            assert theirs.carry_tau(tau, 1024, tokens) == pytest.approx(carry_tau(tau, 1024, tokens), rel=1e-12)
 
 
 def test_settings_are_those_of_the_config(theirs):

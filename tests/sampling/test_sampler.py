@@ -32,14 +32,13 @@ from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import (
     REFERENCE_BUCKET,
-    STAGE_NAMES,
     Pipeline,
     Settings,
     pad_references,
     split_evenly,
 )
 from squeeze_jax.sampling.sampler import make_sampler
-from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, make_schedule, noise_for
+from squeeze_jax.sampling.schedule import MAX_STEPS, STAGE_NAMES, STAGES, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
 from squeeze_jax.training.state import flatten_params, replace_params
 

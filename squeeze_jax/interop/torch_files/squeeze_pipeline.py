@@ -8,6 +8,7 @@ has t = 1, so that tau1 = 1.1 with tau2 = 0 keeps both on throughout.
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,11 @@ class SqueezePipeline(DiffusionPipeline):
         positions = grid_positions(grid, reference_origins(grid, shown), shown).to(x)
         tokens = torch.cat([self.pack(latent) for latent in shown], dim=1) if shown else None
         times = schedule(num_inference_steps or own["steps"], grid[0] * grid[1], own["shifted"])
-        for i in self.progress_bar(range(len(times) - 1)):
-            t, t_next = times[i], times[i + 1]
-            mllm, seen = (True, None) if not shown or t >= np.float32(tau1) else (bool(t >= np.float32(tau2)), tokens)
-            v = self.velocity(x, float(t), positions, context if mllm else context[:0], seen)
+        kept = stages(times, tau1, tau2) if shown else [(True, False)] * (len(times) - 1)
+        for i in self.progress_bar(range(len(kept))):
+            (mllm, identity), t, t_next = kept[i], times[i], times[i + 1]
+            said, seen = context if mllm else context[:0], tokens if identity else None
+            v = self.velocity(x, float(t), positions, said, seen)
             if scale != 1.0:
                 bare = self.velocity(x, float(t), positions, context[:0], None)
                 v = bare + scale * (v - bare)
@@ -236,6 +238,22 @@ def schedule(steps: int, target_tokens: int, shifted: bool) -> np.ndarray:
     s = 1.0 - np.arange(steps + 1) / steps
     shift = math.exp(0.5 + (1.15 - 0.5) / (4096 - 256) * (target_tokens - 256)) if shifted else 1.0
     return (shift * s / (shift * s + (1.0 - s))).astype(np.float32)
+
+
+def stages(times: np.ndarray, tau1: float, tau2: float) -> list[tuple[bool, bool]]:
+    """Of each step, whether it sees the LLM's tokens and whether the references', by the time at its start.
+
+    Warns of a stage that the thresholds leave room for and no step begins in, as happens on few steps.
+    """
+    high, low = np.float32(tau1), np.float32(tau2)
+    kept = [(bool(t >= low), bool(t < high)) for t in times[:-1]]
+    both, alone = ("both conditions", tau2, tau1), ("the references alone", 0.0, tau2)
+    for seen, (name, start, end) in {(True, True): both, (False, True): alone}.items():
+        if start < min(end, 1.0) and seen not in kept:
+            why = f"none of {len(kept)} begins at {start:g} <= t < {end:g}"
+            advice = "take more steps or move tau1 and tau2"
+            warnings.warn(f"no step has {name}: {why}; {advice}", stacklevel=4)
+    return kept
 
 
 def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
