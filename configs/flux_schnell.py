@@ -2,9 +2,11 @@
 
     python train.py configs/flux_schnell.py --data.features FEATURES --workdir runs/schnell --from runs/stage1
 
-It takes no distilled guidance and samples in 4 steps on the unshifted schedule, one with the MLLM alone, one with both
-conditions and two with the references alone (docs/decisions.md, "τ on few steps"). Training's times are unshifted, too.
-Licence of the weights: Apache-2.0, the only one of the family free for commercial use. Hardware: a TPU pod slice.
+It takes no distilled guidance and samples in 4 steps on the unshifted schedule: one with the MLLM
+alone, one with both conditions and two with the references alone (docs/decisions.md, "τ on few
+steps"). Training's times are unshifted, too.
+Licence of the weights: Apache-2.0, the only one of the family free for commercial use. Hardware: a
+TPU pod slice.
 """
 
 import dataclasses

@@ -21,7 +21,10 @@ STYLE = """
 .strip span { flex: 1; height: 22px; border-radius: 3px; opacity: .25; transition: opacity .2s; }
 .strip span.done { opacity: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 8px; font-size: 13px; }
-.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
+.legend i {
+  display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px;
+  vertical-align: -1px;
+}
 """
 
 
@@ -36,8 +39,10 @@ def counts(stages: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def strip(stages: Sequence[str], done: int, warnings: Sequence[str] = ()) -> str:
-    """HTML: one cell a step in the stage's colour, the first `done` filled, a legend (`STYLE` is its
-    CSS), and a line for each warning."""
+    """HTML: one cell a step in the stage's colour, the first `done` filled; a legend; the warnings.
+
+    `STYLE` is its CSS.
+    """
     cells = "".join(
         f'<span class="{"done" if i < done else "ahead"}" style="background: {PAINT[name]}" '
         f'title="step {i + 1}: {name}"></span>'

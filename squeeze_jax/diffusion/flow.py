@@ -31,14 +31,14 @@ def schedule_shift(target_tokens: int, shifted: bool = True) -> float:
 
 
 def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
-    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise; 0 stays 0 and 1 stays 1. μ = 0: t = s."""
+    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise. 0 and 1 stay, and with μ = 0 all do."""
     if mu == 0.0:
         return s
     return math.exp(mu) * s / (math.exp(mu) * s + (1.0 - s))  # the brackets keep 1 exactly at 1
 
 
 def sample_times(key: Key, batch: int, sampling: TimeSampling, mu: float) -> Float[Array, " B"]:
-    """Draws training times: uniform or logit-normal ones, shifted by the μ of the sampler's schedule.
+    """Draws training times: uniform or logit-normal ones, shifted by the schedule's μ.
 
     Source: docs/decisions.md, "Training times".
     """
@@ -66,7 +66,10 @@ def loss_per_sample(
 
 
 def euler_step(
-    x: Float[Array, "B N c"], velocity: Float[Array, "B N c"], t: Float[Array, ""], t_next: Float[Array, ""]
+    x: Float[Array, "B N c"],
+    velocity: Float[Array, "B N c"],
+    t: Float[Array, ""],
+    t_next: Float[Array, ""],
 ) -> Float[Array, "B N c"]:
     """x + (t_next − t)·v."""
     return x + (t_next - t).astype(x.dtype) * velocity.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""When which condition is on: condition dropout in training, and the (τ1, τ2) stages of sampling."""
+"""When which condition is on: condition dropout in training, the stages (τ1, τ2) of sampling."""
 
 import math
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ errors such as 95 for 0.95 (our decision: docs/decisions.md, "Thresholds above 1
 
 @dataclass(frozen=True)
 class ConditionDropout:
-    """Probabilities of one categorical draw a sample: which conditions it keeps (docs/decisions.md, "Condition dropout").
+    """Probabilities of one categorical draw a sample: which conditions it keeps.
 
-    Without references (stage 1, text only) the outcomes fold: `both` and `mllm` keep the MLLM, the others drop it.
+    Without references (stage 1, text only) the outcomes fold: `both` and `mllm` keep the MLLM, the
+    others drop it. Source: docs/decisions.md, "Condition dropout".
     """
 
     both: float = 0.6
@@ -32,12 +33,17 @@ class ConditionDropout:
     def __post_init__(self) -> None:
         values = (self.both, self.mllm, self.vae, self.neither)
         if min(values) < 0 or not abs(sum(values) - 1.0) <= 1e-6:
-            raise ValueError(f"dropout (both, mllm, vae, neither) is {values}: it must be probabilities that sum to 1")
+            raise ValueError(
+                f"dropout (both, mllm, vae, neither) is {values}: "
+                "it must be probabilities that sum to 1"
+            )
 
     def draw(self, key: Key, batch: int) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
         """For each sample, whether the MLLM's tokens and whether the references' tokens stay."""
         edges = np.cumsum([self.both, self.mllm, self.vae])
-        outcome = jnp.searchsorted(jnp.asarray(edges, jnp.float32), jax.random.uniform(key, (batch,)), side="right")
+        outcome = jnp.searchsorted(
+            jnp.asarray(edges, jnp.float32), jax.random.uniform(key, (batch,)), side="right"
+        )
         return (outcome == 0) | (outcome == 1), (outcome == 0) | (outcome == 2)
 
 
@@ -58,11 +64,11 @@ def time_steps(steps: int, target_tokens: int, shifted: bool = True) -> np.ndarr
 
 
 def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
-    """A threshold stated for `base_tokens` target tokens, at the time of equal signal-to-noise for `tokens` of them.
+    """A threshold stated for `base_tokens` target tokens, at equal signal-to-noise for `tokens`.
 
     logit(t) moves by half the logarithm of the ratio, since t/(1 − t) grows with the square root of
-    the number of tokens that show the same picture (docs/decisions.md, "τ at other sizes"). 0 stays,
-    and so do 1 and what is above it.
+    the number of tokens that show the same picture (docs/decisions.md, "τ at other sizes"). 0 stays
+    as it is, and so do 1 and what is above it.
     """
     if tau == 0.0 or tau >= 1.0:
         return tau
@@ -82,12 +88,12 @@ def check_thresholds(tau1: float, tau2: float) -> None:
 def plan_stages(
     times: np.ndarray, tau1: float, tau2: float, references: bool = True
 ) -> tuple[Stage, ...]:
-    """The stages of a run (docs/decisions.md, "Multi-stage denoising"), without those that have no step.
+    """The stages of a run, without those that have no step.
 
     A step belongs to the stage of the time at its start: the MLLM alone at t ≥ τ1, both at
-    τ2 ≤ t < τ1, the VAE alone at t < τ2. The first step has t = 1, so that τ1 > 1 leaves out the
-    MLLM alone: with τ2 = 0 both conditions stay on throughout. Without references the MLLM stays
-    on throughout. Raises InputError for impossible thresholds.
+    τ2 ≤ t < τ1, the VAE alone at t < τ2 (docs/decisions.md, "Multi-stage denoising"). The first
+    step begins at t = 1, so that with τ1 > 1 none has the MLLM alone; with τ2 = 0 all have both.
+    Without references the MLLM stays on throughout. Raises InputError for impossible thresholds.
     """
     check_thresholds(tau1, tau2)
     starts = times[:-1]

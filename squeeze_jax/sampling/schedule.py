@@ -47,14 +47,26 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(
-    steps: int, target_tokens: int, tau1: float, tau2: float, *, references: bool, shifted: bool = True
+    steps: int,
+    target_tokens: int,
+    tau1: float,
+    tau2: float,
+    *,
+    references: bool,
+    shifted: bool = True,
 ) -> Schedule:
-    """Builds the schedule of a run (see `diffusion.stages`). Raises InputError for impossible numbers."""
+    """Builds the schedule of a run (see `diffusion.stages`).
+
+    Raises InputError for impossible numbers.
+    """
     if not 1 <= steps <= MAX_STEPS:
         raise InputError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
     times = time_steps(steps, target_tokens, shifted)
     borders, end = [], 0
-    ends = {(stage.mllm, stage.vae): stage.steps[1] for stage in plan_stages(times, tau1, tau2, references)}
+    ends = {
+        (stage.mllm, stage.vae): stage.steps[1]
+        for stage in plan_stages(times, tau1, tau2, references)
+    }
     for conditions in STAGES:
         end = ends.get(conditions, end)
         borders.append(end)

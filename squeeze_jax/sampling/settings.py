@@ -69,7 +69,7 @@ class Resolved:
         )
 
     def empty_stages(self, config: Config, references: bool) -> list[str]:
-        """Returns a sentence for each stage that tau1 and tau2 leave room for and no step begins in.
+        """Returns a sentence for each stage that tau1 and tau2 leave room for without any step.
 
         That happens on few steps, whose times lie far apart. `references` as in `make_schedule`.
         """
@@ -87,10 +87,17 @@ class Resolved:
     def solver_config(self) -> SolverConfig:
         """The solver and cache policy. Raises InputError for what does not go together."""
         asked = SolverConfig(
-            cast(SolverName, self.solver), self.cache_interval, self.max_order, self.first_block_threshold
+            cast(SolverName, self.solver),
+            self.cache_interval,
+            self.max_order,
+            self.first_block_threshold,
         )
         # Where every step is evaluated, nothing is extrapolated: one program, whatever the order.
-        return asked if asked.cache_interval > 1 else dataclasses.replace(asked, max_order=DEFAULT_SOLVER.max_order)
+        return (
+            asked
+            if asked.cache_interval > 1
+            else dataclasses.replace(asked, max_order=DEFAULT_SOLVER.max_order)
+        )
 
     @property
     def seeds(self) -> list[int]:

@@ -33,13 +33,21 @@ def test_stages_partition_the_steps(steps, tokens, a, b, references):
     assert all(start < stop for start, stop in ends)
     for stage in stages:
         for i in range(*stage.steps):
-            expected = by_hand(times[i], np.float32(tau1), np.float32(tau2)) if references else (True, False)
+            expected = (
+                by_hand(times[i], np.float32(tau1), np.float32(tau2))
+                if references
+                else (True, False)
+            )
             assert (stage.mllm, stage.vae) == expected
 
 
 def test_the_papers_defaults_at_512_pixels():
     stages = plan_stages(time_steps(25, 1024), 0.95, 0.85)
-    assert [(stage.mllm, stage.vae) for stage in stages] == [(True, False), (True, True), (False, True)]
+    assert [(stage.mllm, stage.vae) for stage in stages] == [
+        (True, False),
+        (True, True),
+        (False, True),
+    ]
     # At 1,024 tokens the times begin 1, .978, .956 | .932, .908, .882, .856 | .828 …
     assert [stage.steps for stage in stages] == [(0, 3), (3, 7), (7, 25)]
 
@@ -48,7 +56,10 @@ def test_the_mllm_alone_throughout():
     times = time_steps(10, 64)
     alone = (((True, False), (0, 10)),)
     assert tuple(((s.mllm, s.vae), s.steps) for s in plan_stages(times, 0.0, 0.0)) == alone
-    assert tuple(((s.mllm, s.vae), s.steps) for s in plan_stages(times, 0.95, 0.85, references=False)) == alone
+    assert (
+        tuple(((s.mllm, s.vae), s.steps) for s in plan_stages(times, 0.95, 0.85, references=False))
+        == alone
+    )
 
 
 def test_a_border_on_a_step_belongs_to_the_earlier_stage():
@@ -85,7 +96,11 @@ def test_impossible_thresholds_are_refused(tau1, tau2, message):
 
 
 # The paper's stage 2, stage 1, and a corner with zeros.
-CASES = [ConditionDropout(), ConditionDropout(0.9, 0.0, 0.0, 0.1), ConditionDropout(0.0, 0.7, 0.3, 0.0)]
+CASES = [
+    ConditionDropout(),
+    ConditionDropout(0.9, 0.0, 0.0, 0.1),
+    ConditionDropout(0.0, 0.7, 0.3, 0.0),
+]
 
 
 @pytest.mark.parametrize("dropout", CASES)
@@ -93,7 +108,9 @@ def test_dropout_has_its_probabilities(dropout):
     count = 40_000
     mllm, vae = (np.asarray(x) for x in dropout.draw(jax.random.key(0), count))
     found = [(mllm & vae).mean(), (mllm & ~vae).mean(), (~mllm & vae).mean(), (~mllm & ~vae).mean()]
-    for frequency, probability in zip(found, (dropout.both, dropout.mllm, dropout.vae, dropout.neither)):
+    for frequency, probability in zip(
+        found, (dropout.both, dropout.mllm, dropout.vae, dropout.neither)
+    ):
         assert abs(frequency - probability) <= 4 * np.sqrt(probability * (1 - probability) / count)
 
 
@@ -110,7 +127,13 @@ def test_draws_come_from_their_key():
 
 
 @pytest.mark.parametrize(
-    "values", [(0.6, 0.1, 0.2, 0.2), (0.6, 0.1, 0.2, 0.0), (1.1, -0.1, 0.0, 0.0), (float("nan"), 0.1, 0.2, 0.1)]
+    "values",
+    [
+        (0.6, 0.1, 0.2, 0.2),
+        (0.6, 0.1, 0.2, 0.0),
+        (1.1, -0.1, 0.0, 0.0),
+        (float("nan"), 0.1, 0.2, 0.1),
+    ],
 )
 def test_impossible_probabilities_are_refused(values):
     with pytest.raises(ValueError, match="probabilities that sum to 1"):
