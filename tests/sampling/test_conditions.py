@@ -29,6 +29,7 @@ from squeeze_jax.data.record_writer import Example, extract
 from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.models.backbone import Backbone, BlockInputs, Modulation
 from squeeze_jax.models.system import System
+from squeeze_jax.planning.sampler_program import evaluations
 from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
 from squeeze_jax.sampling.schedule import make_schedule, noise_for
 
@@ -154,6 +155,20 @@ def test_a_schnell_preset_samples_in_four_even_steps_without_guidance():
     np.testing.assert_allclose(drawn, noise_for([5], TOKENS, 64) - (1 + 0.75 + 0.5 + 0.25) / 4 - 10.0, atol=1e-5)
     schedule = own.resolved(Settings()).make_schedule(own.config, references=True)
     assert schedule.stage_names(4) == ["MLLM", "MLLM + VAE", "VAE", "VAE"]
+
+
+def test_the_plan_counts_the_evaluations_that_are_made():
+    """At the config's own size, where its thresholds have moved: 0.95 and 0.85 at 1,024 tokens."""
+    sampling = dataclasses.replace(CONFIG.sampling, steps=25, tau1=0.95, tau2=0.85, tau_tokens=1024)
+    config = dataclasses.replace(CONFIG, sampling=sampling)
+    odds = [tau / (1 - tau) * (TOKENS / 1024) ** 0.5 for tau in (0.95, 0.85)]
+    tau1, tau2 = (value / (1 + value) for value in odds)
+    t = times_by_hand(25, TOKENS, True)[:-1]
+    mllm, both, vae = (t >= tau1).sum(), ((t >= tau2) & (t < tau1)).sum(), (t < tau2).sum()
+    stages = [((True, False), mllm), ((True, True), both), ((False, True), vae)]
+    assert min(mllm, both, vae) > 0
+    assert evaluations(config, references=1) == [*stages, ((False, False), 25)]
+    assert evaluations(config, references=0) == [((True, False), 25), ((False, False), 25)]
 
 
 PERCENT = st.integers(0, 110)
