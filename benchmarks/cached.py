@@ -24,7 +24,7 @@ from squeeze_jax.miniature.source import CritterRows
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
 IMAGES, ROUNDS = 16, 5
-WAYS = {"staged": Settings(), "both throughout": Settings(tau1=1.0, tau2=0.0)}
+WAYS = {"staged": Settings(), "both throughout": Settings(tau1=1.1, tau2=0.0)}
 
 
 def main() -> None:

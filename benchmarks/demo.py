@@ -85,7 +85,8 @@ def main() -> None:
     tokens = batch.target.shape[1]
     one = jax.tree.map(lambda x: x[:1], batch)
     program = make_sampler(graph, target_grid=config.target_grid, guided=(True,) * 3, guidance=1.0)
-    for name, tau1, tau2 in (("the demo's τ", config.sampling.tau1, config.sampling.tau2), ("both throughout", 1.0, 0.0)):
+    own = config.sampling
+    for name, tau1, tau2 in (("the demo's τ", own.tau1, own.tau2), ("both throughout", 1.1, 0.0)):
         schedule = make_schedule(config.sampling.steps, tokens, tau1, tau2, references=True)
         for images in (1, 16):
             noise = noise_for(list(range(images)), tokens, config.model.dit.in_channels)

@@ -2,8 +2,11 @@
 
     python train.py configs/flux_schnell.py --data.features FEATURES --workdir runs/schnell --from runs/stage1
 
-It takes no distilled guidance and samples in 4 steps on the unshifted schedule.
-Licence of the weights: Apache-2.0, the only one of the family free for commercial use. Hardware: a TPU pod slice.
+It takes no distilled guidance and samples in 4 steps on the unshifted schedule: one with the MLLM
+alone, one with both conditions and two with the references alone (docs/decisions.md, "τ on few
+steps"). Training's times are unshifted, too.
+Licence of the weights: Apache-2.0, the only one of the family free for commercial use. Hardware: a
+TPU pod slice.
 """
 
 import dataclasses
@@ -21,5 +24,7 @@ config = dataclasses.replace(
         dit_weights="FLUX.1-schnell/transformer",
         autoencoder="FLUX.1-schnell/vae",
     ),
-    sampling=dataclasses.replace(stage2.sampling, steps=4, shifted=False, cfg_scale=1.0),
+    sampling=dataclasses.replace(
+        stage2.sampling, steps=4, tau1=0.91, tau2=0.75, shifted=False, cfg_scale=1.0
+    ),
 )

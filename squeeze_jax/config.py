@@ -14,9 +14,9 @@ from typing import Literal, get_args
 import tyro
 
 from squeeze_jax.config_checks import Checked, above_zero, between
-from squeeze_jax.diffusion.flow import TimeSampling
+from squeeze_jax.diffusion.flow import TimeSampling, no_shift
 from squeeze_jax.diffusion.latents import PATCH
-from squeeze_jax.diffusion.stages import ConditionDropout
+from squeeze_jax.diffusion.stages import MAX_TAU, ConditionDropout
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.layers.stack import REMAT, Remat
@@ -160,7 +160,8 @@ class DiffusionConfig:
     """How times are drawn and which distilled guidance value the transformer is told."""
 
     time_sampling: TimeSampling = "shifted_uniform"
-    """Our decision: the sampler's shift of uniform times; `logit_normal` looks at the middle more often."""
+    """Our decision: uniform times, shifted as the sampler's are (`sampling.shifted`); `logit_normal`
+    looks at the middle more often."""
     guidance: float = 1.0
     """FLUX.1-dev's distilled guidance input, in training and sampling (our decision)."""
 
@@ -231,21 +232,22 @@ class SamplingConfig(Checked):
 
     steps: int = 25
     tau1: float = 0.95
-    """At t ≥ τ1 the MLLM's tokens alone (paper)."""
+    """At t ≥ τ1 the MLLM's tokens alone (paper). Above 1 (to 1.1) no step has them alone."""
     tau2: float = 0.85
-    """At t < τ2 the references' tokens alone (paper)."""
+    """At t < τ2 the references' tokens alone (paper). 0: never; above 1: always."""
     tau_tokens: int | None = None
     """Target tokens that τ1 and τ2 are stated for: at other sizes they move with the noise level at which the layout is
     settled (`diffusion.stages.carry_tau`). None: they stay as they are, as in the paper."""
     cfg_scale: float = 2.5
     """Classifier-free guidance (paper); 1 is off."""
     shifted: bool = True
-    """FLUX.1's shifted schedule; schnell's is not."""
+    """Whether the model's times are shifted, in sampling and in training: FLUX.1-dev's are,
+    FLUX.1-schnell's are not."""
 
     def _problems(self) -> Iterator[str]:
         if self.tau2 > self.tau1:
             yield f"sampling.tau2 {self.tau2} must not be larger than sampling.tau1 {self.tau1}"
-        yield from between(0.0, 1.0, "sampling", self, "tau1", "tau2")
+        yield from between(0.0, MAX_TAU, "sampling", self, "tau1", "tau2")
         yield from above_zero("sampling", self, "steps")
         if self.tau_tokens is not None and self.tau_tokens < 1:
             yield (
@@ -362,6 +364,15 @@ class Config(Checked):
         """Rows and columns of tokens of a picture: the autoencoder's downsampling, then 2 x 2 patches."""
         side = PATCH * self.model.latent_pixels
         return height // side, width // side
+
+    def schedule_shift(self, target_tokens: int, steps: int) -> float:
+        """μ by which the model's times are shifted, in sampling and in training.
+
+        Training takes it at `sampling.steps` (docs/decisions.md, "Training times").
+        """
+        if not self.sampling.shifted:
+            return no_shift(target_tokens, steps)
+        return self.model.dit.schedule_shift(target_tokens, steps)
 
     @property
     def total_steps(self) -> int:

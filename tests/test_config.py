@@ -102,6 +102,7 @@ def test_a_section_gives_all_its_reasons_at_once():
         ("training", {"stages": ()}, "training.stages is empty"),
         ("training", {"validate_every": 0}, "training.validate_every is 0"),
         ("sampling", {"tau2": 0.99}, "sampling.tau2 0.99 must not be larger than sampling.tau1"),
+        ("sampling", {"tau1": 1.2}, "sampling.tau1 is 1.2; it must be between 0 and 1.1"),
         ("sampling", {"tau_tokens": 0}, "sampling.tau_tokens is 0"),
         ("checkpoint", {"keep": 0}, "checkpoint.keep is 0; it must be larger than 0"),
         ("log", {"every": 0}, "log.every is 0; it must be larger than 0"),

@@ -15,5 +15,5 @@ config = dataclasses.replace(
     stage2,
     name="single_stage",
     training=TrainingConfig(stages=(StageConfig(steps=35_000, references=True),)),
-    sampling=SamplingConfig(tau1=1.0, tau2=0.0),
+    sampling=SamplingConfig(tau1=1.1, tau2=0.0),
 )

@@ -14,6 +14,7 @@ from PIL import Image
 
 from squeeze_jax.app.strip import stages_of_steps, strip
 from squeeze_jax.data.images import MULTIPLE, load_image, save_png, to_uint8
+from squeeze_jax.diffusion.stages import MAX_TAU
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
@@ -56,8 +57,8 @@ class AppState:
             "height": side(own.height),
             "width": side(own.width),
             "steps": Range(1, MAX_STEPS, 1),
-            "tau1": Range(0.0, 1.0, 0.01),
-            "tau2": Range(0.0, 1.0, 0.01),
+            "tau1": Range(0.0, MAX_TAU, 0.01),
+            "tau2": Range(0.0, MAX_TAU, 0.01),
             "cfg_scale": Range(1.0, 10.0, 0.1),
             "seed": Range(0, 2**32 - 1, 1),
             "num_images": Range(1, 8, 1),
@@ -120,10 +121,14 @@ def read_reference(upload: Upload) -> Image.Image:
 
 
 def plan(studio: AppState, settings: Settings, references: bool, done: int = 0) -> str:
-    """The strip of a run. Raises InputError where there is no such run."""
-    resolved = studio.pipeline.resolved(settings)
+    """The strip of a run, with a warning for each stage that no step begins in.
+
+    Raises InputError where there is no such run.
+    """
+    resolved, config = studio.pipeline.resolved(settings), studio.pipeline.config
     used = references and studio.pipeline.uses_references
-    return strip(stages_of_steps(studio.pipeline.config, resolved, used), done)
+    stages = stages_of_steps(config, resolved, used)
+    return strip(stages, done, resolved.empty_stages(config, used))
 
 
 def draw(studio: AppState, prompt: str, uploads: Sequence[Upload], settings: Settings) -> Iterator[View]:
@@ -150,10 +155,12 @@ def draw(studio: AppState, prompt: str, uploads: Sequence[Upload], settings: Set
         said = f"Step {progress.step} of {progress.steps}: {progress.stage}"
         yield View(list(pictures), plan(studio, settings, shown, progress.step), said)
     references = [Reference(upload.name, image.height, image.width) for upload, image in zip(uploads, images)]
+    stages = stages_of_steps(pipeline.config, resolved, shown and pipeline.uses_references)
     files, folder = [], Path(mkdtemp(dir=studio.folder))
     for i, picture in enumerate(pictures):
         files.append(folder / f"{file_stem(prompt)}-{resolved.seeds[i]}.png")
-        save_png(files[-1], picture, text_of(prompt, references, studio.checkpoint, pipeline.step, resolved, i))
+        text = text_of(prompt, references, studio.checkpoint, pipeline.step, resolved, i, stages)
+        save_png(files[-1], picture, text)
     count = "1 picture" if len(files) == 1 else f"{len(files)} pictures"
     said = f"{count} in {time.perf_counter() - started:.1f} s"
     yield View(files, plan(studio, settings, shown, resolved.steps), said, finished=True)

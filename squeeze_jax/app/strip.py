@@ -1,12 +1,11 @@
 """Which stage each step of a run is in: as names, and as a strip of coloured cells."""
 
+import html
 from collections.abc import Sequence
 from itertools import groupby
 
 from squeeze_jax.config import Config
-from squeeze_jax.diffusion.stages import plan_stages, time_steps
-from squeeze_jax.sampling.pipeline import STAGE_NAMES, Resolved
-from squeeze_jax.sampling.schedule import STAGES, Conditions
+from squeeze_jax.sampling.settings import Resolved
 
 BLUE, ORANGE = "#4c7fb8", "#f0933a"
 PAINT = {
@@ -16,23 +15,22 @@ PAINT = {
 }
 """CSS background of a stage; the middle one wears both colours."""
 MEANING = {"MLLM": "MLLM alone (t ≥ τ1)", "MLLM + VAE": "both", "VAE": "VAE alone (t < τ2)"}
-NAMES = dict(zip(STAGES, STAGE_NAMES))
 
 STYLE = """
 .strip { display: flex; gap: 2px; }
 .strip span { flex: 1; height: 22px; border-radius: 3px; opacity: .25; transition: opacity .2s; }
 .strip span.done { opacity: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 8px; font-size: 13px; }
-.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
+.legend i {
+  display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px;
+  vertical-align: -1px;
+}
 """
 
 
 def stages_of_steps(config: Config, settings: Resolved, references: bool) -> list[str]:
     """The stage of every step; `references`: whether their tokens take part."""
-    rows, columns = config.grid(settings.height, settings.width)
-    times = time_steps(settings.steps, rows * columns, config.sampling.shifted)
-    plan = plan_stages(times, settings.tau1, settings.tau2, references)
-    return [NAMES[Conditions(stage.mllm, stage.vae)] for stage in plan for _ in range(*stage.steps)]
+    return settings.make_schedule(config, references).stage_names(settings.steps)
 
 
 def counts(stages: Sequence[str]) -> list[tuple[str, int]]:
@@ -40,8 +38,11 @@ def counts(stages: Sequence[str]) -> list[tuple[str, int]]:
     return [(name, len(list(steps))) for name, steps in groupby(stages)]
 
 
-def strip(stages: Sequence[str], done: int) -> str:
-    """HTML: one cell a step in the stage's colour, the first `done` filled, and a legend (`STYLE` is its CSS)."""
+def strip(stages: Sequence[str], done: int, warnings: Sequence[str] = ()) -> str:
+    """HTML: one cell a step in the stage's colour, the first `done` filled; a legend; the warnings.
+
+    `STYLE` is its CSS.
+    """
     cells = "".join(
         f'<span class="{"done" if i < done else "ahead"}" style="background: {PAINT[name]}" '
         f'title="step {i + 1}: {name}"></span>'
@@ -52,4 +53,5 @@ def strip(stages: Sequence[str], done: int) -> str:
         f'<span><i style="background: {PAINT[name]}"></i>{number} × {meaning[name]}</span>'
         for name, number in counts(stages)
     )
-    return f'<div class="strip">{cells}</div><div class="legend">{legend}</div>'
+    lines = "".join(f'<div class="notice wrong">{html.escape(line)}</div>' for line in warnings)
+    return f'<div class="strip">{cells}</div><div class="legend">{legend}</div>{lines}'

@@ -31,14 +31,15 @@ class Sample:
     steps: int | None = None
     """Euler steps (FLUX: 25)."""
     tau1: float | None = None
-    """At t ≥ tau1 the MLLM's tokens alone (FLUX: 0.95); t = 1 is pure noise."""
+    """At t ≥ tau1 the MLLM's tokens alone (FLUX: 0.95). t = 1 is pure noise, where the first step
+    begins; 1.1 with --tau2 0 keeps both conditions on throughout."""
     tau2: float | None = None
-    """At t < tau2 the references' tokens alone (FLUX: 0.85)."""
+    """At t < tau2 the references' tokens alone (FLUX: 0.85); 0 is never, 1.1 throughout."""
     cfg_scale: tuple[float, ...] | None = None
     """Classifier-free guidance (FLUX: 2.5); 1 is off. Three numbers: one a stage."""
     seed: int = 0
     num_images: int = 1
-    """Image i is what seed + i alone gives."""
+    """Image i is what seed + i alone gives, to one grey level."""
     solver: Literal["euler", "multistep"] = "euler"
     """multistep: second order, one evaluation a step."""
     cache_interval: int = 1
@@ -105,7 +106,9 @@ def run(given: Sample) -> None:
         why = "no reference" if not references else "this checkpoint was trained on the MLLM alone"
         print(f"{why}: the MLLM stays on throughout")
     stages = stages_of_steps(pipeline.config, resolved, bool(used))
-    print("stages: " + ", ".join(f"{name} {number} steps" for name, number in counts(stages)))
+    print("stages: " + ", ".join(f"{name} {plural(number)}" for name, number in counts(stages)))
+    for sentence in resolved.empty_stages(pipeline.config, bool(used)):
+        print(f"warning: {sentence}")
     kept = [Reference(str(path), image.height, image.width) for path, image in zip(given.reference, references)]
     pieces = split_evenly(range(given.num_images), AT_ONCE)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
@@ -118,7 +121,13 @@ def run(given: Sample) -> None:
                 bar.update(task, completed=number * resolved.steps + state.step, description=state.stage)
             for i, picture in zip(dict.fromkeys(piece), to_uint8(pipeline.decode(tokens, settings))):
                 path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
-                text = text_of(given.prompt, kept, str(given.checkpoint or "demo"), pipeline.step, resolved, i)
+                made_by = str(given.checkpoint or "demo")
+                text = text_of(given.prompt, kept, made_by, pipeline.step, resolved, i, stages)
                 save_png(path, picture, text)
                 bar.console.print(f"picture: {path}", markup=False, highlight=False, soft_wrap=True)
     print(f"done in {time.perf_counter() - started:.1f} s")
+
+
+def plural(steps: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{steps} step{'' if steps == 1 else 's'}"

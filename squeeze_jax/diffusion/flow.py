@@ -5,6 +5,7 @@ x_t = (1 − t)·x_0 + t·ε with t in [0, 1], 1 = pure noise; the model predict
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -18,10 +19,22 @@ BASE_TOKENS, BASE_SHIFT = 256, 0.5
 MAX_TOKENS, MAX_SHIFT = 4096, 1.15  # FLUX.1's scheduler
 
 
-def schedule_shift(target_tokens: int) -> float:
-    """FLUX.1's μ for that many target tokens: 0.5 at 256, 1.15 at 4,096, linear and extrapolated."""
+Shift = Callable[[int, int], float]
+"""A schedule's μ, from the target's tokens and the number of steps."""
+
+
+def schedule_shift(target_tokens: int, steps: int = 0) -> float:
+    """FLUX.1-dev's μ for a picture of so many target tokens, whatever the steps.
+
+    Linear, 0.5 at 256 tokens and 1.15 at 4,096. Source: docs/decisions.md, "Schedule and solver".
+    """
     slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
     return BASE_SHIFT + slope * (target_tokens - BASE_TOKENS)
+
+
+def no_shift(target_tokens: int, steps: int) -> float:
+    """FLUX.1-schnell's μ: 0, which leaves times as they are."""
+    return 0.0
 
 
 def empirical_shift(target_tokens: int, steps: int) -> float:
@@ -39,12 +52,14 @@ def empirical_shift(target_tokens: int, steps: int) -> float:
 
 
 def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
-    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise; 0 stays 0 and 1 stays 1."""
+    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise. 0 and 1 stay, and with μ = 0 all do."""
+    if mu == 0.0:
+        return s
     return math.exp(mu) * s / (math.exp(mu) * s + (1.0 - s))  # the brackets keep 1 exactly at 1
 
 
 def sample_times(key: Key, batch: int, sampling: TimeSampling, mu: float) -> Float[Array, " B"]:
-    """Draws training times: uniform or logit-normal ones, shifted as the schedule shifts its own.
+    """Draws training times: uniform or logit-normal ones, shifted by the schedule's μ.
 
     Source: docs/decisions.md, "Training times".
     """

@@ -26,7 +26,9 @@ from squeeze_jax.training.metrics import progress_bar
 
 def score_run(config: Config, result: Result, folder: Path, count: int) -> None:
     """Scores held-out critters by retrieval, prints the table and writes scores.json."""
-    pipeline = Pipeline.of(result.split.merge(result.params), config, FeatureExtractor.of(config), result.step)
+    pipeline = Pipeline.of(
+        result.split.merge(result.params), config, FeatureExtractor.of(config), result.step
+    )
     score_critters(pipeline, folder / "scores.json", count, ("demo",), str(folder))
 
 
@@ -34,12 +36,18 @@ SETTINGS = ("demo", "mllm", "both", "withheld")
 
 
 def score_critters(
-    pipeline: Pipeline, out: Path, count: int, settings: Sequence[str] = SETTINGS, checkpoint: str = "demo"
+    pipeline: Pipeline,
+    out: Path,
+    count: int,
+    settings: Sequence[str] = SETTINGS,
+    checkpoint: str = "demo",
 ) -> None:
-    """Retrieval scores of `count` held-out pairs beside chance, pasted references and the autoencoder's ceiling.
+    """Retrieval scores of `count` held-out pairs.
 
-    settings: `demo` (the checkpoint's τ), `mllm` (τ = 0, 0: the MLLM alone throughout), `both` (τ = 1, 0: both
-    throughout), `withheld` (no reference: text only).
+    Beside them stand chance, pasted references and the ceiling that the autoencoder sets.
+
+    settings: `demo` (the checkpoint's τ), `mllm` (τ = 0, 0: the MLLM alone throughout), `both`
+    (τ = 1.1, 0: both throughout), `withheld` (no reference: text only).
     """
     assert pipeline.config.data.critters is not None
     rows = CritterRows(pipeline.config.data.critters, "held_out")
@@ -50,7 +58,7 @@ def score_critters(
     ways = {
         "demo": ("staged (the demo's own τ)", examples, Settings()),
         "mllm": ("MLLM alone throughout", examples, Settings(tau1=0.0, tau2=0.0)),
-        "both": ("both throughout", examples, Settings(tau1=1.0, tau2=0.0)),
+        "both": ("both throughout", examples, Settings(tau1=1.1, tau2=0.0)),
         "withheld": ("references withheld", bare, Settings()),
     }
 
@@ -62,12 +70,21 @@ def score_critters(
     with progress_bar() as bar:
         for label, some, how in (ways[name] for name in settings):
             task = bar.add_task(label, total=count, figures="")
-            images[label] = sample_examples(pipeline, some, how, done=lambda n, task=task: bar.advance(task, n))
+            images[label] = sample_examples(
+                pipeline, some, how, done=lambda n, task=task: bar.advance(task, n)
+            )
     size = pipeline.config.data.critters.size
     targets = true_targets(pairs, size)
-    padded = np.concatenate([targets, targets[-1:].repeat(-count % CHUNK, 0)]).astype(np.float32) / 255
-    ceiling = np.concatenate([codec(padded[i : i + CHUNK]) for i in range(0, len(padded), CHUNK)])[:count]
-    images |= {"reference pasted": references_pasted(pairs, size), "true target through the autoencoder": ceiling}
+    padded = (
+        np.concatenate([targets, targets[-1:].repeat(-count % CHUNK, 0)]).astype(np.float32) / 255
+    )
+    ceiling = np.concatenate([codec(padded[i : i + CHUNK]) for i in range(0, len(padded), CHUNK)])[
+        :count
+    ]
+    images |= {
+        "reference pasted": references_pasted(pairs, size),
+        "true target through the autoencoder": ceiling,
+    }
     scores = score_settings(images, pairs, seed=0, codec=codec)
     if not is_main():
         return
@@ -79,13 +96,22 @@ def score_critters(
         "step": pipeline.step,
         "encoders": pipeline.encoders.settings,
         "critters": vars(pipeline.config.data.critters),
-        "sampling": {label: vars(pipeline.resolved(how)) for label, _, how in (ways[name] for name in settings)},
+        "sampling": {
+            label: vars(pipeline.resolved(how))
+            for label, _, how in (ways[name] for name in settings)
+        },
         "scores": {name: score.to_json() for name, score in scores.items()},
     }
     if {"demo", "mllm"} <= set(settings):
-        difference = paired_difference(scores[ways["demo"][0]], scores[ways["mllm"][0]], "subject hard")
+        difference = paired_difference(
+            scores[ways["demo"][0]], scores[ways["mllm"][0]], "subject hard"
+        )
         points = [100 * value for value in (difference.value, difference.low, difference.high)]
-        print("subject hard, staged minus MLLM alone: {:+.1f} points ({:+.1f} to {:+.1f})".format(*points))
+        print(
+            "subject hard, staged minus MLLM alone: {:+.1f} points ({:+.1f} to {:+.1f})".format(
+                *points
+            )
+        )
         report["staged minus MLLM alone, subject hard"] = difference._asdict()
     write_json(out, report)
     print(f"scores: {out}")

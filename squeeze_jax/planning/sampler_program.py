@@ -21,7 +21,8 @@ from squeeze_jax.planning.report import Report, described, reached
 from squeeze_jax.planning.train_program import Compiled, abstract_batch, compiled, placed
 from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import denoise, initial_state, prepare
-from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, Schedule, make_schedule
+from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, Schedule
+from squeeze_jax.sampling.settings import Settings, resolve
 from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER
 from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
 
@@ -30,10 +31,9 @@ Evaluation = tuple[bool, bool]
 
 
 def schedule_of(config: Config, references: int) -> Schedule:
-    """The config's own steps and stage borders."""
-    own, (height, width) = config.sampling, config.target_grid
+    """The config's own steps and stage borders, at its own size."""
     shown = references > 0 and any(stage.references for stage in config.training.stages)
-    return make_schedule(own.steps, height * width, own.tau1, own.tau2, references=shown, shifted=own.shifted)
+    return resolve(Settings(), config).make_schedule(config, shown)
 
 
 def evaluations(config: Config, references: int) -> list[tuple[Evaluation, int]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from squeeze_jax.batch import HiddenStates, References
 from squeeze_jax.checkpoints.trained import load_trained
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FeatureExtractor
-from squeeze_jax.data.images import parse_size, to_rgb
+from squeeze_jax.data.images import to_rgb
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.diffusion.latents import (
     PATCH,
@@ -28,7 +29,6 @@ from squeeze_jax.diffusion.latents import (
     reference_positions,
     unpack,
 )
-from squeeze_jax.diffusion.stages import carry_tau
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.layers.int8 import quantise
@@ -38,13 +38,12 @@ from squeeze_jax.models.system import System
 from squeeze_jax.processes import put_global, to_host
 from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
-from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, make_schedule, noise_for
-from squeeze_jax.sampling.settings import Resolved, Settings
+from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, noise_for
+from squeeze_jax.sampling.settings import Resolved, Settings, resolve
 from squeeze_jax.sharding import batch_sharding
 
 REFERENCE_BUCKET = 16
 """Reference tokens are padded to a multiple of this, so that similar sizes share a program."""
-STAGE_NAMES = ("MLLM", "MLLM + VAE", "VAE")
 
 
 class Progress(NamedTuple):
@@ -54,7 +53,7 @@ class Progress(NamedTuple):
     """Steps done, from 1 to `steps`."""
     steps: int
     stage: str
-    """What the last step saw: one of `STAGE_NAMES`."""
+    """What the last step saw: one of `sampling.schedule.STAGE_NAMES`."""
     tokens: jax.Array
     """Latent tokens [images, N, c], noisy before the last step."""
 
@@ -130,45 +129,8 @@ class Pipeline:
         return any(stage.references for stage in self.config.training.stages)
 
     def resolved(self, settings: Settings) -> Resolved:
-        """The settings with the config's values filled in. Raises InputError for an impossible size or number."""
-        own, data = self.config.sampling, self.config.data
-        height = data.height if settings.height is None else settings.height
-        width = data.width if settings.width is None else settings.width
-        parse_size(f"{height}x{width}")  # refuses what is no multiple of 16
-        if settings.num_images < 1:
-            raise InputError(f"num_images is {settings.num_images}; it must be at least 1")
-        steps = own.steps if settings.steps is None else settings.steps
-        if not 1 <= steps <= MAX_STEPS:
-            raise InputError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
-        rows, columns = self.config.grid(height, width)
-
-        def tau(given: float | None, default: float) -> float:
-            if given is not None:
-                return given
-            return carry_tau(default, own.tau_tokens, rows * columns) if own.tau_tokens else default
-
-        resolved = Resolved(
-            height=height,
-            width=width,
-            steps=steps,
-            tau1=tau(settings.tau1, own.tau1),
-            tau2=tau(settings.tau2, own.tau2),
-            cfg_scale=own.cfg_scale if settings.cfg_scale is None else settings.cfg_scale,
-            seed=settings.seed,
-            num_images=settings.num_images,
-            solver=settings.solver,
-            cache_interval=settings.cache_interval,
-            max_order=settings.max_order,
-            first_block_threshold=settings.first_block_threshold,
-            int8=self.int8,
-        )
-        for name in ("tau1", "tau2"):
-            if not 0 <= getattr(resolved, name) <= 1:
-                raise InputError(f"{name} is {getattr(resolved, name):g}; it must be from 0 to 1")
-        if resolved.tau2 > resolved.tau1:
-            raise InputError(f"tau2 {resolved.tau2:g} is larger than tau1 {resolved.tau1:g}; it must not be")
-        _ = resolved.solver_config  # refuses what does not go together
-        return resolved
+        """The settings with the config's values filled in (`sampling.settings.resolve`)."""
+        return resolve(settings, self.config, int8=self.int8)
 
     def __call__(
         self,
@@ -192,6 +154,7 @@ class Pipeline:
         if not prompts or at_once < 1:
             raise InputError(f"{len(prompts)} prompts, at_once {at_once}: both must be at least 1")
         resolved, places = self.resolved(settings), data_parallel_size(mesh_of(self.params))
+        self._warn_of_empty_stages(resolved, any(shown))
         images, at_once = range(resolved.num_images), max(at_once, places)
         together = max(1, at_once // resolved.num_images)
         share = places // math.gcd(places, len(images))  # prompts whose images fill the places
@@ -208,6 +171,11 @@ class Pipeline:
         for (part, few), pictures in zip(pieces, self.draw(batches())):
             drawn |= zip(((row, image) for row in part for image in few), pictures)
         return np.stack([drawn[row, image] for row in range(len(prompts)) for image in images])
+
+    def _warn_of_empty_stages(self, resolved: Resolved, references: bool) -> None:
+        """Warns the caller's caller."""
+        for sentence in resolved.empty_stages(self.config, references and self.uses_references):
+            warnings.warn(sentence, stacklevel=3)
 
     def draw(self, batches: Iterable[tuple[Ready, Sequence[int]]]) -> Iterator[np.ndarray]:
         """Pictures of one batch of prompts and seeds after the other: see `sample`.
@@ -231,6 +199,7 @@ class Pipeline:
         Raises InputError as a call does.
         """
         resolved = self.resolved(settings)
+        self._warn_of_empty_stages(resolved, bool(references))
         ready = self.ready(*self.encode([prompt], [references]), settings)
         yield from self.stream_ready(ready, resolved.seeds, every)
 
@@ -239,13 +208,12 @@ class Pipeline:
         if every < 1:
             raise InputError(f"every is {every}; it must be at least 1")
         run, steps = self.begin(ready, seeds), ready.settings.steps
-        state, borders = run.state, run.schedule.borders
+        state, stages = run.state, run.schedule.stage_names(steps)
         for start in range(0, steps, every):
             end = min(start + every, steps)
             span = np.array([start, end], np.int32)
             state = run.sampler.denoise(self.params, state, run.prepared, run.schedule, run.scales, span)
-            stage = STAGE_NAMES[int(np.searchsorted(borders, end - 1, side="right"))]
-            yield Progress(end, steps, stage, state.x)
+            yield Progress(end, steps, stages[end - 1], state.x)
 
     def encode(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
@@ -297,10 +265,7 @@ class Pipeline:
             references = None
         elif len({bool(row) for row in latents}) > 1:
             raise InputError("some prompts have references and some have none: draw them apart, since their stages differ")
-        schedule = make_schedule(
-            resolved.steps, grid[0] * grid[1], resolved.tau1, resolved.tau2,
-            references=references is not None, shifted=self.config.sampling.shifted,
-        )  # fmt: skip
+        schedule = resolved.make_schedule(self.config, references is not None)
         mesh = mesh_of(self.params)
         key = grid, tuple(scale != 1.0 for scale in resolved.scales), resolved.solver_config
         sampler = self._programs.get(key)

@@ -1,4 +1,4 @@
-"""The settings of a picture as text inside its PNG: what `sample` and `app` write, and how it is read back."""
+"""The settings of a picture as text inside its PNG: written by `sample` and `app`, read back."""
 
 import json
 import math
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from PIL import Image
 
 from squeeze_jax.errors import InputError
-from squeeze_jax.sampling.pipeline import Resolved
+from squeeze_jax.sampling.schedule import STAGE_NAMES
+from squeeze_jax.sampling.settings import Resolved
 
 
 class Reference(NamedTuple):
@@ -35,9 +36,18 @@ class Embedded:
 
 
 def text_of(
-    prompt: str, references: Sequence[Reference], checkpoint: str, checkpoint_step: int | None, settings: Resolved, i: int
+    prompt: str,
+    references: Sequence[Reference],
+    checkpoint: str,
+    checkpoint_step: int | None,
+    settings: Resolved,
+    i: int,
+    stages: Sequence[str],
 ) -> dict[str, Any]:
-    """The text of image `i` of a run, for `save_png`."""
+    """The text of image `i` of a run, for `save_png`; `stages` names that of each step.
+
+    The number of steps of each stage is there for whoever looks: `read` takes the settings alone.
+    """
     return {
         "prompt": prompt,
         "references": [reference._asdict() for reference in references],
@@ -46,26 +56,31 @@ def text_of(
         **vars(settings),
         "seed": settings.seeds[i],
         "num_images": 1,
+        "stages": {name: stages.count(name) for name in STAGE_NAMES},
     }
 
 
 def read(path: str | Path) -> Embedded:
-    """The settings inside a PNG. Raises InputError for a file that is no PNG or has no settings of ours inside.
+    """The settings inside a PNG.
 
-    Text is parsed as JSON and checked against the field's type; unknown keys are left alone.
+    Text is parsed as JSON and checked against the field's type; unknown keys are left alone. Raises
+    InputError for a file that is no PNG or has no settings of ours inside.
     """
     path = Path(path)
     text = _png_text(path)
     try:
         hints = get_type_hints(Resolved)
         values = {
-            field.name: _checked(_parsed(text[field.name], hints[field.name]), hints[field.name], field.name)
+            field.name: _checked(
+                _parsed(text[field.name], hints[field.name]), hints[field.name], field.name
+            )
             for field in fields(Resolved)
             if field.name in text or field.default is MISSING
         }
         kinds = get_type_hints(Reference).items()
         references = tuple(
-            Reference(*(_checked(row[name], kind, name) for name, kind in kinds)) for row in json.loads(text["references"])
+            Reference(*(_checked(row[name], kind, name) for name, kind in kinds))
+            for row in json.loads(text["references"])
         )
         step = _checked(json.loads(text["checkpoint_step"]), int | None, "checkpoint_step")
         settings = Resolved(**values)
@@ -89,7 +104,9 @@ def _png_text(path: Path) -> dict[str, str]:
     except Exception as error:  # decoders raise many kinds on broken files
         raise InputError(f"{path.name}: cannot be read as a picture; replace the file") from error
     if kind != "PNG":
-        raise InputError(f"{path.name}: this is {kind}; settings are only inside the PNG that was saved")
+        raise InputError(
+            f"{path.name}: this is {kind}; settings are only inside the PNG that was saved"
+        )
     return {str(key): value for key, value in found.items() if isinstance(value, str)}
 
 
@@ -99,13 +116,20 @@ def _parsed(text: str, kind: Any) -> Any:
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
-    """The value of a field, if it is of the field's type (a whole number is a float too, a list a tuple)."""
+    """The value, if it is of the field's type (a whole number is a float, too; a list, a tuple)."""
     kinds = (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
     for option in kinds:
-        if get_origin(option) is tuple and isinstance(value, list) and len(value) == len(get_args(option)):
-            return tuple(_checked(item, inner, name) for item, inner in zip(value, get_args(option)))
+        if (
+            get_origin(option) is tuple
+            and isinstance(value, list)
+            and len(value) == len(get_args(option))
+        ):
+            return tuple(
+                _checked(item, inner, name) for item, inner in zip(value, get_args(option))
+            )
     if type(value) is int and int not in kinds and float in kinds:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{name} {str(value)[:40]!r} is not {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
+        wanted = " or ".join(getattr(option, "__name__", str(option)) for option in kinds)
+        raise ValueError(f"{name} {str(value)[:40]!r} is not {wanted}")
     return value

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from squeeze_jax.array_types import Array, Float, Int
+from squeeze_jax.diffusion.flow import Shift, schedule_shift
 from squeeze_jax.diffusion.stages import plan_stages, time_steps
 from squeeze_jax.errors import InputError
 
@@ -28,6 +29,8 @@ STAGES = (Conditions(True, False), Conditions(True, True), Conditions(False, Tru
 UNCONDITIONAL = Conditions(False, False)
 """The other branch of classifier-free guidance: the target alone (docs/decisions.md,
 "Classifier-free guidance")."""
+STAGE_NAMES = ("MLLM", "MLLM + VAE", "VAE")
+"""What the stages are called wherever they are shown or noted."""
 
 
 class Schedule(NamedTuple):
@@ -38,18 +41,33 @@ class Schedule(NamedTuple):
     borders: Int[Array, " 3"]
     """For each stage, the step before which it ends."""
 
+    def stage_names(self, steps: int) -> list[str]:
+        """Returns the name of the stage of each of the first `steps` steps."""
+        stages = np.searchsorted(self.borders, np.arange(steps), side="right")
+        return [STAGE_NAMES[stage] for stage in stages]
+
 
 def make_schedule(
-    steps: int, target_tokens: int, tau1: float, tau2: float, *, references: bool, shifted: bool = True
+    steps: int,
+    target_tokens: int,
+    tau1: float,
+    tau2: float,
+    *,
+    references: bool,
+    shift: Shift = schedule_shift,
 ) -> Schedule:
-    """Builds the schedule of a run (see `diffusion.stages`). Raises InputError for impossible numbers."""
+    """Builds the schedule of a run (see `diffusion.stages`).
+
+    Raises InputError for impossible numbers.
+    """
     if not 1 <= steps <= MAX_STEPS:
         raise InputError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
-    if not (0 <= tau2 <= tau1 <= 1):
-        raise InputError(f"tau1 is {tau1} and tau2 is {tau2}; they must satisfy 0 <= tau2 <= tau1 <= 1")
-    times = time_steps(steps, target_tokens, shifted)
+    times = time_steps(steps, target_tokens, shift)
     borders, end = [], 0
-    ends = {(stage.mllm, stage.vae): stage.steps[1] for stage in plan_stages(times, tau1, tau2, references)}
+    ends = {
+        (stage.mllm, stage.vae): stage.steps[1]
+        for stage in plan_stages(times, tau1, tau2, references)
+    }
     for conditions in STAGES:
         end = ends.get(conditions, end)
         borders.append(end)

@@ -10,7 +10,7 @@ from squeeze_jax.sampling.solvers import SolverName
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """Which solver and cache a compiled sampler uses; the default is Euler's steps, every one evaluated."""
+    """Which solver and cache a compiled sampler uses; by default Euler's steps, all evaluated."""
 
     solver: SolverName = "euler"
     """`multistep`: Adams-Bashforth of order 2, anew in each stage."""
@@ -23,22 +23,34 @@ class SolverConfig:
 
     def __post_init__(self) -> None:
         if self.solver not in get_args(SolverName):
-            raise InputError(f"solver is {self.solver!r}; choose one of {', '.join(get_args(SolverName))}")
+            raise InputError(
+                f"solver is {self.solver!r}; choose one of {', '.join(get_args(SolverName))}"
+            )
         if self.cache_interval < 1 or self.max_order not in (0, 1, 2):
             raise InputError(
-                f"cache_interval {self.cache_interval} must be at least 1, max_order {self.max_order} 0, 1 or 2"
+                f"cache_interval {self.cache_interval} must be at least 1, "
+                f"max_order {self.max_order} must be 0, 1 or 2"
             )
         if self.first_block_threshold < 0:
-            raise InputError(f"first_block_threshold is {self.first_block_threshold}; it must be at least 0 (0 is off)")
+            raise InputError(
+                f"first_block_threshold is {self.first_block_threshold}; "
+                "it must be at least 0 (0 is off)"
+            )
         if self.first_block_threshold and self.cache_interval > 1:
-            raise InputError("first_block_threshold and cache_interval are two caches; choose one of them")
+            raise InputError(
+                "first_block_threshold and cache_interval are two caches; choose one of them"
+            )
 
     @property
     def cache(self) -> CachePolicy:
         """The cache policy that these settings ask for."""
         if self.first_block_threshold:
             return FirstBlockCache(self.first_block_threshold)
-        return TaylorSeer(self.cache_interval, self.max_order) if self.cache_interval > 1 else NoCache()
+        return (
+            TaylorSeer(self.cache_interval, self.max_order)
+            if self.cache_interval > 1
+            else NoCache()
+        )
 
 
 DEFAULT_SOLVER = SolverConfig()

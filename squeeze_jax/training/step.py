@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from squeeze_jax.array_types import Array, Bool, Float, Key
 from squeeze_jax.batch import Context, RawBatch, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
-from squeeze_jax.diffusion.flow import add_noise, loss_per_sample, sample_times, schedule_shift
+from squeeze_jax.diffusion.flow import add_noise, loss_per_sample, sample_times
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
 from squeeze_jax.training.optimizer import learning_rate
@@ -63,7 +63,8 @@ def sample_randomness(key: Key, shape: tuple[int, int, int], config: Config, sta
 
     def row(key: Key) -> StepRandomness:
         times, noise, dropout = jax.random.split(key, 3)
-        t = sample_times(times, 1, config.diffusion.time_sampling, schedule_shift(length))
+        mu = config.schedule_shift(length, config.sampling.steps)  # training sees the sampler's times
+        t = sample_times(times, 1, config.diffusion.time_sampling, mu)
         mllm, vae = stage.dropout.draw(dropout, 1)
         return StepRandomness(t[0], jax.random.normal(noise, (length, channels)), mllm[0], vae[0])
 

@@ -1,6 +1,7 @@
 """The page to try it on: its functions without a browser, then the page itself in headless Chromium."""
 
 import dataclasses
+import json
 import os
 import re
 import socket
@@ -67,7 +68,7 @@ def saved(path, text):
 
 def test_what_is_written_is_read_back(tmp_path):
     references = (Reference("a/cät.jpg", 10, 20),)
-    text = text_of('{"1": ünï\n[2]}', references, "runs/x", 300, RESOLVED, i=1)
+    text = text_of('{"1": ünï\n[2]}', references, "runs/x", 300, RESOLVED, 1, ["MLLM"] * 5)
     alone = Resolved(**vars(RESOLVED) | {"seed": 8, "num_images": 1})
     found = embedded.read(saved(tmp_path / "a.png", text))
     assert found == Embedded('{"1": ünï\n[2]}', references, "runs/x", 300, alone)
@@ -92,7 +93,7 @@ def test_what_is_written_is_read_back(tmp_path):
     ],
 )
 def test_settings_of_the_wrong_kind_are_one_sentence(tmp_path, change, words):
-    path = saved(tmp_path / "x.png", text_of("a", (), "demo", None, RESOLVED, 0) | change)
+    path = saved(tmp_path / "x.png", text_of("a", (), "demo", None, RESOLVED, 0, []) | change)
     with pytest.raises(InputError, match=words) as refused:
         embedded.read(path)
     assert "\n" not in str(refused.value)
@@ -123,6 +124,24 @@ def test_a_strip_has_a_cell_a_step_in_its_stages_colour():
     assert re.findall(r'step \d+: ([^"]+)"', html) == stages
     assert all(paint in html for paint in PAINT.values())
     assert counts(stages_of_steps(config, RESOLVED, references=False)) == [("MLLM", 5)]
+
+
+def test_the_page_names_a_stage_without_steps(studio):
+    html = session.plan(studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=True)
+    assert "no step has MLLM + VAE: none of 2 begins at 0.7 ≤ t &lt; 0.9" in html
+    assert "no step" not in session.plan(studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=False)
+    assert "no step" not in session.plan(studio, OWN, references=True)
+
+
+def test_a_strip_shows_both_conditions_throughout(studio):
+    """By sliders that reach a τ1 above 1."""
+    assert studio.ranges["tau1"].high == studio.ranges["tau2"].high == 1.1
+    html = session.plan(studio, Settings(steps=4, tau1=1.1, tau2=0.0), references=True)
+    assert re.findall(r'step \d+: ([^"]+)"', html) == ["MLLM + VAE"] * 4
+    assert "4 × MLLM + VAE throughout" in html
+    settings = dataclasses.replace(RESOLVED, tau1=1.1, tau2=0.0)
+    values, notes = session.restore(studio, Embedded("p", (), "tiny", 12, settings))
+    assert (values["tau1"], values["tau2"], notes) == (1.1, 0.0, [])
 
 
 # Uploads
@@ -181,6 +200,9 @@ def test_a_run_shows_its_steps_and_ends_in_files_with_their_own_seeds(studio, tm
         assert (found.prompt, found.checkpoint, found.checkpoint_step) == ("A cat, jumping!", "tiny", 12)
         assert found.references == (Reference("my cat.png", 20, 40),)
         assert (found.settings.seed, found.settings.num_images, found.settings.steps) == (seed, 1, 30)
+        with Image.open(path) as image:
+            noted = json.loads(image.info["stages"])
+        assert list(noted.items()) == counts(stages_of_steps(studio.pipeline.config, found.settings, True))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +230,7 @@ def test_restoring_takes_what_fits_and_names_what_does_not(studio):
 
 def test_guidance_of_each_stage_survives_in_a_picture_and_the_page_names_it(studio, tmp_path):
     settings = dataclasses.replace(RESOLVED, cfg_scale=(2.5, 1.0, 3.0))
-    save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), text_of("p", [], "tiny", 12, settings, 0))
+    save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), text_of("p", [], "tiny", 12, settings, 0, []))
     picture = embedded.read(tmp_path / "a.png")
     assert picture.settings == dataclasses.replace(settings, num_images=1)
     values, notes = session.restore(studio, picture)

@@ -42,7 +42,7 @@ def refused(capsys, main, arguments, *words):
         (["--size", "0"], ["0"]),
         (["--tau1", "0.5", "--tau2", "0.9"], ["0.9", "0.5"]),
         (["--tau2", "0.9"], ["tau2 0.9 is larger than tau1 0.83"]),
-        (["--tau1", "1.5"], ["tau1 is 1.5; it must be from 0 to 1"]),
+        (["--tau1", "1.5"], ["tau1 is 1.5; it must be from 0 to 1.1"]),
         (["--steps", "101"], ["--steps is 101", "100"]),
         (["--first-block-threshold", "0.1", "--cache-interval", "2"], ["two caches"]),
         (["--max-order", "3"], ["max_order 3"]),

@@ -1,5 +1,6 @@
 """`sample.py` as a user runs it: the same bytes again, what the screen says, and an interruption."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from squeeze_jax.commands import sample
 from squeeze_jax.sampling import png_metadata as embedded
@@ -51,12 +53,18 @@ def test_many_images_are_drawn_some_at_a_time(tmp_path, environment, monkeypatch
         return begin(self, ready, seeds)
 
     monkeypatch.setattr(Pipeline, "begin", watched)
-    arguments = ["--steps", "1", "--cfg-scale", "1", "--num-images", "17", "--seed", str(2**32 - 1)]
+    arguments = ["--steps", "2", "--cfg-scale", "1", "--num-images", "17", "--seed", str(2**32 - 1)]
+    arguments += ["--tau1", "1.1", "--tau2", "0.1"]
     assert sample.main([*ASKED, *arguments, "--out", str(tmp_path / "o.png")]) == 0
     assert seen == [[2**32 - 1, *range(8)], [*range(8, 16), 15]]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"o-{i}.png" for i in range(17))
-    assert capsys.readouterr().out.count("picture: ") == 17
-    assert embedded.read(tmp_path / "o-16.png").settings.seed == 15
+    said = capsys.readouterr().out
+    assert said.count("picture: ") == 17
+    assert "stages: MLLM + VAE 2 steps\nwarning: no step has VAE: none of 2 begins at 0 ≤ t < 0.1;" in said
+    settings = embedded.read(tmp_path / "o-16.png").settings
+    assert (settings.seed, settings.tau1, settings.tau2) == (15, 1.1, 0.1)
+    with Image.open(tmp_path / "o-16.png") as image:
+        assert json.loads(image.info["stages"]) == {"MLLM": 0, "MLLM + VAE": 2, "VAE": 0}
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 17
 
 

@@ -10,6 +10,7 @@ from squeeze_jax.diffusion.flow import (
     empirical_shift,
     euler_step,
     loss_per_sample,
+    no_shift,
     sample_times,
     schedule_shift,
     shift_time,
@@ -28,6 +29,7 @@ def test_shift_is_linear_in_the_target_tokens():
     assert schedule_shift(1024) == pytest.approx(0.63)
     assert schedule_shift(16) == pytest.approx(0.5 - 240 * 0.65 / 3840)  # extrapolated below
     assert schedule_shift(16_384) == pytest.approx(1.15 + 12_288 * 0.65 / 3840)  # and above
+    assert no_shift(1024, 4) == 0.0  # schnell's
 
 
 @pytest.mark.parametrize("tokens", [16, 256, 1024, 4096, 9216])
@@ -41,14 +43,16 @@ def test_schedule_equals_diffusers(tokens, steps):
     assert schedule_shift(tokens) == pytest.approx(mu)
     sigmas = np.linspace(1.0, 1 / steps, steps)  # what the FLUX pipeline hands over
     dev = diffusers.FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-        max_image_seq_len=4096,
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+        base_image_seq_len=256, max_image_seq_len=4096,
     )  # fmt: skip
     dev.set_timesteps(sigmas=sigmas, mu=mu)
     np.testing.assert_allclose(time_steps(steps, tokens), dev.sigmas.numpy(), atol=2e-7)
     schnell = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
     schnell.set_timesteps(sigmas=sigmas)
-    np.testing.assert_allclose(time_steps(steps, tokens, shifted=False), schnell.sigmas.numpy(), atol=2e-7)
+    np.testing.assert_allclose(
+        time_steps(steps, tokens, no_shift), schnell.sigmas.numpy(), atol=2e-7
+    )
 
 
 @pytest.mark.parametrize("tokens", [16, 256, 1024, 4096, 4300, 4301, 9216])
@@ -97,7 +101,9 @@ def test_times_are_drawn_by_the_shift_of_their_distribution(mu):
 
 
 def test_times_come_from_their_key():
-    draw = lambda seed: np.asarray(sample_times(jax.random.key(seed), 8, "shifted_uniform", 0.5))  # noqa: E731
+    def draw(seed):
+        return np.asarray(sample_times(jax.random.key(seed), 8, "shifted_uniform", 0.5))
+
     np.testing.assert_array_equal(draw(3), draw(3))
     assert (draw(3) != draw(4)).all()
 
@@ -108,7 +114,9 @@ def test_the_path_runs_straight_from_picture_to_noise():
     np.testing.assert_array_equal(add_noise(clean, noise, jnp.ones(3)), noise)
     t = jnp.array([0.1, 0.5, 0.8])
     _, slope = jax.jvp(lambda t: add_noise(clean, noise, t), (t,), (jnp.ones(3),))
-    np.testing.assert_allclose(slope, noise - clean, rtol=1e-6)  # the velocity that the model learns
+    np.testing.assert_allclose(
+        slope, noise - clean, rtol=1e-6
+    )  # the velocity that the model learns
     alone = add_noise(clean[1:2], noise[1:2], t[1:2])
     np.testing.assert_array_equal(add_noise(clean, noise, t)[1:2], alone)
 
@@ -118,14 +126,18 @@ def test_a_step_along_the_true_velocity_lands_on_the_path():
     x = add_noise(clean, noise, jnp.full(3, 0.8))
     there = euler_step(x, noise - clean, jnp.float32(0.8), jnp.float32(0.3))
     np.testing.assert_allclose(there, add_noise(clean, noise, jnp.full(3, 0.3)), atol=1e-6)
-    np.testing.assert_allclose(euler_step(x, noise - clean, jnp.float32(0.8), jnp.float32(0.0)), clean, atol=1e-6)
+    np.testing.assert_allclose(
+        euler_step(x, noise - clean, jnp.float32(0.8), jnp.float32(0.0)), clean, atol=1e-6
+    )
 
 
 def test_loss_is_the_mean_square_of_the_velocitys_error():
     clean, noise = pair()
     np.testing.assert_array_equal(loss_per_sample(noise - clean, clean, noise), np.zeros(3))
     error = jnp.array([0.0, 1.0, -3.0])[:, None, None]
-    np.testing.assert_allclose(loss_per_sample(noise - clean + error, clean, noise), [0, 1, 9], rtol=1e-5)
+    np.testing.assert_allclose(
+        loss_per_sample(noise - clean + error, clean, noise), [0, 1, 9], rtol=1e-5
+    )
     rounded = loss_per_sample((noise - clean + error).astype(jnp.bfloat16), clean, noise)
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, [0, 1, 9], atol=2e-2)

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from fake_encoders import FakeEncoders, some_examples
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from naive_sampler import sample_naively
 from parity import relative_error
 from PIL import Image
@@ -27,6 +29,7 @@ from squeeze_jax.data.record_writer import Example, extract
 from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.models.backbone import Backbone, BlockInputs, Modulation
 from squeeze_jax.models.system import System
+from squeeze_jax.planning.sampler_program import evaluations
 from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
 from squeeze_jax.sampling.schedule import make_schedule, noise_for
 
@@ -150,6 +153,55 @@ def test_a_schnell_preset_samples_in_four_even_steps_without_guidance():
     own = pipeline(lambda x, t, mllm, vae: x * 0.0 + t + 10.0 * (mllm + vae), **dataclasses.asdict(sampling))
     drawn = own.sample(STATES, [[]], [5])
     np.testing.assert_allclose(drawn, noise_for([5], TOKENS, 64) - (1 + 0.75 + 0.5 + 0.25) / 4 - 10.0, atol=1e-5)
+    schedule = own.resolved(Settings()).make_schedule(own.config, references=True)
+    assert schedule.stage_names(4) == ["MLLM", "MLLM + VAE", "VAE", "VAE"]
+
+
+def test_the_plan_counts_the_evaluations_that_are_made():
+    """At the config's own size, where its thresholds have moved: 0.95 and 0.85 at 1,024 tokens."""
+    sampling = dataclasses.replace(CONFIG.sampling, steps=25, tau1=0.95, tau2=0.85, tau_tokens=1024)
+    config = dataclasses.replace(CONFIG, sampling=sampling)
+    odds = [tau / (1 - tau) * (TOKENS / 1024) ** 0.5 for tau in (0.95, 0.85)]
+    tau1, tau2 = (value / (1 + value) for value in odds)
+    t = times_by_hand(25, TOKENS, True)[:-1]
+    mllm, both, vae = (t >= tau1).sum(), ((t >= tau2) & (t < tau1)).sum(), (t < tau2).sum()
+    stages = [((True, False), mllm), ((True, True), both), ((False, True), vae)]
+    assert min(mllm, both, vae) > 0
+    assert evaluations(config, references=1) == [*stages, ((False, False), 25)]
+    assert evaluations(config, references=0) == [((True, False), 25), ((False, False), 25)]
+
+
+PERCENT = st.integers(0, 110)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), PERCENT, PERCENT, st.booleans())
+def test_a_stage_that_is_meant_and_has_no_step_is_named(steps, a, b, shifted):
+    """Meant: some time in (0, 1] lies in it, here looked for in steps of 0.005."""
+    tau1, tau2 = max(a, b) / 100, min(a, b) / 100
+    own = pipeline(formula, shifted=shifted)
+    asked = own.resolved(Settings(steps=steps, tau1=tau1, tau2=tau2))
+
+    def stage(t):
+        return "MLLM" if t >= np.float32(tau1) else "MLLM + VAE" if t >= np.float32(tau2) else "VAE"
+
+    begun = {stage(t) for t in np.float32(times_by_hand(steps, TOKENS, shifted)[:-1])}
+    meant = {stage(t) for t in np.float32(np.arange(1, 201) / 200)}
+    said = asked.empty_stages(own.config, references=True)
+    assert {sentence.split(":")[0] for sentence in said} == {f"no step has {name}" for name in meant - begun}
+    assert asked.empty_stages(own.config, references=False) == []
+
+
+def test_whoever_draws_is_warned_of_a_stage_without_steps(monkeypatch):
+    own = dataclasses.replace(pipeline(formula, shifted=False), encoders=Listening())
+    picture, few = Image.new("RGB", (32, 32)), Settings(steps=4, tau1=0.95, tau2=0.85)
+    said = r"no step has MLLM \+ VAE: none of 4 begins at 0\.85 ≤ t < 0\.95; take more steps or move tau1 and tau2"
+    with pytest.warns(UserWarning, match=said):
+        assert next(own.stream("one", [picture], few)).stage == "MLLM"
+    monkeypatch.setattr(Pipeline, "draw", lambda self, batches: iter([np.zeros((1, 32, 32, 3))]))
+    with pytest.warns(UserWarning, match=said):
+        own("one", [picture], few)
+    own("one", [], few)
 
 
 # --- references --------------------------------------------------------------------------------------------------------

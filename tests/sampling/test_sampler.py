@@ -22,7 +22,7 @@ from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import StageConfig, TrainingConfig
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import load_image
-from squeeze_jax.diffusion.flow import schedule_shift
+from squeeze_jax.diffusion.flow import no_shift, schedule_shift
 from squeeze_jax.diffusion.latents import pack, reference_positions
 from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
 from squeeze_jax.errors import InputError
@@ -32,14 +32,13 @@ from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import (
     REFERENCE_BUCKET,
-    STAGE_NAMES,
     Pipeline,
     Settings,
     pad_references,
     split_evenly,
 )
 from squeeze_jax.sampling.sampler import make_sampler
-from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, make_schedule, noise_for
+from squeeze_jax.sampling.schedule import MAX_STEPS, STAGE_NAMES, STAGES, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
 from squeeze_jax.training.state import flatten_params, replace_params
 
@@ -117,7 +116,10 @@ def test_a_straight_flow_lands_on_the_picture_whatever_the_steps():
 
 @pytest.mark.parametrize(
     ("tau1", "tau2", "references"),
-    [(0.9, 0.4, True), (0.7, 0.7, True), (1.0, 0.0, True), (0.0, 0.0, True), (1.0, 1.0, True), (0.9, 0.4, False)],
+    [
+        (0.9, 0.4, True), (0.7, 0.7, True), (1.0, 0.0, True), (0.0, 0.0, True), (1.0, 1.0, True), (0.9, 0.4, False),
+        (1.1, 0.0, True), (1.1, 0.5, True), (1.1, 1.1, True), (1.1, 0.0, False),
+    ],
 )
 @pytest.mark.parametrize("guided", [(False, False, False), (True, True, True), (True, False, True)])
 def test_each_step_sees_the_conditions_of_its_stage(tau1, tau2, references, guided):
@@ -178,8 +180,12 @@ def programs(system, request):
 
 
 @pytest.mark.parametrize(
-    ("tau1", "tau2"), [(0.9, 0.4), (0.6, 0.6), (1.0, 0.3), (0.0, 0.0), (1.0, 1.0)],
-    ids=["three stages", "never both", "both early", "MLLM throughout", "VAE but for the first step"],
+    ("tau1", "tau2"),
+    [(0.9, 0.4), (0.6, 0.6), (1.0, 0.3), (0.0, 0.0), (1.0, 1.0), (1.1, 0.0), (1.1, 1.1)],
+    ids=[
+        "three stages", "never both", "both early", "MLLM throughout", "VAE but for the first step",
+        "both throughout", "VAE throughout",
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_conditions_left_out_equal_conditions_masked(programs, tau1, tau2, scale):
@@ -438,13 +444,16 @@ def test_thresholds_move_with_the_size_where_they_are_told_to(system):
     assert carry_tau(0.95, 1024, 64) == pytest.approx(0.826, abs=5e-4)
     assert carry_tau(0.85, 1024, 64) == pytest.approx(0.586, abs=5e-4)
     assert carry_tau(carry_tau(0.7, 1024, 64), 64, 1024) == pytest.approx(0.7)
-    assert [carry_tau(end, 1024, 64) for end in (0.0, 1.0)] == [0.0, 1.0]
+    assert [carry_tau(end, 1024, 64) for end in (0.0, 1.0, 1.1)] == [0.0, 1.0, 1.1]
     own = dataclasses.replace(CONFIG.sampling, tau1=0.95, tau2=0.85)
     moving = dataclasses.replace(own, tau_tokens=1024)
     for sampling, expected in ((own, (0.95, 0.85)), (moving, (carry_tau(0.95, 1024, 4), carry_tau(0.85, 1024, 4)))):
         found = Pipeline.of(system, dataclasses.replace(CONFIG, sampling=sampling), NO_ENCODERS)
         assert (found.resolved(Settings()).tau1, found.resolved(Settings()).tau2) == expected
         assert found.resolved(Settings(tau1=0.9)).tau1 == 0.9
+    both = dataclasses.replace(moving, tau1=1.1, tau2=0.0)
+    found = Pipeline.of(system, dataclasses.replace(CONFIG, sampling=both), NO_ENCODERS).resolved(Settings())
+    assert (found.tau1, found.tau2) == (1.1, 0.0)
 
 
 def copies(leaves):
@@ -540,15 +549,15 @@ def test_the_schedule_is_padded_and_ends_where_its_stages_end():
     assert not schedule.times[25:].any()
     assert schedule.borders.tolist() == [stage.steps[1] for stage in plan_stages(time_steps(25, 1024), 0.95, 0.85)]
     assert make_schedule(25, 1024, 0.95, 0.85, references=False).borders.tolist() == [25, 25, 25]
-    assert make_schedule(10, TOKENS, 0.5, 0.5, references=True, shifted=False).borders.tolist() == [6, 6, 10]
+    assert make_schedule(10, TOKENS, 0.5, 0.5, references=True, shift=no_shift).borders.tolist() == [6, 6, 10]
     assert schedule_shift(TOKENS) < schedule_shift(1024)
 
 
 @pytest.mark.parametrize(
     ("steps", "tau1", "tau2", "message"),
     [
-        (0, 0.9, 0.5, "steps is 0"), (MAX_STEPS + 1, 0.9, 0.5, "steps is 101"), (4, 0.5, 0.9, "tau2 is 0.9"),
-        (4, 1.1, 0.5, "tau1 is 1.1"), (4, 0.5, -0.1, "tau2 is -0.1"), (4, float("nan"), 0.5, "tau1 is nan"),
+        (0, 0.9, 0.5, "steps is 0"), (MAX_STEPS + 1, 0.9, 0.5, "steps is 101"), (4, 0.5, 0.9, "tau2 0.9 is"),
+        (4, 1.2, 0.5, "tau1 is 1.2"), (4, 0.5, -0.1, "tau2 is -0.1"), (4, float("nan"), 0.5, "tau1 is nan"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(steps, tau1, tau2, message):
@@ -563,7 +572,7 @@ def test_impossible_settings_are_refused(steps, tau1, tau2, message):
         (Settings(height=0), "nearest size is 16x32"),
         (Settings(num_images=0), "num_images is 0"),
         (Settings(tau2=0.95), "tau2 0.95 is larger than tau1 0.9"),
-        (Settings(tau1=float("nan")), "tau1 is nan; it must be from 0 to 1"),
+        (Settings(tau1=float("nan")), "tau1 is nan; it must be from 0 to 1.1"),
         (Settings(first_block_threshold=0.1, cache_interval=2), "two caches"),
     ],
 )

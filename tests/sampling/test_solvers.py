@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from squeeze_jax.diffusion.flow import no_shift
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling import caching
 from squeeze_jax.sampling.caching import TaylorSeer, extrapolate, update_factors
@@ -29,7 +30,7 @@ class Field(Denoiser):
 
 def drawn(config, velocity, steps, borders=(0,)):
     """x at t = 0 from x = 1 at t = 1, evenly spaced, stages beginning at `borders`; and the steps evaluated."""
-    times = jnp.asarray(make_schedule(steps, 4, 0.9, 0.5, references=False, shifted=False).times)
+    times = jnp.asarray(make_schedule(steps, 4, 0.9, 0.5, references=False, shift=no_shift).times)
     field, x = Field(velocity, times), jnp.ones(SHAPE)
 
     @jax.jit

@@ -17,6 +17,7 @@ from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.diffusion.stages import ConditionDropout
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.schedule import noise_for
+from squeeze_jax.sampling.settings import resolve
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import initial_state, split_system
 from squeeze_jax.training.step import make_train_step, sample_randomness, step_key
@@ -53,14 +54,14 @@ OTHERS = {
     "flux_krea": {},
     "flux_kontext": {},
     "flux_multi_subject": {"learning_rate": 5e-5, "steps": (2_000,)},
-    "flux_schnell": {"takes_guidance": False, "sampling": (4, 0.95, 0.85, 1.0, False, None)},
+    "flux_schnell": {"takes_guidance": False, "sampling": (4, 0.91, 0.75, 1.0, False, None)},
     "lap": BOTH | {"kind_of_aggregator": "lap"},
     "last_layer": BOTH | {"kind_of_aggregator": "last_layer"},
     "last_layer_vit": BOTH | {"kind_of_aggregator": "last_layer_vit"},
     "layers_0_9": BOTH | {"layers": tuple(range(10))},
     "layers_10_19": BOTH | {"layers": tuple(range(10, 20))},
     "layers_20_28": BOTH | {"layers": tuple(range(20, 29))},
-    "single_stage": SINGLE | sampled(1.0, 0.0, 2.5),
+    "single_stage": SINGLE | sampled(1.1, 0.0, 2.5),
     "single_stage_staged": SINGLE,
     "cfg_4": sampled(0.95, 0.85, 4.0),
     "tau_085_070": sampled(0.85, 0.7, 2.5),
@@ -111,6 +112,12 @@ def test_a_preset_resolves_to_the_papers_numbers(name):
     found, wanted = resolved(load_preset(PRESETS[name])), STAGE2 | OTHERS[name]
     assert {key: value for key, value in found.items() if value != wanted[key]} == {}
     assert set(found) == set(wanted)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_leaves_a_stage_without_steps(name):
+    config = load_preset(PRESETS[name])
+    assert resolve(Settings(), config).empty_stages(config, references=True) == []
 
 
 @pytest.mark.parametrize("name", sorted(MINIATURE))
@@ -259,6 +266,43 @@ def test_the_sampler_tells_the_transformer_the_configs_guidance(system):
     by_value = {g: noise - velocity(system, noise, context, jnp.ones(1), g) for g in (2.0, 1.0, 3.5)}
     assert relative_error(drawn, by_value[2.0]) < 1e-5
     assert min(relative_error(drawn, by_value[other]) for other in (1.0, 3.5)) > 1e-3
+
+
+# --- times -------------------------------------------------------------------------------------------------------------
+
+
+def scheduler_of(name, sigmas, tokens):
+    """diffusers' scheduler of a published base (its scheduler_config.json) with these times before the shift."""
+    pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
+    diffusers = pytest.importorskip("diffusers")
+    if name == "flux_schnell":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+        scheduler.set_timesteps(sigmas=sigmas)
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        scheduler.set_timesteps(sigmas=sigmas, mu=0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    return scheduler.sigmas.numpy()
+
+
+@pytest.mark.parametrize(("height", "tokens"), [(512, 1024), (256, 256)])
+@pytest.mark.parametrize("name", ["flux_stage2", "flux_schnell"])
+def test_a_model_is_trained_on_the_times_of_the_schedule_that_it_is_sampled_on(name, height, tokens):
+    """In closed form, and as diffusers' scheduler shifts uniform times: dev's by size, schnell's not."""
+    config, count = load_preset(PRESETS[name]), 2000
+    t = sample_randomness(step_key(config, 7), (count, tokens, 1), config, config.training.stages[0]).t
+    t = np.sort(np.asarray(t, np.float64))[::-1]
+    factor = np.exp(0.5 + 0.65 * (tokens - 256) / 3840) if name == "flux_stage2" else 1.0
+    s = t / (t + factor * (1 - t))  # the shift undone, which leaves uniform times
+    distance = np.abs(s[::-1] - (np.arange(count) + 0.5) / count).max()  # Kolmogorov and Smirnov's
+    assert distance < 1.95 / np.sqrt(count)  # exceeded once in a thousand times
+    np.testing.assert_allclose(t, scheduler_of(name, s, tokens)[:-1], atol=2e-6)
+
+    size = dataclasses.replace(config.data, height=height, width=height)
+    config = dataclasses.replace(config, data=size)
+    own = resolve(Settings(), config)
+    sampled = own.make_schedule(config, references=True).times[: own.steps + 1]
+    even = np.linspace(1.0, 1 / own.steps, own.steps)  # what diffusers' FLUX pipeline hands over
+    np.testing.assert_allclose(sampled, scheduler_of(name, even, tokens), atol=2e-7)
 
 
 # --- randomness --------------------------------------------------------------------------------------------------------
