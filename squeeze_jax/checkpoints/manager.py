@@ -65,6 +65,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, keep_every: int = 0) -> None:
+        self.workdir = workdir
         (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         self._ocp, self._folder = _orbax(), (workdir / CHECKPOINTS).absolute()
         self._options = self._ocp.CheckpointManagerOptions(

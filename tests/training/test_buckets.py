@@ -26,7 +26,8 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training.loop import train
 from squeeze_jax.training.state import split_system
-from squeeze_jax.training.step import StepRandomness, compute_losses, make_validation, sample_randomness
+from squeeze_jax.training.step import StepRandomness, compute_losses, sample_randomness
+from squeeze_jax.training.validation import make_validation
 
 SIZES = ((32, 32), (32, 48), (48, 32))
 CONFIG = tiny_config(

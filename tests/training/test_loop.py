@@ -25,7 +25,7 @@ from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageCon
 from squeeze_jax.data.record_writer import extract
 from squeeze_jax.errors import InputError
 from squeeze_jax.models.aggregator import AggregatorConfig
-from squeeze_jax.training import loop
+from squeeze_jax.training import start
 from squeeze_jax.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
@@ -181,7 +181,7 @@ def test_changes_go_on_when_told_so_and_never_those_of_size(whole, features):
 
 def test_a_run_goes_on_only_with_the_base_it_began_with(whole, features, monkeypatch):
     workdir, _ = whole
-    monkeypatch.setattr(loop, "fingerprint", lambda frozen: "another")
+    monkeypatch.setattr(start, "fingerprint", lambda frozen: "another")
     with pytest.raises(InputError, match=r"was trained on another base .fingerprint [0-9a-f]{16}, this one's is another"):
         train(BOTH, workdir, features, accept_changes=True, say=lambda text: None)
 

@@ -18,7 +18,8 @@ from squeeze_jax.models import dit
 from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import flatten_params, initial_state, replace_params, split_system, state_shardings
-from squeeze_jax.training.step import make_train_step, make_validation, sample_randomness, step_key
+from squeeze_jax.training.step import make_train_step, sample_randomness, step_key
+from squeeze_jax.training.validation import make_validation
 
 CONFIG = tiny_config()
 CACHED = dataclasses.replace(CONFIG.model.dit, reference_attention="cached")

@@ -21,7 +21,8 @@ from squeeze_jax.models.dit import DiTConfig
 from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import create_params, initial_state, state_shardings
-from squeeze_jax.training.step import compute_losses, make_train_step, make_validation, sample_randomness
+from squeeze_jax.training.step import compute_losses, make_train_step, sample_randomness
+from squeeze_jax.training.validation import make_validation
 
 STAGE = StageConfig(steps=4, references=True)
 CONFIG = Config(

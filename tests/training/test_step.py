@@ -18,11 +18,11 @@ from squeeze_jax.training.state import initial_state, split_system
 from squeeze_jax.training.step import (
     compute_losses,
     make_train_step,
-    make_validation,
     sample_randomness,
     step_key,
     update_ema,
 )
+from squeeze_jax.training.validation import make_validation
 
 CONFIG = tiny_config()
 CACHED = dataclasses.replace(

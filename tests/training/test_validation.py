@@ -10,7 +10,7 @@ from tiny import STAGE, tiny_batch, tiny_config
 from squeeze_jax.batch import Context
 from squeeze_jax.models.system import System
 from squeeze_jax.training.state import split_system
-from squeeze_jax.training.step import make_validation
+from squeeze_jax.training.validation import make_validation
 
 CONFIG = tiny_config()
 

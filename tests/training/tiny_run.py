@@ -24,11 +24,20 @@ def main():
     from fake_encoders import LAYERS, WIDTH
     from tiny import tiny_config
 
+    from squeeze_jax.checkpoints.manager import Checkpoints
     from squeeze_jax.commands.run import guarded, setup
-    from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, ParallelConfig, StageConfig, TrainingConfig
+    from squeeze_jax.config import (
+        CheckpointConfig,
+        DataConfig,
+        LogConfig,
+        ParallelConfig,
+        StageConfig,
+        TrainingConfig,
+    )
+    from squeeze_jax.data.pipeline import BatchIterator
     from squeeze_jax.models.aggregator import AggregatorConfig
     from squeeze_jax.processes import init_distributed, is_main
-    from squeeze_jax.training import loop
+    from squeeze_jax.training.loop import train
 
     setup()
     if "count" in settings:
@@ -47,7 +56,7 @@ def main():
         parallel=ParallelConfig(*settings.get("mesh", (1, -1, 1))),
         log=LogConfig(every=1, tensorboard=False),
     )
-    draws = loop.BatchIterator.__next__
+    draws = BatchIterator.__next__
 
     def watched(self):
         batch = draws(self)
@@ -57,13 +66,13 @@ def main():
                 file.write(json.dumps([self._drawn, batch.index.tolist()]) + "\n")
         return batch
 
-    loop.BatchIterator.__next__ = watched
+    BatchIterator.__next__ = watched
     if "limit" in settings:
         import resource
         import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        keep, loop.Checkpoints.save = loop.Checkpoints.save, None
+        keep, Checkpoints.save = Checkpoints.save, None
 
         def save(self, step, *rest):
             if step >= settings["limit"][0]:  # from here on the disk is full
@@ -71,10 +80,11 @@ def main():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (settings["limit"][1],) * 2)
             keep(self, step, *rest)
 
-        loop.Checkpoints.save = save
+        Checkpoints.save = save
 
     def run():
-        result = loop.train(config, workdir, features, say=lambda text: is_main() and print(text, flush=True))
+        say = lambda text: is_main() and print(text, flush=True)  # noqa: E731
+        result = train(config, workdir, features, say=say)
         if is_main():
             print("validation", result.validation)
 
