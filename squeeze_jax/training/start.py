@@ -9,9 +9,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from squeeze_jax.checkpoints.compatibility import check_same_run
 from squeeze_jax.checkpoints.fingerprint import fingerprint
-from squeeze_jax.checkpoints.manager import Checkpoints, check_leaves, check_same_run, first_line
-from squeeze_jax.checkpoints.trained import start_of, starting_leaves
+from squeeze_jax.checkpoints.manager import Checkpoints, check_leaves, first_line
+from squeeze_jax.checkpoints.trained import start_of, starting_leaves, with_scale_of
 from squeeze_jax.config import Config
 from squeeze_jax.data.pipeline import BatchIterator
 from squeeze_jax.errors import InputError
@@ -64,20 +65,27 @@ def make_start(
         return Start(state, split, base, productive_seconds)
     # 2. Weights from elsewhere, with fresh moments.
     if start_from is not None:
-        params = load_params(start_from, params, config, base, mesh, say)
+        params = load_params(start_from, params, split, config, mesh, accept_changes, say)
     # 3. Anew: random weights of the config's seed, beside the pre-trained base that
     #    `create_params` has read.
     return Start(make_state(params, optimizer, config, mesh), split, base, 0.0)
 
 
 def load_params(
-    folder: Path, params: Params, config: Config, base: str, mesh: Mesh, say: Callable[[str], None]
+    folder: Path,
+    params: Params,
+    split: Split,
+    config: Config,
+    mesh: Mesh,
+    accept_changes: bool,
+    say: Callable[[str], None],
 ) -> Params:
     """The trained leaves of a folder or file (`checkpoints.trained.starting_leaves`), float32.
 
     Only a LoRA or a transformer may lack some: those stay as they are in `params`.
     """
-    loaded = starting_leaves(folder, config, base, mesh)
+    base = fingerprint(with_scale_of(folder, split.frozen))
+    loaded = starting_leaves(folder, config, base, mesh, accept_changes=accept_changes)
     fresh = {name: leaf for name, leaf in params.items() if name not in loaded}
     check_leaves(params, loaded if start_of(folder) == "run" else fresh | loaded, folder)
     say(

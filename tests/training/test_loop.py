@@ -13,10 +13,10 @@ import pytest
 from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
 from tiny import tiny_config
 
+from squeeze_jax.checkpoints.compatibility import check_same_run
 from squeeze_jax.checkpoints.manager import (
     CHECKPOINTS,
     Checkpoints,
-    check_same_run,
     read_weights,
     write_config,
     write_weights,
