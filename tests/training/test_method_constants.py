@@ -13,6 +13,7 @@ from small_dit import run as run_dit
 from tiny import randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.config import DiffusionConfig, OptimizerConfig, StageConfig, load_preset
+from squeeze_jax.config_json import from_json, to_json
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.diffusion.stages import ConditionDropout
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
@@ -124,6 +125,29 @@ def test_the_miniature_has_the_papers_method_at_its_own_size(name):
     assert config.training.stages[-1].dropout == ConditionDropout(0.6, 0.1, 0.2, 0.1)
     assert config.aggregator.kind == "dla" and config.aggregator.layers == tuple(range(5))
     assert (config.optimizer.clip_norm, config.optimizer.weight_decay, config.diffusion.guidance) == (1.0, 0.01, 1.0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_stage_without_references_drops_the_mllm_in_a_tenth_of_the_samples(name):
+    """And what a run of 20,000 rows draws, whatever the preset gives or leaves to the default."""
+    config = load_preset(PRESETS[name])
+    for stage in config.training.stages:
+        if not stage.references:
+            d = stage.dropout
+            assert d.vae + d.neither == pytest.approx(0.1)
+            kept, _ = d.draw(jax.random.key(1), 20_000)
+            assert np.mean(kept) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_default_dropout_is_the_stages_own_and_given_probabilities_stay():
+    alone, both = (StageConfig(1, references=references) for references in (False, True))
+    assert alone.dropout == ConditionDropout(0.0, 0.9, 0.0, 0.1)
+    assert both.dropout == ConditionDropout(0.6, 0.1, 0.2, 0.1)
+    assert dataclasses.replace(both, references=False).dropout == alone.dropout
+    given = StageConfig(1, references=False, dropout=ConditionDropout(0.6, 0.1, 0.2, 0.1))
+    assert given.dropout == both.dropout
+    config = dataclasses.replace(SMALL, training=dataclasses.replace(SMALL.training, stages=(given,)))
+    assert from_json(to_json(config)) == config, "an old run's folder"
 
 
 # --- the optimiser, in closed form -------------------------------------------------------------------------------------
