@@ -215,6 +215,9 @@ class TrainingConfig(Checked):
     """Stages in order; a run goes through all of them."""
     seed: int = 0
     """Decides initial weights, data order, noise, times and dropout."""
+    steps_before: int = 0
+    """Steps that the weights of `--from` have behind them, which sets it: data order, noise, times
+    and dropout go on after these."""
     validate_every: int = 500
     sample_every: int = 1000
     """Steps between grids of sampled pictures; 0 draws none before the end."""
@@ -225,6 +228,8 @@ class TrainingConfig(Checked):
         for i, stage in enumerate(self.stages):
             if stage.steps < 1:
                 yield f"training.stages.{i}.steps is {stage.steps}; it must be at least 1"
+        if self.steps_before < 0:
+            yield f"training.steps_before is {self.steps_before}; it must be at least 0"
         yield from above_zero("training", self, "validate_every")
 
 

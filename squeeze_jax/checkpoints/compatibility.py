@@ -82,8 +82,9 @@ RULES: dict[str, Rule] = {
         aggregator.mlp_width aggregator.layer_blocks aggregator.refiner_blocks
         lora.rank lora.target lora.qkv
     """),
-    # The adapters' scale goes into their weights.
+    # The adapters' scale goes into their weights; a run keeps its place in the stream of draws.
     **_rows("refused", "carried", "lora.alpha"),
+    **_rows("carried", "carried", "training.steps_before"),
 }  # fmt: skip
 """Dotted field → what is decided where it differs; N is any number of a stage."""
 
@@ -103,8 +104,8 @@ def check_same_run(
 
     Raises InputError where that would not continue the run.
     """
-    changed = {line: rule_of(_field(line)).resume for line in differences(saved, config)}
-    changed = {line: decision for line, decision in changed.items() if decision != "free"}
+    decided = {line: rule_of(_field(line)).resume for line in differences(saved, config)}
+    changed = {line: rule for line, rule in decided.items() if rule in ("ask", "refused")}
     fixed = [line for line, decision in changed.items() if decision == "refused"]
     if fixed or (changed and not accept_changes):
         how = "these decide its arrays or the order of its records: give another --workdir"

@@ -234,6 +234,16 @@ def read_weights(
     return config, leaves, step
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step of the weights that `read_weights` takes from a folder, if it says."""
+    if is_exported(folder):
+        return about_of(folder).get("step")
+    if (folder / WEIGHTS).is_file() or not (folder / CHECKPOINTS).is_dir():
+        return None
+    with _orbax().CheckpointManager((folder / CHECKPOINTS).absolute()) as manager:
+        return manager.latest_step()
+
+
 def saved_base(folder: Path) -> str | None:
     """The fingerprint of the base that a folder's weights were trained on, if it says."""
     if is_exported(folder):

@@ -14,7 +14,13 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from squeeze_jax.checkpoints.build import build_system, is_trained
 from squeeze_jax.checkpoints.compatibility import check_start
 from squeeze_jax.checkpoints.fingerprint import fingerprint
-from squeeze_jax.checkpoints.manager import check_leaves, read_config, read_weights, saved_base
+from squeeze_jax.checkpoints.manager import (
+    check_leaves,
+    read_config,
+    read_weights,
+    saved_base,
+    saved_step,
+)
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.exported import (
@@ -177,6 +183,15 @@ def _scale(lora: LoRAConfig) -> float:
 
 def _without_alpha(config: Config) -> LoRAConfig | None:
     return config.lora and replace(config.lora, alpha=None)
+
+
+def steps_behind(start: Path) -> int | None:
+    """Steps of training behind the weights of a folder, those of the runs that it began with
+    included; None of a LoRA or a transformer, which do not say."""
+    if start_of(start) != "run":
+        return None
+    saved, step = read_config(start), saved_step(start)
+    return saved.training.steps_before + (saved.total_steps if step is None else step)
 
 
 def start_of(folder: Path) -> Start:

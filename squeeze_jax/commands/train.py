@@ -64,7 +64,6 @@ def run(given: Train, overrides: list[str]) -> None:
     if given.distributed or any(part is not None for part in others):
         init_distributed(*others)
     # What follows may ask for devices, so it is imported once the processes have met.
-    from squeeze_jax.checkpoints.manager import write_config
     from squeeze_jax.checkpoints.trained import start_of
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.data.extraction import extract_features
@@ -108,7 +107,6 @@ def run(given: Train, overrides: list[str]) -> None:
         examples=open_examples(config) if config.data.online else None,
         say=say,
     )
-    write_config(folder, config)
     say(f"trained {result.step} steps, validation loss {result.validation:.4f}; {time.perf_counter() - started:.0f} s")
     if config.data.critters is not None and config.log.score:
         from squeeze_jax.miniature.evaluation import score_run

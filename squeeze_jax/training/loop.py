@@ -22,7 +22,7 @@ from squeeze_jax.training.monitor import Monitor
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.profiling import Profiler
 from squeeze_jax.training.start import make_start
-from squeeze_jax.training.state import Params, Split, state_shardings, to_saved
+from squeeze_jax.training.state import Params, Split, begin_stage, state_shardings, to_saved
 from squeeze_jax.training.step import make_train_step
 from squeeze_jax.training.step_flops import StepFlops, WorkFunction
 from squeeze_jax.training.validation import make_validation, validation_loss
@@ -75,7 +75,7 @@ def train(
     say(data.describe())
     optimizer = make_optimizer(config)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
-    state, split, base, productive_seconds = make_start(
+    config, state, split, base, productive_seconds = make_start(
         config,
         mesh,
         optimizer,
@@ -117,8 +117,10 @@ def train(
             begin, end = end, end + stage.steps
             if step >= end:
                 continue
+            if step == begin > 0:
+                state = begin_stage(state, optimizer, config, mesh)
             train_step = make_train_step(
-                split, optimizer, config, stage, state_shardings(state, mesh)
+                split, optimizer, config, stage, state_shardings(state, mesh), begin
             )
             validate = make_validation(split, config, stage, mesh)
             flops = StepFlops(work, stage)

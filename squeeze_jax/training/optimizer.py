@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
@@ -55,6 +56,26 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.add_decayed_weights(optimizer.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def schedule_step(opt_state: optax.OptState, default: jax.Array) -> jax.Array:
+    """The step at which the learning rate's schedule is; of an optimizer without one, `default`."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_schedule)
+    counts = [leaf.count for leaf in leaves if _is_schedule(leaf)]
+    return counts[0] if counts else default
+
+
+def with_schedule_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """An optimizer's state with its learning rate's schedule at this step."""
+    return jax.tree.map(
+        lambda leaf: leaf._replace(count=step) if _is_schedule(leaf) else leaf,
+        opt_state,
+        is_leaf=_is_schedule,
+    )
+
+
+def _is_schedule(leaf: object) -> bool:
+    return isinstance(leaf, optax.ScaleByScheduleState)
 
 
 def is_matrix(leaves: dict[str, Any]) -> dict[str, bool]:

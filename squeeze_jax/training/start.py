@@ -1,6 +1,7 @@
 """Where a run begins: at its folder's latest checkpoint, with weights from elsewhere, or anew."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ from jax.sharding import Mesh
 
 from squeeze_jax.checkpoints.compatibility import check_same_run
 from squeeze_jax.checkpoints.fingerprint import fingerprint
-from squeeze_jax.checkpoints.manager import Checkpoints, check_leaves, first_line
-from squeeze_jax.checkpoints.trained import start_of, starting_leaves, with_scale_of
+from squeeze_jax.checkpoints.manager import Checkpoints, Saved, check_leaves, first_line
+from squeeze_jax.checkpoints.trained import start_of, starting_leaves, steps_behind, with_scale_of
 from squeeze_jax.config import Config
 from squeeze_jax.data.pipeline import BatchIterator
 from squeeze_jax.errors import InputError
@@ -31,6 +32,8 @@ from squeeze_jax.training.state import (
 class Start(NamedTuple):
     """What a run begins with."""
 
+    config: Config
+    """The run's, with its `training.steps_before`."""
     state: TrainState
     split: Split
     base: str
@@ -60,15 +63,26 @@ def make_start(
     wanted = abstract_state(params, optimizer, config, mesh)
     restored = restore_latest(checkpoints, wanted, data, config, base, accept_changes, say)
     if restored is not None:
-        state, productive_seconds = restored
+        state, saved = restored
         say(f"continuing {checkpoints.workdir} from step {int(state.step)}")
-        return Start(state, split, base, productive_seconds)
-    # 2. Weights from elsewhere, with fresh moments.
+        config = _after(saved.config.training.steps_before, config)
+        return Start(config, state, split, base, saved.productive_seconds)
+    # 2. Weights from elsewhere, with fresh moments; what is drawn goes on where they ended.
     if start_from is not None:
         params = load_params(start_from, params, split, config, mesh, accept_changes, say)
+        config = _after(steps_behind(start_from), config)
     # 3. Anew: random weights of the config's seed, beside the pre-trained base that
     #    `create_params` has read.
-    return Start(make_state(params, optimizer, config, mesh), split, base, 0.0)
+    data.skip(config.training.steps_before)
+    state = make_state(params, optimizer, config, mesh)
+    return Start(config, state, split, base, productive_seconds=0.0)
+
+
+def _after(steps: int | None, config: Config) -> Config:
+    """The config of a run whose draws go on after so many steps; None: as it is."""
+    if steps is None:
+        return config
+    return replace(config, training=replace(config.training, steps_before=steps))
 
 
 def load_params(
@@ -102,9 +116,9 @@ def restore_latest(
     base: str,
     accept_changes: bool,
     say: Callable[[str], None],
-) -> tuple[TrainState, float] | None:
-    """The state of the latest checkpoint that can be read, laid out like `wanted`, and the run's
-    productive seconds so far; `data` is set to its place. None where there never was a checkpoint.
+) -> tuple[TrainState, Saved] | None:
+    """The state of the latest checkpoint that can be read, laid out like `wanted`, and what it says
+    of the run; `data` is set to its place. None where there never was a checkpoint.
 
     A damaged checkpoint is set aside, aloud, for the one before it; one that a disk or the devices'
     memory refuses is not. Raises InputError where all are damaged, and where the folder is that of
@@ -140,7 +154,7 @@ def restore_latest(
             continue
         for line in changed:
             say(f"changed: {line}")
-        return from_saved(state), saved.productive_seconds
+        return from_saved(state), saved
     if set_aside is not None:
         raise InputError(
             f"{workdir}: not one checkpoint can be read; they lie in {set_aside.parent}, put one "

@@ -13,6 +13,7 @@ from squeeze_jax.checkpoints.build import build_system, is_trained, load_base, l
 from squeeze_jax.config import Config
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec, shardings
+from squeeze_jax.training.optimizer import with_schedule_step
 
 Params = dict[str, Any]
 """Arrays by dotted path, the same names as in checkpoints and in the sharding table."""
@@ -160,6 +161,25 @@ def initial_state(
     average = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), average, jnp.copy(zero))
+
+
+def begin_stage(
+    state: TrainState, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
+) -> TrainState:
+    """The state with which a further stage begins, as a run of its own would begin it: from the
+    weights that sampling takes (their average where one is kept), with fresh moments and average.
+
+    The steps go on, and with them the learning rate's schedule. `state` is donated. Source:
+    docs/decisions.md, "From stage to stage".
+    """
+
+    def begin(state: TrainState) -> TrainState:
+        fresh = initial_state(state.ema_params or state.params, optimizer, config)
+        opt_state = with_schedule_step(fresh.opt_state, state.step)
+        return fresh._replace(step=state.step, opt_state=opt_state, skipped=state.skipped)
+
+    shardings = state_shardings(state, mesh)
+    return jax.jit(begin, donate_argnums=0, out_shardings=shardings)(state)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:

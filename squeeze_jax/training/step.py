@@ -1,4 +1,8 @@
-"""The loss of a batch and the train step. Randomness is a function of (seed, step, row) alone."""
+"""The loss of a batch and the train step.
+
+Randomness is a function of (seed, step, row) alone, where steps are counted through all stages, in
+one run or in several that began with one another.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +19,7 @@ from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.diffusion.flow import add_noise, loss_per_sample, sample_times, schedule_shift
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
-from squeeze_jax.training.optimizer import learning_rate
+from squeeze_jax.training.optimizer import learning_rate, schedule_step
 from squeeze_jax.training.state import Params, Split, TrainState
 
 Batch = TrainingBatch | RawBatch
@@ -53,8 +57,9 @@ class Metrics(NamedTuple):
 
 
 def step_key(config: Config, step: int | jax.Array) -> Key:
-    """The key of a step."""
-    return jax.random.fold_in(jax.random.key(config.training.seed), step)
+    """The key of a run's step."""
+    training = config.training
+    return jax.random.fold_in(jax.random.key(training.seed), step + training.steps_before)
 
 
 def sample_randomness(
@@ -108,6 +113,7 @@ def make_train_step(
     config: Config,
     stage: StageConfig,
     shardings: TrainState | None = None,
+    begin: int = 0,
 ) -> TrainStep:
     """Compiles a stage's step: (state, frozen leaves, batch) to (state, metrics); the state is
     donated.
@@ -116,7 +122,7 @@ def make_train_step(
     `optimizer.accumulate` pieces whose gradients are averaged: the same numbers as one large batch.
     A non-finite loss or gradient leaves weights, moments and average as they were and is counted.
     `shardings` says how the state lies on a mesh (`state_shardings`), before and after; without it
-    everything lies on one device.
+    everything lies on one device. `begin`: the run's steps before this stage.
     """
     rate, pieces = learning_rate(config), config.optimizer.accumulate
 
@@ -166,7 +172,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params and update_ema(
-            state.ema_params, params, state.step, config.optimizer.ema
+            state.ema_params, params, state.step - begin, config.optimizer.ema
         )
         params, opt_state, ema_params = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -175,10 +181,9 @@ def make_train_step(
         )
         skipped = state.skipped + (~finite).astype(jnp.int32)
 
-        # What the run shows. Skipped steps do not count in the optimizer's state, where the
-        # schedule's place lies, too.
+        # What the run shows.
         sums, counts = sum_losses_by_time(losses, draws.t)
-        rate_now = jnp.asarray(rate(state.step - state.skipped), jnp.float32)
+        rate_now = jnp.asarray(rate(schedule_step(state.opt_state, state.step)), jnp.float32)
         metrics = Metrics(
             loss, norm, norm_dit, norm_aggregator, sums, counts, rate_now, skipped
         )
@@ -216,7 +221,7 @@ def sum_losses_by_time(
 
 def update_ema(average: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """average + (1 − d)·(params − average), with d growing from 0.1 to `decay` over the first
-    steps (our decision)."""
+    steps of a stage (our decision)."""
     count = step.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
     return jax.tree.map(lambda a, w: a + (1.0 - d) * (w - a), average, params)

@@ -101,6 +101,7 @@ OTHERS: dict[str, Any] = {
     "optimizer.ema": 0.5,
     "training.stages": STAGES,
     "training.seed": 5,
+    "training.steps_before": 5,
     "training.validate_every": 5,
     "training.sample_every": 5,
     "sampling.steps": 5,
@@ -170,9 +171,9 @@ DRAWS = StepRandomness(jnp.array([0.2, 0.4, 0.6, 0.8]), NOISE, jnp.ones(4, bool)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def losses_of(graph: Any, guidance: float, state: Any):
+def losses_of(graph: Any, guidance: float, state: Any, batch: Any, draws: Any):
     config = replaced(WHOLE, "diffusion.guidance", guidance)
-    return compute_losses(nnx.merge(graph, state), BATCH, DRAWS, config, STAGE)
+    return compute_losses(nnx.merge(graph, state), batch, draws, config, STAGE)
 
 
 def losses(config: Config, leaves: dict[str, Any], frozen: dict[str, Any]) -> np.ndarray:
@@ -187,7 +188,8 @@ def losses(config: Config, leaves: dict[str, Any], frozen: dict[str, Any]) -> np
         if path[-1] == "scale" and "adapter" in path:
             leaf = np.full(wanted.shape, config.lora.alpha / config.lora.rank)
         filled.append((path, variable.replace(jnp.asarray(leaf, wanted.dtype))))
-    return np.asarray(losses_of(graph, config.diffusion.guidance, nnx.from_flat_state(filled)))
+    state = nnx.from_flat_state(filled)
+    return np.asarray(losses_of(graph, config.diffusion.guidance, state, BATCH, DRAWS))
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,31 @@ import numpy as np
 import pytest
 from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
 from tiny import tiny_config
+from training_runs import final_state
 
 from squeeze_jax.checkpoints.compatibility import check_same_run
 from squeeze_jax.checkpoints.manager import (
     CHECKPOINTS,
     Checkpoints,
+    read_config,
     read_weights,
     write_config,
     write_weights,
 )
-from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, StageConfig, TrainingConfig
+from squeeze_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    StageConfig,
+    TrainingConfig,
+)
+from squeeze_jax.config_json import from_json, to_json
 from squeeze_jax.data.record_writer import extract
 from squeeze_jax.errors import InputError
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training import start
 from squeeze_jax.training.loop import train
+from squeeze_jax.training.step import sample_randomness, step_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
 
@@ -233,6 +243,76 @@ def test_stage_two_from_stage_ones_weights(whole, features, tmp_path):
     for name, leaf in start.items():  # Adam's first step moves a weight by the learning rate at most, and decay by 1e-4
         np.testing.assert_allclose(result.params[name], leaf, atol=0.011, err_msg=name)
         assert not np.array_equal(result.params[name], leaf)
+
+
+ONE, TWO = (config(stage) for stage in BOTH.training.stages)
+
+
+@pytest.fixture(scope="module")
+def apart(features, tmp_path_factory):
+    """Both stages in runs of their own, the second one with `--from`."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    train(ONE, one, features, say=lambda text: None)
+    return one, two, train(TWO, two, features, start_from=one, say=lambda text: None)
+
+
+def test_two_stages_in_one_run_equal_two_runs(whole, apart):
+    """Bit for bit: weights, average, moments, losses, rates, and the place in the records."""
+    straight, result = whole
+    one, two, last = apart
+    for name, leaf in result.params.items():
+        np.testing.assert_array_equal(last.params[name], leaf, err_msg=name)
+    for name in ("loss", "grad_norm", "learning_rate", "validation_loss"):
+        of_both = values(one, name) | {step + 2: value for step, value in values(two, name).items()}
+        assert of_both == values(straight, name), name
+    (_, state, place), (_, of_two, there) = final_state(straight), final_state(two)
+    assert place == there
+    schedules = {path for path in state if path.endswith("count") and state[path] != of_two[path]}
+    assert len(schedules) == 1, "the schedule's step: it counts the run's"
+    for path in state.keys() - schedules - {"/step"}:
+        np.testing.assert_array_equal(state[path], of_two[path], err_msg=path)
+
+
+def test_stage_two_draws_other_numbers_and_records_than_stage_one(apart):
+    one, two, _ = apart
+    began = read_config(two)
+    assert began.training.steps_before == 2
+
+    def draws(config):
+        return sample_randomness(step_key(config, 0), (64, 4, 16), config, TWO.training.stages[0])
+
+    first, second = draws(ONE), draws(began)
+    for name, drawn in first._asdict().items():
+        assert not np.array_equal(drawn, getattr(second, name)), name
+    assert final_state(two)[2]["batches"] == 4, "after the two batches of stage 1"
+    assert final_state(one)[2]["batches"] == 2
+
+
+def test_a_run_from_another_resumes_with_its_own_draws(apart, features, tmp_path):
+    """Also where --from is not given again; a config without the count, as old ones are, has 0."""
+    one, two, last = apart
+    interrupted = dataclasses.replace(
+        TWO,
+        training=dataclasses.replace(TWO.training, sample_every=1),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    with pytest.raises(StoppedError):
+        train(
+            interrupted, tmp_path, features, start_from=one, sample=stop_at(1), say=lambda text: None
+        )
+    again = train(TWO, tmp_path, features, say=lambda text: None)
+    for name, leaf in last.params.items():
+        np.testing.assert_array_equal(again.params[name], leaf, err_msg=name)
+    assert read_config(tmp_path) == read_config(two)
+
+
+def test_an_old_runs_folder_has_its_old_draws():
+    old = json.loads(to_json(BOTH))
+    del old["training"]["steps_before"]
+    read = from_json(json.dumps(old))
+    assert read == BOTH
+    key = jax.random.fold_in(jax.random.key(read.training.seed), 7)
+    assert jax.random.key_data(step_key(read, 7)).tolist() == jax.random.key_data(key).tolist()
 
 
 def test_weights_with_a_missing_leaf_are_refused(whole, features, tmp_path):
