@@ -285,4 +285,3 @@ def check_leaves(wanted: dict[str, Any], found: dict[str, Any], where: Path) -> 
             f"{where}: weights of another config or size: {'; '.join(problems[:6])}"
             + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         )
-

@@ -51,9 +51,7 @@ def make_batches(
 
     if examples is None:
         if not (features / "held_out").is_dir():
-            raise InputError(
-                f"{features / 'held_out'}: no held-out records; extract them too"
-            )
+            raise InputError(f"{features / 'held_out'}: no held-out records; extract them too")
         for split in ("train", "held_out"):
             check_records(features / split, config)
     data = open_split("train", rows, config.training.seed, config.data.workers)

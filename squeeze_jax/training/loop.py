@@ -67,9 +67,7 @@ def train(
     # What to train on, and where to begin.
     say = say if is_main() else lambda text: None
     parallel = config.parallel
-    mesh = make_mesh(
-        parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads
-    )
+    mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     rows = global_batch(config, mesh.shape)
     data, held_out = make_batches(features, examples, config, mesh, rows)
     say(data.describe())

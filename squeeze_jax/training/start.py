@@ -102,9 +102,7 @@ def load_params(
     loaded = starting_leaves(folder, config, base, mesh, accept_changes=accept_changes)
     fresh = {name: leaf for name, leaf in params.items() if name not in loaded}
     check_leaves(params, loaded if start_of(folder) == "run" else fresh | loaded, folder)
-    say(
-        f"starting from the weights of {folder}: {len(loaded)} arrays, {len(fresh)} begin anew"
-    )
+    say(f"starting from the weights of {folder}: {len(loaded)} arrays, {len(fresh)} begin anew")
     return {name: (fresh | loaded)[name].astype(np.float32) for name in params}
 
 

@@ -71,8 +71,7 @@ def split_system(system: System, config: Config) -> tuple[Params, Split]:
     """The trained leaves by dotted path, and the rest."""
     graphdef, trained, frozen = nnx.split(system, is_trained(config), ...)
     flat = {
-        ".".join(map(str, path)): (path, variable)
-        for path, variable in nnx.to_flat_state(trained)
+        ".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(trained)
     }
     leaves = {name: variable.get_value() for name, (_, variable) in flat.items()}
     empty = {name: (path, variable.replace(None)) for name, (path, variable) in flat.items()}
@@ -136,9 +135,7 @@ def make_state(
     """`initial_state` on a mesh: moments are made where they will lie."""
     wanted = abstract_state(params, optimizer, config, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    make = jax.jit(
-        lambda leaves: initial_state(leaves, optimizer, config), out_shardings=shardings
-    )
+    make = jax.jit(lambda leaves: initial_state(leaves, optimizer, config), out_shardings=shardings)
     return make(params)
 
 

@@ -153,9 +153,7 @@ def make_train_step(
         loss, grads = jax.tree.map(lambda x: x / pieces, sums)
         return (loss, losses.swapaxes(0, 1).ravel()), grads
 
-    def step(
-        state: TrainState, frozen: nnx.State, batch: Batch
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, Metrics]:
         # Loss and gradients.
         key, shape = step_key(config, state.step), target_shape(batch, config)
         draws = sample_randomness(key, shape, config, stage)
@@ -184,9 +182,7 @@ def make_train_step(
         # What the run shows.
         sums, counts = sum_losses_by_time(losses, draws.t)
         rate_now = jnp.asarray(rate(schedule_step(state.opt_state, state.step)), jnp.float32)
-        metrics = Metrics(
-            loss, norm, norm_dit, norm_aggregator, sums, counts, rate_now, skipped
-        )
+        metrics = Metrics(loss, norm, norm_dit, norm_aggregator, sums, counts, rate_now, skipped)
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped), metrics
 
     if shardings is None:

@@ -161,8 +161,8 @@ def checked(value: Any) -> Any:
     """Built anew, so that it is a config that a user can have."""
     if not dataclasses.is_dataclass(value):
         return value
-    fields = dataclasses.fields(value)
-    return type(value)(**{f.name: checked(getattr(value, f.name)) for f in fields})  # pyright: ignore
+    parts = {f.name: checked(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return type(value)(**parts)
 
 
 BATCH = tiny_batch(mixed=False)._replace(grid=np.array([[2, 2]] * 4, np.int32))

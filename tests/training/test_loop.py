@@ -1,4 +1,5 @@
-"""The training loop in one process: resumed equals uninterrupted, stage 2 from stage 1, what is refused."""
+"""The training loop in one process: resumed equals uninterrupted, stage 2 from stage 1, what is
+refused."""
 
 import dataclasses
 import json
@@ -38,7 +39,9 @@ from squeeze_jax.training import start
 from squeeze_jax.training.loop import train
 from squeeze_jax.training.step import sample_randomness, step_key
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # Orbax, about restoring without shardings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,14 +55,25 @@ def _optax_promotes():
 def features(tmp_path_factory):
     out = tmp_path_factory.mktemp("features")
     for split, count in (("train", 12), ("held_out", 8)):
-        extract(some_examples(count), FakeEncoders(), out / split, target_size=(32, 32), reference_long_side=32)
+        extract(
+            some_examples(count),
+            FakeEncoders(),
+            out / split,
+            target_size=(32, 32),
+            reference_long_side=32,
+        )
     return out
 
 
 def config(*stages: StageConfig, **changes):
     return tiny_config(
         aggregator=AggregatorConfig(
-            layers=tuple(range(LAYERS)), width=WIDTH, out_width=24, heads=2, mlp_width=24, refiner_blocks=1
+            layers=tuple(range(LAYERS)),
+            width=WIDTH,
+            out_width=24,
+            heads=2,
+            mlp_width=24,
+            refiner_blocks=1,
         ),
         data=DataConfig(height=32, width=32, reference_long_side=32, batch_per_chip=1),
         training=TrainingConfig(stages=stages, validate_every=2, sample_every=0),
@@ -100,7 +114,9 @@ def stop_at(step):
 
 def test_two_steps_saved_resumed_and_two_more_equal_four(whole, features, tmp_path):
     straight, result = whole
-    interrupted = dataclasses.replace(BOTH, training=dataclasses.replace(BOTH.training, sample_every=2))
+    interrupted = dataclasses.replace(
+        BOTH, training=dataclasses.replace(BOTH.training, sample_every=2)
+    )
     with pytest.raises(StoppedError):
         train(interrupted, tmp_path, features, sample=stop_at(2), say=lambda text: None)
     said = []
@@ -131,7 +147,13 @@ def test_a_run_stopped_behind_its_last_step_makes_up_for_validation_and_pictures
     assert "validation_loss" in rows[-1]
     (workdir / "metrics.jsonl").write_text("".join(rows[:-1]))
     drawn = []
-    again = train(BOTH, workdir, features, sample=lambda split, leaves, step: drawn.append(step), say=lambda text: None)
+    again = train(
+        BOTH,
+        workdir,
+        features,
+        sample=lambda split, leaves, step: drawn.append(step),
+        say=lambda text: None,
+    )
     assert drawn == [4]
     assert again.validation == result.validation
     assert (workdir / "metrics.jsonl").read_text().splitlines(keepends=True) == rows
@@ -157,7 +179,9 @@ _, leaves, _ = read_weights(pathlib.Path({str(workdir)!r}))
 json.dump({{name: leaf.ravel().tolist() for name, leaf in leaves.items()}}, sys.stdout)
 """
     environment = {**os.environ, "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == result.params.keys()
@@ -167,7 +191,9 @@ json.dump({{name: leaf.ravel().tolist() for name, leaf in leaves.items()}}, sys.
 
 def test_another_config_is_refused_and_what_it_may_change_is_not(whole, features):
     workdir, _ = whole
-    other = dataclasses.replace(BOTH, optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-3))
+    other = dataclasses.replace(
+        BOTH, optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-3)
+    )
     with pytest.raises(InputError, match=r"optimizer\.learning_rate: 0\.01 → 0\.001"):
         train(other, workdir, features, say=lambda text: None)
     free = dataclasses.replace(BOTH, sampling=dataclasses.replace(BOTH.sampling, steps=3))
@@ -177,11 +203,15 @@ def test_another_config_is_refused_and_what_it_may_change_is_not(whole, features
 def test_changes_go_on_when_told_so_and_never_those_of_size(whole, features):
     workdir, _ = whole
     said = []
-    slower = dataclasses.replace(BOTH, optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-3))
+    slower = dataclasses.replace(
+        BOTH, optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-3)
+    )
     assert train(slower, workdir, features, accept_changes=True, say=said.append).step == 4
     assert "changed: optimizer.learning_rate: 0.01 → 0.001" in said
     wider = dataclasses.replace(BOTH, aggregator=dataclasses.replace(BOTH.aggregator, mlp_width=32))
-    with pytest.raises(InputError, match=r"aggregator\.mlp_width: 24 → 32.*these decide its arrays"):
+    with pytest.raises(
+        InputError, match=r"aggregator\.mlp_width: 24 → 32.*these decide its arrays"
+    ):
         train(wider, workdir, features, accept_changes=True, say=lambda text: None)
     shuffled = dataclasses.replace(BOTH, training=dataclasses.replace(BOTH.training, seed=1))
     with pytest.raises(InputError, match=r"training\.seed: 0 → 1.*the order of its records"):
@@ -192,7 +222,10 @@ def test_changes_go_on_when_told_so_and_never_those_of_size(whole, features):
 def test_a_run_goes_on_only_with_the_base_it_began_with(whole, features, monkeypatch):
     workdir, _ = whole
     monkeypatch.setattr(start, "fingerprint", lambda frozen: "another")
-    with pytest.raises(InputError, match=r"was trained on another base .fingerprint [0-9a-f]{16}, this one's is another"):
+    with pytest.raises(
+        InputError,
+        match=r"was trained on another base .fingerprint [0-9a-f]{16}, this one's is another",
+    ):
         train(BOTH, workdir, features, accept_changes=True, say=lambda text: None)
 
 
@@ -209,11 +242,17 @@ def test_some_checkpoints_stay_and_chosen_steps_are_traced(features, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-NOT_NOW = [MemoryError("devices"), OSError(5, "Input/output error"), jax.errors.JaxRuntimeError("full")]
+NOT_NOW = [
+    MemoryError("devices"),
+    OSError(5, "Input/output error"),
+    jax.errors.JaxRuntimeError("full"),
+]
 
 
 @pytest.mark.parametrize("error", NOT_NOW, ids=lambda error: type(error).__name__)
-def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(whole, features, monkeypatch, error):
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
+    whole, features, monkeypatch, error
+):
     workdir, _ = whole
 
     def restore(*arguments):
@@ -228,19 +267,33 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(whole, fe
 
 def test_the_folders_of_frozen_weights_may_move():
     for name in ("dit_weights", "autoencoder", "mllm"):
-        moved = dataclasses.replace(BOTH, model=dataclasses.replace(BOTH.model, **{name: "/mnt/elsewhere"}))
+        moved = dataclasses.replace(
+            BOTH, model=dataclasses.replace(BOTH.model, **{name: "/mnt/elsewhere"})
+        )
         assert check_same_run(BOTH, moved, Path("work")) == []
 
 
 def test_stage_two_from_stage_ones_weights(whole, features, tmp_path):
     rng = np.random.default_rng(0)
-    start = {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in whole[1].params.items()}
+    start = {
+        name: rng.standard_normal(leaf.shape).astype(np.float32)
+        for name, leaf in whole[1].params.items()
+    }
     write_weights(tmp_path / "one", BOTH, start, np.float32)
     said = []
     one_step = config(StageConfig(steps=1, references=True))
-    result = train(one_step, tmp_path / "two", features, start_from=tmp_path / "one", say=said.append)
-    assert any(line.startswith(f"starting from the weights of {tmp_path / 'one'}: ") for line in said)
-    for name, leaf in start.items():  # Adam's first step moves a weight by the learning rate at most, and decay by 1e-4
+    result = train(
+        one_step, tmp_path / "two", features, start_from=tmp_path / "one", say=said.append
+    )
+    assert any(
+        line.startswith(f"starting from the weights of {tmp_path / 'one'}: ") for line in said
+    )
+    for (
+        name,
+        leaf,
+    ) in (
+        start.items()
+    ):  # Adam's first step moves a weight by the learning rate at most, and decay by 1e-4
         np.testing.assert_allclose(result.params[name], leaf, atol=0.011, err_msg=name)
         assert not np.array_equal(result.params[name], leaf)
 
@@ -298,7 +351,12 @@ def test_a_run_from_another_resumes_with_its_own_draws(apart, features, tmp_path
     )
     with pytest.raises(StoppedError):
         train(
-            interrupted, tmp_path, features, start_from=one, sample=stop_at(1), say=lambda text: None
+            interrupted,
+            tmp_path,
+            features,
+            start_from=one,
+            sample=stop_at(1),
+            say=lambda text: None,
         )
     again = train(TWO, tmp_path, features, say=lambda text: None)
     for name, leaf in last.params.items():
@@ -321,15 +379,26 @@ def test_weights_with_a_missing_leaf_are_refused(whole, features, tmp_path):
     leaves.pop("dit.img_in.kernel")
     write_weights(tmp_path / "short", BOTH, leaves)
     with pytest.raises(InputError, match=r"dit\.img_in\.kernel is missing"):
-        train(BOTH, tmp_path / "work", features, start_from=tmp_path / "short", say=lambda text: None)
+        train(
+            BOTH, tmp_path / "work", features, start_from=tmp_path / "short", say=lambda text: None
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": dataclasses.replace(BOTH.data, height=48)}, r"latents of targets are \(4, 4, 16\).*\(6, 4, 16\)"),
-        ({"aggregator": dataclasses.replace(BOTH.aggregator, width=16)}, "width of hidden states are 8.*wants 16"),
-        ({"aggregator": dataclasses.replace(BOTH.aggregator, layers=(0, 3))}, "hidden states 0 to 2.*layer"),
+        (
+            {"data": dataclasses.replace(BOTH.data, height=48)},
+            r"latents of targets are \(4, 4, 16\).*\(6, 4, 16\)",
+        ),
+        (
+            {"aggregator": dataclasses.replace(BOTH.aggregator, width=16)},
+            "width of hidden states are 8.*wants 16",
+        ),
+        (
+            {"aggregator": dataclasses.replace(BOTH.aggregator, layers=(0, 3))},
+            "hidden states 0 to 2.*layer",
+        ),
     ],
 )
 def test_records_of_another_config_are_refused(features, tmp_path, changes, message):

@@ -34,7 +34,10 @@ def clock(monkeypatch):
 
 def metrics(loss=1.0, sums=(0, 0, 0, 0), counts=(0, 0, 0, 0)):
     values = dict.fromkeys(Metrics._fields, np.float32(0.5)) | {"loss": np.float32(loss)}
-    values |= {"loss_by_time": np.array(sums, np.float32), "count_by_time": np.array(counts, np.float32)}
+    values |= {
+        "loss_by_time": np.array(sums, np.float32),
+        "count_by_time": np.array(counts, np.float32),
+    }
     return Metrics(**values)
 
 
@@ -79,12 +82,16 @@ def test_a_steps_metrics_are_read_when_the_next_is_under_way(monkeypatch, clock,
 def test_goodput_counts_from_the_first_start_over_restarts(clock, tmp_path):
     Monitor(8, tmp_path, 0.0, print)
     clock.now += 100
-    again = Monitor(8, tmp_path, 30.0, print)  # thirty seconds of the first life are in the checkpoint
+    again = Monitor(
+        8, tmp_path, 30.0, print
+    )  # thirty seconds of the first life are in the checkpoint
     clock.now += 20
     again.record(metrics())
     assert again.make_row(1)["goodput"] == pytest.approx(50 / 120)
     (tmp_path / module.STARTED).write_text("{")  # cut short: begins anew, never fails
-    assert json.loads((Monitor(8, tmp_path, 0.0, print), tmp_path / module.STARTED)[1].read_text()) == {"time": clock.now}
+    assert json.loads(
+        (Monitor(8, tmp_path, 0.0, print), tmp_path / module.STARTED)[1].read_text()
+    ) == {"time": clock.now}
 
 
 def test_waiting_for_input_is_measured_and_warned_of_once(clock, tmp_path):

@@ -1,4 +1,5 @@
-"""A new run's state: made where it lies, and what the fingerprint of its frozen part tells apart."""
+"""A new run's state: made where it lies, and what the fingerprint of its frozen part tells
+apart."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ def test_values_do_not_depend_on_the_mesh_and_nothing_lies_whole_that_is_shared(
     cut = 0
     for name, leaf in (flatten_params(parts.frozen) | state.params | state.ema_params).items():
         spec = parameter_spec(name, leaf.shape, eight)
-        assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(eight, spec), leaf.ndim), name
+        assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(eight, spec), leaf.ndim), (
+            name
+        )
         cut += any(spec)
     assert cut > 20
     assert all(leaf.dtype == jnp.float32 for leaf in state.params.values())
@@ -79,7 +82,9 @@ def test_the_fingerprint_is_of_bits_alone():
     same = fingerprint(split.frozen)
     mesh = make_mesh(2, 2, 2)
     spread = {
-        name: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh)))
+        name: jax.device_put(
+            leaf, jax.sharding.NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+        )
         for name, leaf in leaves.items()
     }
     assert fingerprint(replace_params(split.frozen, spread)) == same
@@ -94,5 +99,11 @@ def test_the_fingerprint_is_of_bits_alone():
     swapped[[0, 1]] = swapped[[1, 0]]
     transposed = leaves[name].copy()
     transposed[:16, :16] = transposed[:16, :16].T.copy()
-    found = {same, changed(bit), changed(swapped), changed(transposed), changed(leaves[name].astype(jnp.bfloat16))}
+    found = {
+        same,
+        changed(bit),
+        changed(swapped),
+        changed(transposed),
+        changed(leaves[name].astype(jnp.bfloat16)),
+    }
     assert len(found) == 5

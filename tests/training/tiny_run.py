@@ -1,7 +1,9 @@
-"""A training run of the tiny system as a program of its own: `tiny_run.py WORKDIR FEATURES '{"settings": …}'`.
+"""A training run of the tiny system as a program of its own: `tiny_run.py WORKDIR FEATURES
+'{"settings": …}'`.
 
-Settings: devices, address (HOST:PORT), count, index, steps, mesh, batch_per_chip, limit (bytes a file may have), slow
-(seconds that a step takes at least), seen (file for the records of every batch).
+Settings: devices, address (HOST:PORT), count, index, steps, mesh, batch_per_chip, limit (bytes a
+file may have), slow (seconds that a step takes at least), seen (file for the records of every
+batch).
 """
 
 import dataclasses
@@ -14,8 +16,8 @@ from pathlib import Path
 workdir, features, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={settings.get('devices', 1)} --xla_llvm_disable_expensive_passes=true"
-    " --xla_backend_optimization_level=0"
+    f"--xla_force_host_platform_device_count={settings.get('devices', 1)}"
+    " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 )
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -46,11 +48,23 @@ def main():
     config = dataclasses.replace(
         base,
         aggregator=AggregatorConfig(
-            layers=tuple(range(LAYERS)), width=WIDTH, out_width=24, heads=2, mlp_width=24, refiner_blocks=1
+            layers=tuple(range(LAYERS)),
+            width=WIDTH,
+            out_width=24,
+            heads=2,
+            mlp_width=24,
+            refiner_blocks=1,
         ),
-        data=DataConfig(height=32, width=32, reference_long_side=32, batch_per_chip=settings.get("batch_per_chip", 1)),
+        data=DataConfig(
+            height=32,
+            width=32,
+            reference_long_side=32,
+            batch_per_chip=settings.get("batch_per_chip", 1),
+        ),
         training=TrainingConfig(
-            stages=(StageConfig(steps=settings.get("steps", 8), references=True),), validate_every=4, sample_every=0
+            stages=(StageConfig(steps=settings.get("steps", 8), references=True),),
+            validate_every=4,
+            sample_every=0,
         ),
         checkpoint=CheckpointConfig(every=settings.get("every", 2)),
         parallel=ParallelConfig(*settings.get("mesh", (1, -1, 1))),
