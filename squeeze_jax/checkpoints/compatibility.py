@@ -36,10 +36,11 @@ def _rows(resume: Decision, begin: Decision, fields: str) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    # Where things lie and what is written and shown. Frozen weights may move: checkpoints have the
-    # base's fingerprint, records the encoders' digests.
+    # Frozen weights may move, and a folder's name says nothing of what is in it. Checkpoints have the
+    # base's fingerprint, and records the encoders' digests, which a run that is resumed checks.
+    **_rows("free", "free", "model.dit_weights model.autoencoder model.mllm"),
+    # Where things lie and what is written and shown.
     **_rows("free", "free", """
-        model.dit_weights model.autoencoder model.mllm
         data.features data.workers data.batch_per_chip data.extract_batch
         optimizer.accumulate
         training.validate_every training.sample_every

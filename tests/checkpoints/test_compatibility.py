@@ -210,7 +210,7 @@ MESH = make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def test_every_field_has_a_decision():
-    assert set(fields_of(Config)) == set(RULES)
+    assert set(fields_of(Config)) == set(RULES), "a new field needs a row in compatibility.py"
     several = {field.partition(".N.")[0] for field in RULES if ".N." in field}
     assert {field.partition(".N.")[0] for field in RULES} == set(OTHERS)
     for section in several:  # differs as a whole
