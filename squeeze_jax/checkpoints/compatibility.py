@@ -36,8 +36,8 @@ def _rows(resume: Decision, begin: Decision, fields: str) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    # Frozen weights may move, and a folder's name says nothing of what is in it. Checkpoints have the
-    # base's fingerprint, and records the encoders' digests, which a run that is resumed checks.
+    # Frozen weights may move, and a folder's name says nothing of what is in it. Checkpoints have
+    # the base's fingerprint, and records the encoders' digests, which a resumed run checks.
     **_rows("free", "free", "model.dit_weights model.autoencoder model.mllm"),
     # Where things lie and what is written and shown.
     **_rows("free", "free", """

@@ -89,7 +89,7 @@ def create_params(config: Config, mesh: Mesh) -> tuple[Params, Split]:
     params, split = split_system(
         nnx.eval_shape(lambda: build_system(config, with_base=False)), config
     )
-    where = shardings(params | flatten_params(split.frozen), mesh)
+    layout = shardings(params | flatten_params(split.frozen), mesh)
     # What there are files of.
     loaded: Params = {}
     if config.model.dit_weights:
@@ -103,7 +103,7 @@ def create_params(config: Config, mesh: Mesh) -> tuple[Params, Split]:
         made = made | flatten_params(rest.frozen)
         return {name: leaf for name, leaf in made.items() if name not in loaded}
 
-    wanted = {name: sharding for name, sharding in where.items() if name not in loaded}
+    wanted = {name: sharding for name, sharding in layout.items() if name not in loaded}
     leaves = jax.jit(make, out_shardings=wanted)() | loaded
     frozen = replace_params(split.frozen, leaves)
     return {name: leaves[name] for name in params}, split._replace(frozen=frozen)
