@@ -141,9 +141,8 @@ def test_the_schedules_shift_follows_the_target():
         np.asarray(sample_randomness(jax.random.key(0), (16, n, 64), CONFIG, STAGE).t)
         for n in (4, 1024)
     )
-    s = (
-        np.exp(-schedule_shift(4)) * few / (1 - few + np.exp(-schedule_shift(4)) * few)
-    )  # the shift undone
+    # The shift undone.
+    s = np.exp(-schedule_shift(4)) * few / (1 - few + np.exp(-schedule_shift(4)) * few)
     np.testing.assert_allclose(many, shift_time(s, schedule_shift(1024)), rtol=1e-5)
     assert np.all(many > few)
 

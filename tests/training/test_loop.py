@@ -288,12 +288,8 @@ def test_stage_two_from_stage_ones_weights(whole, features, tmp_path):
     assert any(
         line.startswith(f"starting from the weights of {tmp_path / 'one'}: ") for line in said
     )
-    for (
-        name,
-        leaf,
-    ) in (
-        start.items()
-    ):  # Adam's first step moves a weight by the learning rate at most, and decay by 1e-4
+    # Adam's first step moves a weight by the learning rate at most, and decay by 1e-4.
+    for name, leaf in start.items():
         np.testing.assert_allclose(result.params[name], leaf, atol=0.011, err_msg=name)
         assert not np.array_equal(result.params[name], leaf)
 
