@@ -82,9 +82,7 @@ def test_a_steps_metrics_are_read_when_the_next_is_under_way(monkeypatch, clock,
 def test_goodput_counts_from_the_first_start_over_restarts(clock, tmp_path):
     Monitor(8, tmp_path, 0.0, print)
     clock.now += 100
-    again = Monitor(
-        8, tmp_path, 30.0, print
-    )  # thirty seconds of the first life are in the checkpoint
+    again = Monitor(8, tmp_path, 30.0, print)  # thirty seconds are in the checkpoint
     clock.now += 20
     again.record(metrics())
     assert again.make_row(1)["goodput"] == pytest.approx(50 / 120)
