@@ -166,15 +166,27 @@ class DiffusionConfig:
     """FLUX.1-dev's distilled guidance input, in training and sampling (our decision)."""
 
 
+WITH_REFERENCES = ConditionDropout()
+WITHOUT_REFERENCES = ConditionDropout(both=0.0, mllm=0.9, vae=0.0, neither=0.1)
+
+
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage. The paper: 25,000 steps with the MLLM alone, then 10,000 with both conditions."""
+    """One training stage. The paper: 25,000 steps with the MLLM alone, then 10,000 with both
+    conditions."""
 
     steps: int
     references: bool
     """Whether reference tokens take part."""
-    dropout: ConditionDropout = field(default_factory=ConditionDropout)
-    """Which conditions a sample keeps; without references `both` and `mllm` together are the share that keeps it."""
+    dropout: ConditionDropout = WITH_REFERENCES
+    """Which conditions a sample keeps; without references `both` and `mllm` together are the share
+    that keeps the MLLM. Where a stage without references is given none, it drops the MLLM in a
+    tenth of the samples (our decision)."""
+
+    def __post_init__(self) -> None:
+        # By identity: equal values that were given, as an old run's config has them, stay.
+        if self.dropout is WITH_REFERENCES and not self.references:
+            object.__setattr__(self, "dropout", WITHOUT_REFERENCES)
 
 
 @dataclass(frozen=True)
@@ -213,6 +225,9 @@ class TrainingConfig(Checked):
     """Stages in order; a run goes through all of them."""
     seed: int = 0
     """Decides initial weights, data order, noise, times and dropout."""
+    steps_before: int = 0
+    """Steps that the weights of `--from` have behind them, which sets it: data order, noise, times
+    and dropout go on after these."""
     validate_every: int = 500
     sample_every: int = 1000
     """Steps between grids of sampled pictures; 0 draws none before the end."""
@@ -223,6 +238,8 @@ class TrainingConfig(Checked):
         for i, stage in enumerate(self.stages):
             if stage.steps < 1:
                 yield f"training.stages.{i}.steps is {stage.steps}; it must be at least 1"
+        if self.steps_before < 0:
+            yield f"training.steps_before is {self.steps_before}; it must be at least 0"
         yield from above_zero("training", self, "validate_every")
 
 

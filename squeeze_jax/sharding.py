@@ -7,7 +7,7 @@ every matrix product). Batches are split over data and fsdp together.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.errors import InputError
 
@@ -51,23 +51,23 @@ ACTIVATIONS: dict[Activation, PartitionSpec] = {
     "heads": PartitionSpec(ROWS, None, "tensor", None),  # [B, T, H, D]
 }
 
-_current: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 _as_on: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
-@contextmanager
-def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """While a program is traced: the mesh that it will run on, for `constrain` and for attention's kernels."""
-    token = _current.set(mesh)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[object]:
+    """While a program is traced: the mesh that it will run on, for `constrain` and for attention's
+    kernels.
+
+    A program enters it itself. `jax.set_mesh` around the calls would do, too, but a caller who
+    forgot it would get a program without any constraint, and no error.
+    """
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def current_mesh() -> Mesh | None:
-    """The mesh of `use_mesh`."""
-    return _current.get()
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `use_mesh`, as JAX keeps it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def platform() -> str:
     if (given := _as_on.get()) is not None:
         return given
     mesh = current_mesh()
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jax.default_backend() if mesh is None else mesh.abstract_device.platform
 
 
 OPTIONS = {
@@ -115,8 +115,7 @@ def constrain(x: jax.Array, kind: Activation) -> jax.Array:
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return x
-    spec = drop_indivisible(ACTIVATIONS[kind], x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, drop_indivisible(ACTIVATIONS[kind], x.shape, mesh))
 
 
 def all_gather_fsdp(matrix: jax.Array, tensor_axis: TensorAxis) -> jax.Array:
@@ -131,11 +130,11 @@ def all_gather_fsdp(matrix: jax.Array, tensor_axis: TensorAxis) -> jax.Array:
         return matrix
     sliced = drop_indivisible(MATRICES[tensor_axis], matrix.shape, mesh)
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sliced))
-    return _moved(matrix, NamedSharding(mesh, whole), NamedSharding(mesh, sliced))
+    return _moved(matrix, whole, sliced)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+def _moved(x: jax.Array, there: PartitionSpec, back: PartitionSpec) -> jax.Array:
     """`x` laid out anew, and its gradient in a layout of its own."""
     return jax.lax.with_sharding_constraint(x, there)
 
@@ -146,7 +145,9 @@ _moved.defvjp(
 )
 
 
-def drop_indivisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def drop_indivisible(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """The spec without the axes that do not divide the shape."""
 
     def parts(axes: str | tuple[str, ...] | None) -> int:

@@ -1,12 +1,12 @@
 """Checkpoints of a run (Orbax), and weights folders (safetensors) to sample from.
 
 A work folder holds `config.json` and `checkpoints/STEP/`; a weights folder holds `config.json` and
-`weights.safetensors` with the trained leaves under their dotted paths. Sampling reads either, and exported folders.
+`weights.safetensors` with the trained leaves under their dotted paths. Sampling reads either, and
+exported folders.
 """
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
+from squeeze_jax.array_types import DType
 from squeeze_jax.config import Config
-from squeeze_jax.config_json import differences, from_json, to_json
+from squeeze_jax.config_json import from_json, to_json
 from squeeze_jax.errors import InputError, OutputError
 from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
 from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors
@@ -26,18 +27,6 @@ from squeeze_jax.processes import barrier, is_main, put_global
 from squeeze_jax.sharding import parameter_spec
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
-FREE = (
-    r"(sampling|checkpoint|log|parallel)\..*|training\.(validate|sample)_every"
-    r"|data\.(workers|features|batch_per_chip|extract_batch)|optimizer\.accumulate"
-    r"|model\.(dit_weights|autoencoder|mllm)"
-)
-"""Fields that a resumed run may change: they decide what is written and shown and where things lie, not what is learned.
-
-The global batch and the records stay what they were: the data iterator refuses others. So do the frozen weights, wherever
-they lie: the checkpoint has their fingerprint, and the records have their digests."""
-FIXED = r"(model|aggregator|lora)\b.*|optimizer\.(kind|ema)|training\.seed"
-"""Fields that no resumed run may change: they decide which arrays there are, of which size and dtype, and which record
-comes when."""
 
 
 def _orbax() -> Any:
@@ -59,16 +48,21 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a work folder. Saves run in the background; an unfinished one is never seen by `latest`.
+    """The checkpoints of a work folder. Saves run in the background; an unfinished one is never
+    seen by `latest`.
 
     Every process takes part in every save and restore.
     """
 
     def __init__(self, workdir: Path, keep: int, keep_every: int = 0) -> None:
+        self.workdir = workdir
         (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         self._ocp, self._folder = _orbax(), (workdir / CHECKPOINTS).absolute()
         self._options = self._ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
         self._manager = self._ocp.CheckpointManager(self._folder, options=self._options)
 
@@ -77,7 +71,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: bytes, saved: Saved) -> None:
-        """Begins to save; returns when `state`'s buffers may be donated again. Nothing happens where `step` is saved.
+        """Begins to save; returns when `state`'s buffers may be donated again. Does nothing where
+        `step` is saved already.
 
         Raises OutputError where an earlier save has failed.
         """
@@ -100,18 +95,21 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> Any:
         """The state in the shapes, dtypes and shardings of `like`."""
         args = self._ocp.args
-        return self._manager.restore(step, args=args.Composite(state=args.StandardRestore(like)))["state"]
+        wanted = args.Composite(state=args.StandardRestore(like))
+        return self._manager.restore(step, args=wanted)["state"]
 
     def about(self, step: int) -> tuple[Saved, bytes]:
         """What a step was saved with, and the data iterator's state."""
         args = self._ocp.args
         names = ("config", "run", "data")
-        restored = self._manager.restore(step, args=args.Composite(**{name: args.JsonRestore() for name in names}))
+        wanted = args.Composite(**{name: args.JsonRestore() for name in names})
+        restored = self._manager.restore(step, args=wanted)
         saved = Saved(from_json(json.dumps(restored["config"])), **restored["run"])
         return saved, json.dumps(restored["data"]).encode()
 
     def set_aside(self, step: int) -> Path:
-        """Takes a checkpoint that cannot be read out of the way, so that its step can be saved again."""
+        """Takes a checkpoint that cannot be read out of the way, so that its step can be saved
+        again."""
         folder, number = self._folder.with_name("damaged"), 1
         while (aside := folder / (str(step) if number == 1 else f"{step}-{number}")).exists():
             number += 1
@@ -141,8 +139,8 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # a failed write arrives as whatever the storage layer raised
-            whole = max((int(path.name) for path in self._folder.iterdir() if path.name.isdigit()), default=None)
-            left = f"the newest whole one is step {whole}" if whole is not None else "there is none yet"
+            steps = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
+            left = f"the newest whole one is step {max(steps)}" if steps else "there is none yet"
             raise OutputError(
                 f"{self._folder}: a checkpoint could not be written ({first_line(error)}); {left}, "
                 "make room and start again to continue from it"
@@ -150,27 +148,10 @@ class Checkpoints:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; of a long one the beginning and the end, where the cause stands."""
+    """The first line of an error's text; of a long one the beginning and the end, where the cause
+    stands."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
-
-
-def check_same_run(saved: Config, config: Config, workdir: Path, *, accept_changes: bool = False) -> list[str]:
-    """What differs between the config that a folder's run was saved with and this one, one line a field.
-
-    Raises InputError where that would not continue the run: always for what is `FIXED`, for the rest unless
-    `accept_changes`.
-    """
-    changed = [line for line in differences(saved, config) if not re.match(FREE, line)]
-    fixed = [line for line in changed if re.match(FIXED, line)]
-    refused = fixed if accept_changes else changed
-    if refused:
-        listed = "; ".join(refused[:8]) + (f"; and {len(refused) - 8} more" if len(refused) > 8 else "")
-        how = "these decide its arrays or the order of its records: give another --workdir"
-        if not fixed:
-            how = "give the same config, another --workdir, or --accept-changes to go on with the new one"
-        raise InputError(f"{workdir} holds a checkpoint of another config ({listed}); {how}")
-    return changed
 
 
 def write_config(workdir: Path, config: Config) -> None:
@@ -183,7 +164,9 @@ def read_config(folder: Path) -> Config:
     """The config of a work or weights folder."""
     path = folder / CONFIG
     if not path.is_file():
-        raise InputError(f"{folder}: no {CONFIG} in it; give a folder that train.py or export wrote")
+        raise InputError(
+            f"{folder}: no {CONFIG} in it; give a folder that train.py or export wrote"
+        )
     try:
         return from_json(path.read_text())
     except (ValueError, TypeError) as error:
@@ -193,41 +176,53 @@ def read_config(folder: Path) -> Config:
 def read_weights(
     folder: Path, mesh: Mesh | None = None, *, merged: bool = False
 ) -> tuple[Config, dict[str, Any], int | None]:
-    """Config, trained leaves by dotted path (their running average where there is one), and the step if known.
+    """Config, trained leaves by dotted path (their running average where there is one), and the
+    step if known.
 
-    The leaves are NumPy arrays, or on a mesh arrays that lie as the sharding table says. `merged`: see
-    `exported.merged_config`.
+    The leaves are NumPy arrays, or on a mesh arrays that lie as the sharding table says. `merged`:
+    see `exported.merged_config`.
     """
     config = read_config(folder)
 
-    def where(name: str, shape: tuple[int, ...]) -> Sharding:
+    def sharding_of(name: str, shape: tuple[int, ...]) -> Sharding:
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(mesh, parameter_spec(name, shape, mesh))
 
     if is_exported(folder):
         config = merged_config(folder, config) if merged else config
-        leaves = read_exported(folder, config, None if mesh is None else where)
+        leaves = read_exported(folder, config, None if mesh is None else sharding_of)
         return config, leaves, about_of(folder).get("step")
     if (folder / WEIGHTS).is_file():
         tensors = TensorFolder(folder / WEIGHTS)
         leaves = {name: tensors.read(name) for name in tensors.names()}
         if mesh is not None:
-            leaves = {name: put_global(leaf, where(name, leaf.shape)) for name, leaf in leaves.items()}
+            leaves = {
+                name: put_global(leaf, sharding_of(name, leaf.shape))
+                for name, leaf in leaves.items()
+            }
         return config, leaves, None
     if not (folder / CHECKPOINTS).is_dir():
-        raise InputError(f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another folder")
+        raise InputError(
+            f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another "
+            "folder"
+        )
     ocp = _orbax()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
     handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
-    with ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), handler_registry=handlers) as manager:
+    path = (folder / CHECKPOINTS).absolute()
+    with ocp.CheckpointManager(path, handler_registry=handlers) as manager:
         step = manager.latest_step()
         if step is None:
-            raise InputError(f"{folder}: no finished checkpoint yet; let the training run reach its first save")
+            raise InputError(
+                f"{folder}: no finished checkpoint yet; let the training run reach its first save"
+            )
         state = manager.item_metadata(step)["state"]
         wanted = "average" if state["average"] else "trained"
         like = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where(name, leaf.shape))
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding_of(name, leaf.shape)
+            )
             for name, leaf in state[wanted].items()
         }
         places = ocp.checkpoint_utils.construct_restore_args({wanted: like})
@@ -239,6 +234,16 @@ def read_weights(
     return config, leaves, step
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step of the weights that `read_weights` takes from a folder, if it says."""
+    if is_exported(folder):
+        return about_of(folder).get("step")
+    if (folder / WEIGHTS).is_file() or not (folder / CHECKPOINTS).is_dir():
+        return None
+    with _orbax().CheckpointManager((folder / CHECKPOINTS).absolute()) as manager:
+        return manager.latest_step()
+
+
 def saved_base(folder: Path) -> str | None:
     """The fingerprint of the base that a folder's weights were trained on, if it says."""
     if is_exported(folder):
@@ -248,16 +253,22 @@ def saved_base(folder: Path) -> str | None:
     ocp = _orbax()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
     handlers.add("run", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    with ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), handler_registry=handlers) as manager:
+    path = (folder / CHECKPOINTS).absolute()
+    with ocp.CheckpointManager(path, handler_registry=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             return None
-        return manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]["base"]
+        wanted = ocp.args.Composite(run=ocp.args.JsonRestore())
+        return manager.restore(step, args=wanted)["run"]["base"]
 
 
-def write_weights(folder: Path, config: Config, leaves: dict[str, Any], dtype: Any = jnp.bfloat16) -> None:
+def write_weights(
+    folder: Path, config: Config, leaves: dict[str, Any], dtype: DType = jnp.bfloat16
+) -> None:
     """A weights folder to sample from."""
-    write_tensors(folder / WEIGHTS, {k: np.asarray(jax.device_get(v)).astype(np.dtype(dtype)) for k, v in leaves.items()})
+    tensors = {name: np.asarray(jax.device_get(leaf)) for name, leaf in leaves.items()}
+    tensors = {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()}
+    write_tensors(folder / WEIGHTS, tensors)
     write_config(folder, config)
 
 
@@ -266,11 +277,11 @@ def check_leaves(wanted: dict[str, Any], found: dict[str, Any], where: Path) -> 
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"{name} is not of this config" for name in sorted(found.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & found.keys()):
-        if tuple(wanted[name].shape) != tuple(found[name].shape):
-            problems.append(f"{name} has shape {tuple(found[name].shape)}, the config wants {tuple(wanted[name].shape)}")
+        there, here = tuple(found[name].shape), tuple(wanted[name].shape)
+        if there != here:
+            problems.append(f"{name} has shape {there}, the config wants {here}")
     if problems:
         raise InputError(
             f"{where}: weights of another config or size: {'; '.join(problems[:6])}"
             + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         )
-

@@ -7,17 +7,21 @@ from pathlib import Path
 
 
 def setup() -> None:
-    """Before the first array: the persistent compilation cache (SQUEEZE_JAX_CACHE, by default in the user's cache)."""
+    """Before the first array: the persistent compilation cache (SQUEEZE_JAX_CACHE, by default in
+    the user's cache)."""
     import jax
 
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "squeeze_jax"
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("SQUEEZE_JAX_CACHE", str(default)))
+    jax.config.update(
+        "jax_compilation_cache_dir", os.environ.get("SQUEEZE_JAX_CACHE", str(default))
+    )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def guarded(main: Callable[[], None]) -> int:
-    """Runs a command; what its user can mend ends in one sentence and the exit code that `errors` names."""
+    """Runs a command; what its user can mend ends in one sentence and the exit code that `errors`
+    names."""
     from squeeze_jax.errors import InputError, OutputError, Preempted
 
     try:

@@ -1,4 +1,5 @@
-"""`train`: a preset, its overrides, a work folder; extracts what is not there yet, trains, samples, scores."""
+"""`train`: a preset, its overrides, a work folder; extracts what is not there yet, trains, samples,
+scores."""
 
 import dataclasses
 import sys
@@ -18,11 +19,11 @@ Flag = tyro.conf.FlagCreatePairsOff[bool]
 class Train:
     """Trains a preset, or resumes it if its work folder has a checkpoint.
 
-    Any field of the preset can be overridden (`--optimizer.learning-rate 3e-4`); `python train.py PRESET --help` lists
-    all of them, with their meaning and default.
+    Any field of the preset can be overridden (`--optimizer.learning-rate 3e-4`); `python train.py
+    PRESET --help` lists all of them, with their meaning and default.
 
-    Several processes (docs/pods.md) run the same command, each with `--distributed`, or with `--coordinator`,
-    `--num-processes` and `--process-id`.
+    Several processes (docs/pods.md) run the same command, each with `--distributed`, or with
+    `--coordinator`, `--num-processes` and `--process-id`.
     """
 
     preset: Annotated[Path, tyro.conf.Positional]
@@ -30,10 +31,12 @@ class Train:
     workdir: str | None = None
     """Where checkpoints, metrics and pictures go; none: runs/<name of the preset>."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or with an exported folder,
-    a LoRA file, or a FLUX.1 transformer (under a config with a LoRA it becomes the base)."""
+    """Begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or
+    with an exported folder, a LoRA file, or a FLUX.1 transformer (under a config with a LoRA it
+    becomes the base)."""
     accept_changes: Flag = False
-    """Continue a run though the preset differs from the one that it was saved with."""
+    """Continue a run though the preset differs from the one that it was saved with; or begin with
+    weights (`--from`) whose preset asked for another input of the MLLM or another guidance."""
     distributed: Flag = False
     """Find the other processes by the environment: Cloud TPU, Slurm, MPI."""
     coordinator: str | None = None
@@ -62,7 +65,6 @@ def run(given: Train, overrides: list[str]) -> None:
     if given.distributed or any(part is not None for part in others):
         init_distributed(*others)
     # What follows may ask for devices, so it is imported once the processes have met.
-    from squeeze_jax.checkpoints.manager import write_config
     from squeeze_jax.checkpoints.trained import start_of
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.data.extraction import extract_features
@@ -79,11 +81,18 @@ def run(given: Train, overrides: list[str]) -> None:
     config = override(load_preset(given.preset), overrides, f"train.py {given.preset}")
     if workdir and "://" in workdir:
         raise InputError(
-            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the bucket (docs/pods.md "
-            "says which will do) and give its path. Records may lie in a bucket as they are (--data.features)"
+            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the "
+            "bucket (docs/pods.md says which will do) and give its path. Records may lie in a "
+            "bucket as they are (--data.features)"
         )
-    if start_from is not None and start_of(Path(start_from)) == "transformer" and config.lora is not None:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit_weights=start_from))
+    if (
+        start_from is not None
+        and start_of(Path(start_from)) == "transformer"
+        and config.lora is not None
+    ):
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, dit_weights=start_from)
+        )
         say(f"the base under the LoRA: {start_from}")
         start_from = None
     folder = Path(workdir) if workdir else Path("runs") / given.preset.stem
@@ -106,12 +115,20 @@ def run(given: Train, overrides: list[str]) -> None:
         examples=open_examples(config) if config.data.online else None,
         say=say,
     )
-    write_config(folder, config)
-    say(f"trained {result.step} steps, validation loss {result.validation:.4f}; {time.perf_counter() - started:.0f} s")
+    say(
+        f"trained {result.step} steps, validation loss {result.validation:.4f}; "
+        f"{time.perf_counter() - started:.0f} s"
+    )
     if config.data.critters is not None and config.log.score:
         from squeeze_jax.miniature.evaluation import score_run
 
         score_run(config, result, folder, config.log.score)
-    say(f"checkpoints: {folder / 'checkpoints'}   metrics: {folder / 'metrics.jsonl'}   pictures: {folder / 'samples'}")
-    say(f"sample from it: python sample.py --checkpoint {folder} --prompt '…' --reference PICTURE --out out.png")
+    say(
+        f"checkpoints: {folder / 'checkpoints'}   metrics: {folder / 'metrics.jsonl'}   "
+        f"pictures: {folder / 'samples'}"
+    )
+    say(
+        f"sample from it: python sample.py --checkpoint {folder} --prompt '…' "
+        "--reference PICTURE --out out.png"
+    )
     say(f"done in {time.perf_counter() - started:.0f} s")

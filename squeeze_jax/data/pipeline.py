@@ -226,6 +226,11 @@ class BatchIterator:
         self.close()
         self._drawn = drawn
 
+    def skip(self, batches: int) -> None:
+        """Leaves so many batches out; none of them is read."""
+        self.close()
+        self._drawn += batches
+
     def close(self) -> None:
         """Ends threads and workers; drawing again starts them."""
         _end(self._running)

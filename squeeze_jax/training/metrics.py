@@ -13,8 +13,8 @@ FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends rows {"step": …, name: value} to metrics.jsonl, and the same scalars to TensorBoard.
 
-    A resumed run first drops the rows after the step that it continues from, so that every step stands once.
-    Of several processes only the first one writes.
+    A resumed run first drops the rows after the step that it continues from, so that every step
+    stands once. Of several processes only the first one writes.
     """
 
     def __init__(self, workdir: Path, first_step: int, tensorboard: bool) -> None:
@@ -41,11 +41,13 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
 
     def last(self, name: str, step: int) -> float:
-        """What was written of `name` at `step`; NaN where nothing was, and on all processes but the first."""
+        """What was written of `name` at `step`; NaN where nothing was, and on all processes but the
+        first."""
         if self._file is None:
             return float("nan")
         rows = [json.loads(row) for row in self._path.read_text().splitlines()]
-        return next((row[name] for row in reversed(rows) if row["step"] == step and name in row), float("nan"))
+        found = (row[name] for row in reversed(rows) if row["step"] == step and name in row)
+        return next(found, float("nan"))
 
     def close(self) -> None:
         if self._file is not None:
@@ -62,7 +64,8 @@ def _step(row: str) -> int:
 
 
 def progress_bar() -> Progress:
-    """What training shows: steps, time left, and a free text of figures; of several processes the first one does."""
+    """What training shows: steps, time left, and a free text of figures; of several processes the
+    first one does."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

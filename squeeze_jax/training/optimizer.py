@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
@@ -10,7 +11,7 @@ from squeeze_jax.config import Config
 
 
 def learning_rate(config: Config, peak: float | None = None) -> optax.Schedule:
-    """The rate at a step of the whole run: each stage warms up anew, then stays or falls along a cosine.
+    """The rate at a step of the run: each stage warms up anew, then stays or falls along a cosine.
 
     `peak` defaults to `optimizer.learning_rate`.
     """
@@ -19,10 +20,12 @@ def learning_rate(config: Config, peak: float | None = None) -> optax.Schedule:
     for stage in config.training.stages:
         warmup = min(optimizer.warmup_steps, max(stage.steps - 1, 0))
         if optimizer.decay == "cosine":
-            piece = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, stage.steps + 1, end_value=peak / 20)
+            piece = optax.warmup_cosine_decay_schedule(
+                0.0, peak, warmup, stage.steps + 1, end_value=peak / 20
+            )
         else:
-            ramp, flat = optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)
-            piece = optax.join_schedules([ramp, flat], [warmup])
+            ramp = optax.linear_schedule(0.0, peak, max(warmup, 1))
+            piece = optax.join_schedules([ramp, optax.constant_schedule(peak)], [warmup])
         pieces.append(lambda step, piece=piece: piece(step + 1))  # the first step moves, too
         start += stage.steps
         borders.append(start)
@@ -30,7 +33,8 @@ def learning_rate(config: Config, peak: float | None = None) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW or Muon; moments in float32, weight decay on matrices only."""
+    """Clipping by the global norm, then AdamW or Muon; moments in float32, weight decay on matrices
+    only."""
     optimizer = config.optimizer
     clip = optax.clip_by_global_norm(optimizer.clip_norm)
     if optimizer.kind == "muon":
@@ -54,11 +58,33 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
+def schedule_step(opt_state: optax.OptState, default: jax.Array) -> jax.Array:
+    """The step at which the learning rate's schedule is; of an optimizer without one, `default`."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_schedule)
+    counts = [leaf.count for leaf in leaves if _is_schedule(leaf)]
+    return counts[0] if counts else default
+
+
+def with_schedule_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """An optimizer's state with its learning rate's schedule at this step."""
+    return jax.tree.map(
+        lambda leaf: leaf._replace(count=step) if _is_schedule(leaf) else leaf,
+        opt_state,
+        is_leaf=_is_schedule,
+    )
+
+
+def _is_schedule(leaf: object) -> bool:
+    return isinstance(leaf, optax.ScaleByScheduleState)
+
+
 def is_matrix(leaves: dict[str, Any]) -> dict[str, bool]:
     """True for kernels and low-rank factors; biases, norms and pooling weights do not decay."""
     return {path: path.rsplit(".", 1)[-1] in ("kernel", "down", "up") for path in leaves}
 
 
 def _matrix_axes(leaves: dict[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
-    """Input and output axis of every matrix, from the last (a stack's leading axis is a batch of matrices)."""
-    return {path: MuonDimensionNumbers(-2, -1) if matrix else None for path, matrix in is_matrix(leaves).items()}
+    """Input and output axis of every matrix, from the last (a stack's leading axis is a batch of
+    matrices)."""
+    axes = MuonDimensionNumbers(-2, -1)
+    return {path: axes if matrix else None for path, matrix in is_matrix(leaves).items()}

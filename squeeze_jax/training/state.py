@@ -1,4 +1,4 @@
-"""What changes during training, as one pytree; and a system apart into trained and frozen leaves."""
+"""What changes during training, as one pytree; a system split into trained and frozen leaves."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from squeeze_jax.array_types import Array, Int
 from squeeze_jax.checkpoints.build import build_system, is_trained, load_base, load_encoders
 from squeeze_jax.config import Config
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec, shardings
+from squeeze_jax.training.optimizer import with_schedule_step
 
 Params = dict[str, Any]
 """Arrays by dotted path, the same names as in checkpoints and in the sharding table."""
@@ -34,7 +35,8 @@ class TrainState(NamedTuple):
 
 
 SAVED_NAMES = {"params": "trained", "opt_state": "moments", "ema_params": "average"}
-"""Field of `TrainState` → its name in a checkpoint, where they differ: the format is older than the fields' names."""
+"""Field of `TrainState` → its name in a checkpoint, where they differ: the format is older than the
+fields' names."""
 
 
 def to_saved(state: TrainState) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def from_saved(saved: dict[str, Any]) -> TrainState:
 
 
 class Split(NamedTuple):
-    """A system apart: its structure, where each trained leaf goes, and the frozen leaves."""
+    """A system in parts: its structure, where each trained leaf goes, and the frozen leaves."""
 
     graphdef: Any
     slots: dict[str, tuple[tuple[Any, ...], nnx.Variable]]
@@ -56,73 +58,135 @@ class Split(NamedTuple):
     frozen: nnx.State
 
     def merge(self, trained: Params, frozen: nnx.State | None = None) -> System:
-        """The system with these trained leaves; under `jit`, pass the frozen ones as an argument too."""
-        flat = [(path, variable.replace(trained[name])) for name, (path, variable) in self.slots.items()]
-        return nnx.merge(self.graphdef, nnx.from_flat_state(flat), self.frozen if frozen is None else frozen)
+        """The system with these trained leaves; under `jit`, pass the frozen ones as an argument,
+        too."""
+        flat = [
+            (path, variable.replace(trained[name])) for name, (path, variable) in self.slots.items()
+        ]
+        frozen = self.frozen if frozen is None else frozen
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat), frozen)
 
 
 def split_system(system: System, config: Config) -> tuple[Params, Split]:
     """The trained leaves by dotted path, and the rest."""
     graphdef, trained, frozen = nnx.split(system, is_trained(config), ...)
-    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(trained)}
+    flat = {
+        ".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(trained)
+    }
     leaves = {name: variable.get_value() for name, (_, variable) in flat.items()}
     empty = {name: (path, variable.replace(None)) for name, (path, variable) in flat.items()}
     return leaves, Split(graphdef, empty, frozen)
 
 
 def create_params(config: Config, mesh: Mesh) -> tuple[Params, Split]:
-    """The trained leaves and the rest of a new run, every array made or read where the sharding table puts it.
+    """The trained leaves and the rest of a new run, every array made or read where the sharding
+    table puts it.
 
-    No device ever holds a whole that others share, and no process reads more of a pre-trained base than its own part.
+    No device ever holds a whole that others share, and no process reads more of a pre-trained base
+    than its own part.
     """
-    wanted, split = split_system(nnx.eval_shape(lambda: build_system(config, with_base=False)), config)
-    places = shardings(wanted | flatten_params(split.frozen), mesh)
-    read: Params = {}
-    for part, wants, load in (
-        ("dit", config.model.dit_weights, load_base), ("encoders", config.data.online, load_encoders)
-    ):  # fmt: skip
-        if wants:
-            read |= {f"{part}.{name}": leaf for name, leaf in flatten_params(nnx.state(load(config, mesh))).items()}
+    # The shapes alone, with their shardings.
+    params, split = split_system(
+        nnx.eval_shape(lambda: build_system(config, with_base=False)), config
+    )
+    layout = shardings(params | flatten_params(split.frozen), mesh)
+    # What there are files of.
+    loaded: Params = {}
+    if config.model.dit_weights:
+        loaded |= _prefixed("dit", load_base(config, mesh))
+    if config.data.online:
+        loaded |= _prefixed("encoders", load_encoders(config, mesh))
 
+    # The rest is made on the devices, from the seed.
     def make() -> Params:
-        leaves, rest = split_system(build_system(config, with_base=False), config)
-        return {name: leaf for name, leaf in (leaves | flatten_params(rest.frozen)).items() if name not in read}
+        made, rest = split_system(build_system(config, with_base=False), config)
+        made = made | flatten_params(rest.frozen)
+        return {name: leaf for name, leaf in made.items() if name not in loaded}
 
-    made = jax.jit(make, out_shardings={name: place for name, place in places.items() if name not in read})()
-    leaves = made | read
-    return {name: leaves[name] for name in wanted}, split._replace(frozen=replace_params(split.frozen, leaves))
+    wanted = {name: sharding for name, sharding in layout.items() if name not in loaded}
+    leaves = jax.jit(make, out_shardings=wanted)() | loaded
+    frozen = replace_params(split.frozen, leaves)
+    return {name: leaves[name] for name in params}, split._replace(frozen=frozen)
+
+
+def _prefixed(part: str, module: nnx.Module) -> Params:
+    return {f"{part}.{name}": leaf for name, leaf in flatten_params(nnx.state(module)).items()}
 
 
 def flatten_params(state: nnx.State) -> Params:
     """The arrays of a state by dotted path."""
-    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    flat = nnx.to_flat_state(state)
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def replace_params(state: nnx.State, leaves: Params) -> nnx.State:
     """The state with these arrays in place of its own; more than it has may be given."""
-    flat = nnx.to_flat_state(state)
-    return nnx.from_flat_state([(path, v.replace(leaves[".".join(map(str, path))])) for path, v in flat])
+    return nnx.from_flat_state(
+        [
+            (path, variable.replace(leaves[".".join(map(str, path))]))
+            for path, variable in nnx.to_flat_state(state)
+        ]
+    )
 
 
-def make_state(trained: Params, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:
+def make_state(
+    params: Params, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
+) -> TrainState:
     """`initial_state` on a mesh: moments are made where they will lie."""
-    where = state_shardings(jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), trained), mesh)
-    return jax.jit(lambda leaves: initial_state(leaves, optimizer, config), out_shardings=where)(trained)
+    wanted = abstract_state(params, optimizer, config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    make = jax.jit(lambda leaves: initial_state(leaves, optimizer, config), out_shardings=shardings)
+    return make(params)
 
 
-def initial_state(trained: Params, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+def abstract_state(
+    params: Params, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state with these parameters (arrays or their shapes)."""
+    state = jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), params)
+
+    def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, state, state_shardings(state, mesh))
+
+
+def initial_state(
+    params: Params, optimizer: optax.GradientTransformation, config: Config
+) -> TrainState:
     """Step 0. The average begins as a copy, so that donating the state never frees it twice."""
-    average = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else {}
+    average = jax.tree.map(jnp.copy, params) if config.optimizer.ema else {}
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, trained, optimizer.init(trained), average, jnp.copy(zero))
+    return TrainState(zero, params, optimizer.init(params), average, jnp.copy(zero))
+
+
+def begin_stage(
+    state: TrainState, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
+) -> TrainState:
+    """The state with which a further stage begins, as a run of its own would begin it: from the
+    weights that sampling takes (their average where one is kept), with fresh moments and average.
+
+    The steps go on, and with them the learning rate's schedule. `state` is donated. Source:
+    docs/decisions.md, "From stage to stage".
+    """
+
+    def begin(state: TrainState) -> TrainState:
+        fresh = initial_state(state.ema_params or state.params, optimizer, config)
+        opt_state = with_schedule_step(fresh.opt_state, state.step)
+        return fresh._replace(step=state.step, opt_state=opt_state, skipped=state.skipped)
+
+    shardings = state_shardings(state, mesh)
+    return jax.jit(begin, donate_argnums=0, out_shardings=shardings)(state)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """A sharding for every leaf: moments and average lie as their parameters do, counters everywhere."""
+    """A sharding for every leaf: moments and average lie as their parameters do, counters on every
+    device."""
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = getattr(path[-1], "key", None)
-        spec = parameter_spec(name, leaf.shape, mesh) if isinstance(name, str) else PartitionSpec()
+        named = isinstance(name, str)
+        spec = parameter_spec(name, leaf.shape, mesh) if named else PartitionSpec()
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(sharding_of, state)

@@ -10,12 +10,12 @@ from PIL import Image
 
 from squeeze_jax.config import load_preset
 from squeeze_jax.data import manifest
+from squeeze_jax.data.check_records import check_records
 from squeeze_jax.data.extraction import MOST_BYTES, extract_features, rows_of_shard
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.records import FeatureSource
 from squeeze_jax.errors import InputError
 from squeeze_jax.evaluation.grids import check_encoders
-from squeeze_jax.training.loop import check_records
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -15,7 +15,7 @@ from squeeze_jax.data.records import FeatureSource, read_metadata
 from squeeze_jax.data.storage import reachable, remove_parts, write_whole
 from squeeze_jax.errors import InputError
 from squeeze_jax.sharding import make_mesh
-from squeeze_jax.training.loop import batches_of
+from squeeze_jax.training.batches import make_batches
 
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4}
 
@@ -104,7 +104,7 @@ def test_the_command_and_the_training_keep_a_buckets_name(bucket, monkeypatch, c
     assert "records: gs://b/records" in capsys.readouterr().out
     mesh = make_mesh()
     with pytest.raises(InputError, match=r"gs://b/records/held_out: no held-out records"):
-        batches_of("gs://b/records", None, tiny_config(), mesh, 8)
+        make_batches("gs://b/records", None, tiny_config(), mesh, 8)
 
 
 def test_a_shard_lost_on_its_way_is_made_again(bucket):

@@ -1,4 +1,5 @@
-"""Mixed sizes in training: a sample's loss does not know its bucket, grids are told apart, photographs go the whole way."""
+"""Mixed sizes in training: a sample's loss does not know its bucket, grids are told apart,
+photographs go the whole way."""
 
 import dataclasses
 import json
@@ -26,12 +27,18 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.training.loop import train
 from squeeze_jax.training.state import split_system
-from squeeze_jax.training.step import StepRandomness, compute_losses, make_validation, sample_randomness
+from squeeze_jax.training.step import StepRandomness, compute_losses, sample_randomness
+from squeeze_jax.training.validation import make_validation
 
 SIZES = ((32, 32), (32, 48), (48, 32))
 CONFIG = tiny_config(
     aggregator=AggregatorConfig(
-        layers=tuple(range(LAYERS)), width=WIDTH, out_width=24, heads=2, mlp_width=24, refiner_blocks=1
+        layers=tuple(range(LAYERS)),
+        width=WIDTH,
+        out_width=24,
+        heads=2,
+        mlp_width=24,
+        refiner_blocks=1,
     ),
     data=DataConfig(height=32, width=32, buckets=SIZES, reference_long_side=32, batch_per_chip=1),
 )
@@ -47,7 +54,8 @@ def _optax_promotes():
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Pictures as phones take them: lying, standing (by EXIF) and square, with up to two references."""
+    """Pictures as phones take them: lying, standing (by EXIF) and square, with up to two
+    references."""
     folder = tmp_path_factory.mktemp("phone")
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -58,7 +66,9 @@ def photographs(tmp_path_factory):
         picture = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3)).astype(np.uint8))
         picture.save(folder / f"{i}.jpg", **({"exif": turned} if i % 4 == 1 else {}))
         references = [f"{j}.jpg" for j in range(i % 3) if j < i]
-        rows.append({"prompt": f"photograph {i}", "image_paths": references, "image_tgt_path": f"{i}.jpg"})
+        rows.append(
+            {"prompt": f"photograph {i}", "image_paths": references, "image_tgt_path": f"{i}.jpg"}
+        )
     (folder / "pairs.json").write_text(json.dumps(rows))
     manifest = read_manifest(folder / "pairs.json", need_targets=True)
     # Validation on squares alone: a shape less to compile.
@@ -69,7 +79,11 @@ def photographs(tmp_path_factory):
 
 def compiled_losses(config=CONFIG):
     graph, state = nnx.split(randomised(config))
-    compiled = jax.jit(lambda state, batch, draws: compute_losses(nnx.merge(graph, state), batch, draws, config, STAGE))
+    compiled = jax.jit(
+        lambda state, batch, draws: compute_losses(
+            nnx.merge(graph, state), batch, draws, config, STAGE
+        )
+    )
     return lambda batch, draws: np.asarray(compiled(state, batch, draws))
 
 
@@ -123,8 +137,12 @@ def test_grids_of_equal_tokens_are_not_confused():
 
 def test_the_schedules_shift_follows_the_target():
     """The same draw of time, moved by the μ of as many tokens as the batch's targets have."""
-    few, many = (np.asarray(sample_randomness(jax.random.key(0), (16, n, 64), CONFIG, STAGE).t) for n in (4, 1024))
-    s = np.exp(-schedule_shift(4)) * few / (1 - few + np.exp(-schedule_shift(4)) * few)  # the shift undone
+    few, many = (
+        np.asarray(sample_randomness(jax.random.key(0), (16, n, 64), CONFIG, STAGE).t)
+        for n in (4, 1024)
+    )
+    # The shift undone.
+    s = np.exp(-schedule_shift(4)) * few / (1 - few + np.exp(-schedule_shift(4)) * few)
     np.testing.assert_allclose(many, shift_time(s, schedule_shift(1024)), rtol=1e-5)
     assert np.all(many > few)
 
@@ -143,7 +161,9 @@ def test_as_many_programs_are_compiled_as_there_are_shapes(photographs):
 def test_photographs_of_mixed_sizes_are_trained_on(photographs, tmp_path):
     config = dataclasses.replace(
         CONFIG,
-        training=TrainingConfig(stages=(StageConfig(steps=3, references=True),), validate_every=4, sample_every=0),
+        training=TrainingConfig(
+            stages=(StageConfig(steps=3, references=True),), validate_every=4, sample_every=0
+        ),
         checkpoint=CheckpointConfig(every=4),
         log=LogConfig(every=1, tensorboard=False),
     )
@@ -159,6 +179,11 @@ def test_photographs_of_mixed_sizes_are_trained_on(photographs, tmp_path):
 
 
 def test_records_of_other_sizes_than_the_configs_are_refused(photographs, tmp_path):
-    other = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, buckets=((32, 32), (48, 32))))
-    with pytest.raises(InputError, match=r"latents of targets are .*\(4, 6, 16\).*, this config wants \(4, 4, 16\), "):
+    other = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, buckets=((32, 32), (48, 32)))
+    )
+    with pytest.raises(
+        InputError,
+        match=r"latents of targets are .*\(4, 6, 16\).*, this config wants \(4, 4, 16\), ",
+    ):
         train(other, tmp_path, photographs, say=lambda text: None)

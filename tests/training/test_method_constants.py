@@ -1,4 +1,5 @@
-"""The method's constants: what every preset resolves to, and that the compiled step and the sampler go by them."""
+"""The method's constants: what every preset resolves to, and that the compiled step and the sampler
+go by them."""
 
 import dataclasses
 from pathlib import Path
@@ -13,6 +14,7 @@ from small_dit import run as run_dit
 from tiny import randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax.config import DiffusionConfig, OptimizerConfig, StageConfig, load_preset
+from squeeze_jax.config_json import from_json, to_json
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.diffusion.stages import ConditionDropout
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
@@ -25,13 +27,14 @@ from squeeze_jax.training.step import make_train_step, sample_randomness, step_k
 ROOT = Path(__file__).parents[2]
 PRESETS = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.py"))}
 
-# --- what the presets resolve to ---------------------------------------------------------------------------------------
+# --- what the presets resolve to ------------------------------------------------------------------
 
 STAGE2 = {
-    "learning_rate": 1e-4, "warmup_steps": 100, "decay": "constant", "kind": "adamw", "b1": 0.9, "b2": 0.999,
-    "weight_decay": 0.01, "clip_norm": 1.0, "accumulate": 1, "ema": 0.0,
+    "learning_rate": 1e-4, "warmup_steps": 100, "decay": "constant", "kind": "adamw",
+    "b1": 0.9, "b2": 0.999, "weight_decay": 0.01, "clip_norm": 1.0, "accumulate": 1, "ema": 0.0,
     "guidance": 1.0, "time_sampling": "shifted_uniform", "takes_guidance": True,
-    "layers": tuple(range(29)), "kind_of_aggregator": "dla", "width": 3584, "rank": 512, "lora_scale": 1.0,
+    "layers": tuple(range(29)), "kind_of_aggregator": "dla", "width": 3584,
+    "rank": 512, "lora_scale": 1.0,
     "blocks": (19, 38, 24, 128), "context_width": 4096, "size": (512, 512, 512), "max_tiles": 1,
     "sampling": (25, 0.95, 0.85, 2.5, True, None), "dtypes": ("bfloat16", "bfloat16"),
     "steps": (10_000,), "references": (True,), "dropout": ((0.6, 0.1, 0.2, 0.1),),
@@ -39,8 +42,17 @@ STAGE2 = {
 """Stage 2: docs/decisions.md, "Training" and what is decided below it."""
 
 DROPPED_A_TENTH = ((0.9, 0.1),)
-ONE = {"steps": (25_000,), "references": (False,), "dropout": DROPPED_A_TENTH, "sampling": (25, 0.0, 0.0, 2.5, True, None)}
-BOTH = {"steps": (25_000, 10_000), "references": (False, True), "dropout": DROPPED_A_TENTH + STAGE2["dropout"]}
+ONE = {
+    "steps": (25_000,),
+    "references": (False,),
+    "dropout": DROPPED_A_TENTH,
+    "sampling": (25, 0.0, 0.0, 2.5, True, None),
+}
+BOTH = {
+    "steps": (25_000, 10_000),
+    "references": (False, True),
+    "dropout": DROPPED_A_TENTH + STAGE2["dropout"],
+}
 SINGLE = {"steps": (35_000,)}
 
 
@@ -72,13 +84,23 @@ MINIATURE = {"demo", "demo_weights"}
 
 
 def resolved(config):
-    """A preset as a row of the table. A stage without references has two outcomes: the MLLM is kept, or dropped."""
-    optimizer, aggregator, dit, data = config.optimizer, config.aggregator, config.model.dit, config.data
+    """A preset as a row of the table. A stage without references has two outcomes: the MLLM is
+    kept, or dropped."""
+    optimizer, aggregator, dit, data = (
+        config.optimizer,
+        config.aggregator,
+        config.model.dit,
+        config.data,
+    )
     sampling = config.sampling
 
     def probabilities(stage):
         d = stage.dropout
-        return (d.both, d.mllm, d.vae, d.neither) if stage.references else (d.both + d.mllm, d.vae + d.neither)
+        return (
+            (d.both, d.mllm, d.vae, d.neither)
+            if stage.references
+            else (d.both + d.mllm, d.vae + d.neither)
+        )
 
     return {name: getattr(optimizer, name) for name in STAGE2 if hasattr(optimizer, name)} | {
         "guidance": config.diffusion.guidance,
@@ -94,7 +116,8 @@ def resolved(config):
         "size": (data.height, data.width, data.reference_long_side),
         "max_tiles": data.max_tiles,
         "sampling": (
-            sampling.steps, sampling.tau1, sampling.tau2, sampling.cfg_scale, sampling.shifted, sampling.tau_tokens
+            sampling.steps, sampling.tau1, sampling.tau2, sampling.cfg_scale, sampling.shifted,
+            sampling.tau_tokens,
         ),
         "dtypes": (config.model.dtype, config.model.frozen_dtype),
         "steps": tuple(stage.steps for stage in config.training.stages),
@@ -122,18 +145,54 @@ def test_no_preset_leaves_a_stage_without_steps(name):
 
 @pytest.mark.parametrize("name", sorted(MINIATURE))
 def test_the_miniature_has_the_papers_method_at_its_own_size(name):
-    """τ carried from 1,024 tokens to 64 (logit + log(64 / 1,024) / 2), CFG and the dropout of stage 2 as they are."""
+    """τ carried from 1,024 tokens to 64 (logit + log(64 / 1,024) / 2), CFG and the dropout of stage
+    2 as they are."""
     config = load_preset(PRESETS[name])
     odds = [tau / (1 - tau) * (64 / 1024) ** 0.5 for tau in (0.95, 0.85)]
-    assert (config.sampling.tau1, config.sampling.tau2) == pytest.approx([o / (1 + o) for o in odds], abs=5e-3)
-    assert (config.sampling.cfg_scale, config.sampling.steps, config.sampling.shifted) == (2.5, 25, True)
+    assert (config.sampling.tau1, config.sampling.tau2) == pytest.approx(
+        [o / (1 + o) for o in odds], abs=5e-3
+    )
+    assert (config.sampling.cfg_scale, config.sampling.steps, config.sampling.shifted) == (
+        2.5,
+        25,
+        True,
+    )
     assert [stage.references for stage in config.training.stages] == [False, True]
     assert config.training.stages[-1].dropout == ConditionDropout(0.6, 0.1, 0.2, 0.1)
     assert config.aggregator.kind == "dla" and config.aggregator.layers == tuple(range(5))
-    assert (config.optimizer.clip_norm, config.optimizer.weight_decay, config.diffusion.guidance) == (1.0, 0.01, 1.0)
+    assert (
+        config.optimizer.clip_norm,
+        config.optimizer.weight_decay,
+        config.diffusion.guidance,
+    ) == (1.0, 0.01, 1.0)
 
 
-# --- the optimiser, in closed form -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_stage_without_references_drops_the_mllm_in_a_tenth_of_the_samples(name):
+    """And what a run of 20,000 rows draws, whatever the preset gives or leaves to the default."""
+    config = load_preset(PRESETS[name])
+    for stage in config.training.stages:
+        if not stage.references:
+            d = stage.dropout
+            assert d.vae + d.neither == pytest.approx(0.1)
+            kept, _ = d.draw(jax.random.key(1), 20_000)
+            assert np.mean(kept) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_default_dropout_is_the_stages_own_and_given_probabilities_stay():
+    alone, both = (StageConfig(1, references=references) for references in (False, True))
+    assert alone.dropout == ConditionDropout(0.0, 0.9, 0.0, 0.1)
+    assert both.dropout == ConditionDropout(0.6, 0.1, 0.2, 0.1)
+    assert dataclasses.replace(both, references=False).dropout == alone.dropout
+    given = StageConfig(1, references=False, dropout=ConditionDropout(0.6, 0.1, 0.2, 0.1))
+    assert given.dropout == both.dropout
+    config = dataclasses.replace(
+        SMALL, training=dataclasses.replace(SMALL.training, stages=(given,))
+    )
+    assert from_json(to_json(config)) == config, "an old run's folder"
+
+
+# --- the optimiser, in closed form ----------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -142,9 +201,12 @@ def _optax_promotes():
         yield
 
 
-@pytest.mark.parametrize(("name", "peak"), [("flux_stage1", 1e-4), ("flux_stage2", 1e-4), ("flux_multi_subject", 5e-5)])
+@pytest.mark.parametrize(
+    ("name", "peak"), [("flux_stage1", 1e-4), ("flux_stage2", 1e-4), ("flux_multi_subject", 5e-5)]
+)
 def test_updates_are_clipped_adamw_with_the_papers_constants(name, peak):
-    """Four gradients, of which two are clipped, against float64: b2, clipping and decay all show from the second on."""
+    """Four gradients, of which two are clipped, against float64: b2, clipping and decay all show
+    from the second on."""
     rng = np.random.default_rng(0)
     weights = {"dit.a.kernel": rng.standard_normal((3, 4)), "dit.a.bias": rng.standard_normal(4)}
     optimizer = make_optimizer(load_preset(PRESETS[name]))
@@ -164,11 +226,13 @@ def test_updates_are_clipped_adamw_with_the_papers_constants(name, peak):
         given = {key: jnp.asarray(g, jnp.float32) for key, g in gradient.items()}
         updates, state = optimizer.update(given, state, ours)
         for key in weights:
-            np.testing.assert_allclose(updates[key], weights[key] - before[key], rtol=1e-3, err_msg=f"{key}, step {k}")
+            np.testing.assert_allclose(
+                updates[key], weights[key] - before[key], rtol=1e-3, err_msg=f"{key}, step {k}"
+            )
         ours = optax.apply_updates(ours, updates)
 
 
-# --- what the compiled step draws --------------------------------------------------------------------------------------
+# --- what the compiled step draws -----------------------------------------------------------------
 
 SMALL = tiny_config()
 SMALL = dataclasses.replace(
@@ -181,8 +245,11 @@ SMALL = dataclasses.replace(
     diffusion=DiffusionConfig(guidance=2.0),  # neither the default nor FLUX.1's own 3.5
 )
 BATCH = tiny_batch(mixed=False)
-ONLY = {name: StageConfig(4, True, ConditionDropout(*(float(name == n) for n in ("both", "mllm", "vae", "neither"))))
-        for name in ("both", "mllm", "vae", "neither")}  # fmt: skip
+OUTCOMES = ("both", "mllm", "vae", "neither")
+ONLY = {
+    name: StageConfig(4, True, ConditionDropout(*(float(name == other) for other in OUTCOMES)))
+    for name in OUTCOMES
+}
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +258,8 @@ def system():
 
 
 def step_of(system, stage):
-    """The compiled step of a system, from a batch to (the weights before, the state after, the metrics)."""
+    """The compiled step of a system, from a batch to (the weights before, the state after, the
+    metrics)."""
     optimizer = make_optimizer(SMALL)
     trained, split = split_system(system, SMALL)
     step = make_train_step(split, optimizer, SMALL, stage)
@@ -205,7 +273,8 @@ def step_of(system, stage):
 
 @pytest.mark.parametrize("kept", ["mllm", "vae"])
 def test_a_stages_dropout_decides_what_the_loss_sees(system, kept):
-    """A condition that is dropped always has no say, and what reads it no gradient; one that is kept always has."""
+    """A condition that is dropped always has no say, and what reads it no gradient; one that is
+    kept always has."""
     run = step_of(system, ONLY[kept])
     metrics = run()[-1]
     loss = float(metrics.loss)
@@ -224,23 +293,33 @@ def bare(system):
 
 def velocity(system, x, context, t, guidance):
     """By the transformer itself, called as its users call it."""
-    given = {"target": x, "context": context, "t": t, "guidance": jnp.full(t.shape, guidance, jnp.float32)}
+    given = {
+        "target": x,
+        "context": context,
+        "t": t,
+        "guidance": jnp.full(t.shape, guidance, jnp.float32),
+    }
     return run_dit(system.dit, given | {"target_grid": (2, 2), "references": []})
 
 
 def test_the_step_tells_the_transformer_the_configs_guidance(system, bare):
-    """Without conditions the loss is the mean of (v(x_t, t, guidance) − (ε − x_0))²; FLUX.1's own value is another."""
+    """Without conditions the loss is the mean of (v(x_t, t, guidance) − (ε − x_0))²; FLUX.1's own
+    value is another."""
     draws = sample_randomness(step_key(SMALL, 0), BATCH.target.shape, SMALL, ONLY["neither"])
     t = draws.t[:, None, None]
     x, empty = (1 - t) * BATCH.target + t * draws.noise, jnp.zeros((4, 0, 24))
-    squares = {g: np.square(velocity(system, x, empty, draws.t, g) - (draws.noise - BATCH.target)) for g in (2.0, 1.0, 3.5)}
+    squares = {
+        g: np.square(velocity(system, x, empty, draws.t, g) - (draws.noise - BATCH.target))
+        for g in (2.0, 1.0, 3.5)
+    }
     assert float(bare[-1].loss) == pytest.approx(float(squares[2.0].mean()), rel=1e-5)
     for other in (1.0, 3.5):
         assert abs(float(squares[other].mean() / squares[2.0].mean()) - 1) > 1e-3
 
 
 def test_one_compiled_step_moves_each_weight_as_adamw_does(bare):
-    """Adam's first step is the rate times the gradient's sign; a matrix loses a hundredth of it beside.
+    """Adam's first step is the rate times the gradient's sign; a matrix loses a hundredth of it
+    beside.
 
     The pooled vector is zero, so its first kernel has no gradient and shows the decay alone.
     """
@@ -251,19 +330,26 @@ def test_one_compiled_step_moves_each_weight_as_adamw_does(bare):
     assert np.sum((after - before) * before) / np.sum(before**2) == pytest.approx(-1e-6, rel=0.1)
     for name in ("dit.img_in.kernel", "dit.img_in.bias"):
         w = np.float64(weights[name])
-        moved, decay = np.float64(state.params[name]) - w, 0.01 * w if name.endswith("kernel") else 0.0
+        moved, decay = (
+            np.float64(state.params[name]) - w,
+            0.01 * w if name.endswith("kernel") else 0.0,
+        )
         np.testing.assert_allclose(np.abs(moved + 1e-4 * decay), 1e-4, rtol=5e-3, err_msg=name)
 
 
 def test_the_sampler_tells_the_transformer_the_configs_guidance(system):
     """One Euler step from t = 1 to 0: x − v(x, 1, guidance)."""
     states, noise = row(tiny_batch().hidden_states, 0), noise_for([5], 4, 64)
-    states = states._replace(image_mask=np.ones_like(states.image_mask), text_mask=np.ones_like(states.text_mask))
+    states = states._replace(
+        image_mask=np.ones_like(states.image_mask), text_mask=np.ones_like(states.text_mask)
+    )
     drawn = Pipeline.of(system, SMALL, object.__new__(FeatureExtractor)).sample(
         states, [[]], [5], Settings(steps=1, cfg_scale=1.0)
     )
     context = system.aggregate(states).tokens
-    by_value = {g: noise - velocity(system, noise, context, jnp.ones(1), g) for g in (2.0, 1.0, 3.5)}
+    by_value = {
+        g: noise - velocity(system, noise, context, jnp.ones(1), g) for g in (2.0, 1.0, 3.5)
+    }
     assert relative_error(drawn, by_value[2.0]) < 1e-5
     assert min(relative_error(drawn, by_value[other]) for other in (1.0, 3.5)) > 1e-3
 
@@ -320,7 +406,11 @@ def test_time_noise_and_dropped_conditions_of_a_row_have_nothing_to_do_with_each
     outcome = 2.0 * np.asarray(draws.keep_mllm) + np.asarray(draws.keep_vae)
     t, noise = ranked(draws.t), ranked(draws.noise)
     outcome = (outcome - outcome.mean())[:, None] / outcome.std()
-    for name, one, other in (("t, noise", t, noise), ("t, dropout", t, outcome), ("noise, dropout", noise, outcome)):
+    for name, one, other in (
+        ("t, noise", t, noise),
+        ("t, dropout", t, outcome),
+        ("noise, dropout", noise, outcome),
+    ):
         assert np.abs(one.T @ other / 2000).max() < 0.12, name
 
 
@@ -334,5 +424,10 @@ def test_conditions_are_dropped_as_often_as_the_preset_says(name):
     if not stage.references:
         assert mllm.mean() == pytest.approx(0.9, abs=0.01)
         return
-    shares = [(mllm & vae).mean(), (mllm & ~vae).mean(), (~mllm & vae).mean(), (~mllm & ~vae).mean()]
+    shares = [
+        (mllm & vae).mean(),
+        (mllm & ~vae).mean(),
+        (~mllm & vae).mean(),
+        (~mllm & ~vae).mean(),
+    ]
     assert shares == pytest.approx([0.6, 0.1, 0.2, 0.1], abs=0.015)

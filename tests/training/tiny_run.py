@@ -1,7 +1,9 @@
-"""A training run of the tiny system as a program of its own: `tiny_run.py WORKDIR FEATURES '{"settings": …}'`.
+"""A training run of the tiny system as a program of its own: `tiny_run.py WORKDIR FEATURES
+'{"settings": …}'`.
 
-Settings: devices, address (HOST:PORT), count, index, steps, mesh, batch_per_chip, limit (bytes a file may have), slow
-(seconds that a step takes at least), seen (file for the records of every batch).
+Settings: devices, address (HOST:PORT), count, index, steps, mesh, batch_per_chip, limit (bytes a
+file may have), slow (seconds that a step takes at least), seen (file for the records of every
+batch).
 """
 
 import dataclasses
@@ -14,8 +16,8 @@ from pathlib import Path
 workdir, features, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={settings.get('devices', 1)} --xla_llvm_disable_expensive_passes=true"
-    " --xla_backend_optimization_level=0"
+    f"--xla_force_host_platform_device_count={settings.get('devices', 1)}"
+    " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 )
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,11 +26,20 @@ def main():
     from fake_encoders import LAYERS, WIDTH
     from tiny import tiny_config
 
+    from squeeze_jax.checkpoints.manager import Checkpoints
     from squeeze_jax.commands.run import guarded, setup
-    from squeeze_jax.config import CheckpointConfig, DataConfig, LogConfig, ParallelConfig, StageConfig, TrainingConfig
+    from squeeze_jax.config import (
+        CheckpointConfig,
+        DataConfig,
+        LogConfig,
+        ParallelConfig,
+        StageConfig,
+        TrainingConfig,
+    )
+    from squeeze_jax.data.pipeline import BatchIterator
     from squeeze_jax.models.aggregator import AggregatorConfig
     from squeeze_jax.processes import init_distributed, is_main
-    from squeeze_jax.training import loop
+    from squeeze_jax.training.loop import train
 
     setup()
     if "count" in settings:
@@ -37,17 +48,29 @@ def main():
     config = dataclasses.replace(
         base,
         aggregator=AggregatorConfig(
-            layers=tuple(range(LAYERS)), width=WIDTH, out_width=24, heads=2, mlp_width=24, refiner_blocks=1
+            layers=tuple(range(LAYERS)),
+            width=WIDTH,
+            out_width=24,
+            heads=2,
+            mlp_width=24,
+            refiner_blocks=1,
         ),
-        data=DataConfig(height=32, width=32, reference_long_side=32, batch_per_chip=settings.get("batch_per_chip", 1)),
+        data=DataConfig(
+            height=32,
+            width=32,
+            reference_long_side=32,
+            batch_per_chip=settings.get("batch_per_chip", 1),
+        ),
         training=TrainingConfig(
-            stages=(StageConfig(steps=settings.get("steps", 8), references=True),), validate_every=4, sample_every=0
+            stages=(StageConfig(steps=settings.get("steps", 8), references=True),),
+            validate_every=4,
+            sample_every=0,
         ),
         checkpoint=CheckpointConfig(every=settings.get("every", 2)),
         parallel=ParallelConfig(*settings.get("mesh", (1, -1, 1))),
         log=LogConfig(every=1, tensorboard=False),
     )
-    draws = loop.BatchIterator.__next__
+    draws = BatchIterator.__next__
 
     def watched(self):
         batch = draws(self)
@@ -57,13 +80,13 @@ def main():
                 file.write(json.dumps([self._drawn, batch.index.tolist()]) + "\n")
         return batch
 
-    loop.BatchIterator.__next__ = watched
+    BatchIterator.__next__ = watched
     if "limit" in settings:
         import resource
         import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        keep, loop.Checkpoints.save = loop.Checkpoints.save, None
+        keep, Checkpoints.save = Checkpoints.save, None
 
         def save(self, step, *rest):
             if step >= settings["limit"][0]:  # from here on the disk is full
@@ -71,10 +94,11 @@ def main():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (settings["limit"][1],) * 2)
             keep(self, step, *rest)
 
-        loop.Checkpoints.save = save
+        Checkpoints.save = save
 
     def run():
-        result = loop.train(config, workdir, features, say=lambda text: is_main() and print(text, flush=True))
+        say = lambda text: is_main() and print(text, flush=True)  # noqa: E731
+        result = train(config, workdir, features, say=say)
         if is_main():
             print("validation", result.validation)
 

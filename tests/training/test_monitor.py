@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from squeeze_jax.training import watch as module
+from squeeze_jax.training import monitor as module
+from squeeze_jax.training import profiling
+from squeeze_jax.training.monitor import Monitor
+from squeeze_jax.training.profiling import Profiler
 from squeeze_jax.training.step import TIME_BORDERS, Metrics
-from squeeze_jax.training.watch import Profile, Watch
 
 
 class Clock:
@@ -32,27 +34,30 @@ def clock(monkeypatch):
 
 def metrics(loss=1.0, sums=(0, 0, 0, 0), counts=(0, 0, 0, 0)):
     values = dict.fromkeys(Metrics._fields, np.float32(0.5)) | {"loss": np.float32(loss)}
-    values |= {"loss_by_time": np.array(sums, np.float32), "count_by_time": np.array(counts, np.float32)}
+    values |= {
+        "loss_by_time": np.array(sums, np.float32),
+        "count_by_time": np.array(counts, np.float32),
+    }
     return Metrics(**values)
 
 
 def test_speed_leaves_pauses_and_compilation_out_and_goodput_does_not(clock, tmp_path):
     said = []
-    watch = Watch(8, tmp_path, 0.0, said.append)
-    watch.peak = 1000.0
+    monitor = Monitor(8, tmp_path, 0.0, said.append)
+    monitor.peak = 1000.0
     clock.now += 50  # the first step, compiled
-    watch.restart()
+    monitor.restart_clock()
     for flops in (400.0, 800.0):
         for _ in range(2):
             clock.now += 2
-            watch.read(metrics(), flops)
-        with watch.pause():
+            monitor.record(metrics(), flops)
+        with monitor.paused():
             clock.now += 20  # another shape's first step, compiled
-            watch.read(metrics(), timed=False)
-    with watch.pause():
+            monitor.record_untimed(metrics())
+    with monitor.paused():
         clock.now += 52
-        assert watch.productive_seconds == 8
-    row = watch.row(5)
+        assert monitor.productive_seconds == 8
+    row = monitor.make_row(5)
     assert row["step_seconds"] == 2
     assert row["examples_per_second"] == 4
     assert row["model_flops_per_second"] == 300
@@ -60,55 +65,68 @@ def test_speed_leaves_pauses_and_compilation_out_and_goodput_does_not(clock, tmp
     assert row["goodput"] == pytest.approx(8 / 150)
     assert row["input_wait"] == 0
     assert not said
-    assert "MFU 30 %" in watch.text(row, 1.0)
+    assert "MFU 30 %" in monitor.format_row(row, 1.0)
+
+
+def test_a_steps_metrics_are_read_when_the_next_is_under_way(monkeypatch, clock, tmp_path):
+    read = []
+    monkeypatch.setattr(module.jax, "device_get", lambda given: (read.append(given), given)[1])
+    monitor, steps = Monitor(8, tmp_path, 0.0, print), [metrics(float(i)) for i in range(3)]
+    for i, step in enumerate(steps):
+        monitor.record(step)
+        assert [given is one for given, one in zip(read, steps, strict=False)] == [True] * i
+    assert monitor.make_row(3)["loss"] == 2.0
+    assert len(read) == 3
 
 
 def test_goodput_counts_from_the_first_start_over_restarts(clock, tmp_path):
-    Watch(8, tmp_path, 0.0, print)
+    Monitor(8, tmp_path, 0.0, print)
     clock.now += 100
-    again = Watch(8, tmp_path, 30.0, print)  # thirty seconds of the first life are in the checkpoint
+    again = Monitor(8, tmp_path, 30.0, print)  # thirty seconds are in the checkpoint
     clock.now += 20
-    again.read(metrics())
-    assert again.row(1)["goodput"] == pytest.approx(50 / 120)
+    again.record(metrics())
+    assert again.make_row(1)["goodput"] == pytest.approx(50 / 120)
     (tmp_path / module.STARTED).write_text("{")  # cut short: begins anew, never fails
-    assert json.loads((Watch(8, tmp_path, 0.0, print), tmp_path / module.STARTED)[1].read_text()) == {"time": clock.now}
+    assert json.loads(
+        (Monitor(8, tmp_path, 0.0, print), tmp_path / module.STARTED)[1].read_text()
+    ) == {"time": clock.now}
 
 
 def test_waiting_for_input_is_measured_and_warned_of_once(clock, tmp_path):
     said = []
-    watch = Watch(8, tmp_path, 0.0, said.append)
+    monitor = Monitor(8, tmp_path, 0.0, said.append)
     for _ in range(2):
         for _ in range(3):
-            with watch.waiting():
+            with monitor.waiting_for_input():
                 clock.now += 1
             clock.now += 1
-            watch.read(metrics())
-        assert watch.row(3)["input_wait"] == pytest.approx(0.5)
+            monitor.record(metrics())
+        assert monitor.make_row(3)["input_wait"] == pytest.approx(0.5)
     assert len(said) == 1
     assert said[0].startswith("warning: 50 % of the time")
     assert "data.workers" in said[0]
 
 
 def test_loss_is_told_apart_by_noise_level_and_non_finite_ones_are_left_out(clock, tmp_path):
-    watch = Watch(8, tmp_path, 0.0, print)
-    watch.read(metrics(2.0, (4, 0, 0, 3), (2, 0, 0, 1)))
-    watch.read(metrics(1.0, (0, 0, 0, 1), (0, 0, 0, 1)))
-    watch.read(metrics(np.nan, (np.nan, 0, 0, 0), (1, 0, 0, 0)))
+    monitor = Monitor(8, tmp_path, 0.0, print)
+    monitor.record(metrics(2.0, (4, 0, 0, 3), (2, 0, 0, 1)))
+    monitor.record(metrics(1.0, (0, 0, 0, 1), (0, 0, 0, 1)))
+    monitor.record(metrics(np.nan, (np.nan, 0, 0, 0), (1, 0, 0, 0)))
     clock.now += 1
-    row = watch.row(3)
+    row = monitor.make_row(3)
     assert row["loss_smoothed"] == pytest.approx(0.98 * 2 + 0.02)
     assert {name: value for name, value in row.items() if name.startswith("loss_t")} == {
         "loss_t_0_0.25": 2.0,
         "loss_t_0.75_1": 2.0,
     }
     assert len(TIME_BORDERS) == 5
-    assert not [name for name in watch.row(4) if name.startswith("loss_t")]
+    assert not [name for name in monitor.make_row(4) if name.startswith("loss_t")]
 
 
 def test_a_trace_covers_what_a_life_sees_of_its_steps(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(module.jax.profiler, "start_trace", lambda folder: calls.append("start"))
-    monkeypatch.setattr(module.jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", lambda: calls.append("stop"))
     for begun, ended, wanted in [
         (0, 9, ["start 4", "stop 7"]),
         (5, 9, ["start 5", "stop 7"]),  # resumed between them
@@ -116,14 +134,14 @@ def test_a_trace_covers_what_a_life_sees_of_its_steps(monkeypatch, tmp_path):
         (7, 9, []),  # resumed when the last is done
         (0, 3, []),
     ]:
-        profile, seen = Profile((5, 7), tmp_path), []
+        profiler, seen = Profiler((5, 7), tmp_path), []
         for done in range(begun, ended + 1):
-            profile.at(done)
+            profiler.update(done)
             seen += [f"{call} {done}" for call in calls]
             calls.clear()
-        profile.close()
+        profiler.close()
         seen += [f"{call} {ended}" for call in calls]
         calls.clear()
         assert seen == wanted, (begun, ended)
-    Profile(None, tmp_path).at(5)
+    Profiler(None, tmp_path).update(5)
     assert not calls

@@ -1,0 +1,161 @@
+"""Where a run begins: at its folder's latest checkpoint, with weights from elsewhere, or anew."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from squeeze_jax.checkpoints.compatibility import check_same_run
+from squeeze_jax.checkpoints.fingerprint import fingerprint
+from squeeze_jax.checkpoints.manager import Checkpoints, Saved, check_leaves, first_line
+from squeeze_jax.checkpoints.trained import start_of, starting_leaves, steps_behind, with_scale_of
+from squeeze_jax.config import Config
+from squeeze_jax.data.pipeline import BatchIterator
+from squeeze_jax.errors import InputError
+from squeeze_jax.training.state import (
+    Params,
+    Split,
+    TrainState,
+    abstract_state,
+    create_params,
+    from_saved,
+    make_state,
+    to_saved,
+)
+
+
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    config: Config
+    """The run's, with its `training.steps_before`."""
+    state: TrainState
+    split: Split
+    base: str
+    """Fingerprint of everything frozen."""
+    productive_seconds: float
+    """Time that went into the steps so far, in all of the run's processes."""
+
+
+def make_start(
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    data: BatchIterator,
+    *,
+    start_from: Path | None,
+    accept_changes: bool,
+    say: Callable[[str], None],
+) -> Start:
+    """The state that a run begins with, on the mesh; `data` is set to the batch that comes next.
+
+    Raises InputError where a checkpoint or the weights of `start_from` are not this config's.
+    """
+    params, split = create_params(config, mesh)
+    base = fingerprint(split.frozen)
+    # 1. The folder's own latest checkpoint: the run goes on.
+    wanted = abstract_state(params, optimizer, config, mesh)
+    restored = restore_latest(checkpoints, wanted, data, config, base, accept_changes, say)
+    if restored is not None:
+        state, saved = restored
+        say(f"continuing {checkpoints.workdir} from step {int(state.step)}")
+        config = _after(saved.config.training.steps_before, config)
+        return Start(config, state, split, base, saved.productive_seconds)
+    # 2. Weights from elsewhere, with fresh moments; what is drawn goes on where they ended.
+    if start_from is not None:
+        params = load_params(start_from, params, split, config, mesh, accept_changes, say)
+        config = _after(steps_behind(start_from), config)
+    # 3. Anew: random weights of the config's seed, beside the pre-trained base that
+    #    `create_params` has read.
+    data.skip(config.training.steps_before)
+    state = make_state(params, optimizer, config, mesh)
+    return Start(config, state, split, base, productive_seconds=0.0)
+
+
+def _after(steps: int | None, config: Config) -> Config:
+    """The config of a run whose draws go on after so many steps; None: as it is."""
+    if steps is None:
+        return config
+    return replace(config, training=replace(config.training, steps_before=steps))
+
+
+def load_params(
+    folder: Path,
+    params: Params,
+    split: Split,
+    config: Config,
+    mesh: Mesh,
+    accept_changes: bool,
+    say: Callable[[str], None],
+) -> Params:
+    """The trained leaves of a folder or file (`checkpoints.trained.starting_leaves`), float32.
+
+    Only a LoRA or a transformer may lack some: those stay as they are in `params`.
+    """
+    base = fingerprint(with_scale_of(folder, split.frozen))
+    loaded = starting_leaves(folder, config, base, mesh, accept_changes=accept_changes)
+    fresh = {name: leaf for name, leaf in params.items() if name not in loaded}
+    check_leaves(params, loaded if start_of(folder) == "run" else fresh | loaded, folder)
+    say(f"starting from the weights of {folder}: {len(loaded)} arrays, {len(fresh)} begin anew")
+    return {name: (fresh | loaded)[name].astype(np.float32) for name in params}
+
+
+def restore_latest(
+    checkpoints: Checkpoints,
+    wanted: TrainState,
+    data: BatchIterator,
+    config: Config,
+    base: str,
+    accept_changes: bool,
+    say: Callable[[str], None],
+) -> tuple[TrainState, Saved] | None:
+    """The state of the latest checkpoint that can be read, laid out like `wanted`, and what it says
+    of the run; `data` is set to its place. None where there never was a checkpoint.
+
+    A damaged checkpoint is set aside, aloud, for the one before it; one that a disk or the devices'
+    memory refuses is not. Raises InputError where all are damaged, and where the folder is that of
+    another run.
+    """
+    workdir = checkpoints.workdir
+    set_aside: Path | None = None
+    while (step := checkpoints.latest()) is not None:
+        try:
+            saved, place = checkpoints.about(step)
+            # Before the arrays: those of another config would look damaged.
+            changed = check_same_run(saved.config, config, workdir, accept_changes=accept_changes)
+            if saved.base != base:
+                raise InputError(
+                    f"{workdir} was trained on another base (fingerprint {saved.base}, "
+                    f"this one's is {base}); give the weights that it began with"
+                )
+            data.set_state(place)
+            state = checkpoints.restore(step, to_saved(wanted))
+        except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the last: devices are full
+            raise
+        except Exception as error:  # whatever the storage layer makes of missing and short files
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise InputError(
+                    f"{workdir}: the checkpoint of step {step} cannot be read now "
+                    f"({first_line(error)}); see to the disk and start again"
+                ) from error
+            set_aside = checkpoints.set_aside(step)
+            say(
+                f"warning: the checkpoint of step {step} cannot be read ({first_line(error)}); "
+                f"it now lies in {set_aside}"
+            )
+            continue
+        for line in changed:
+            say(f"changed: {line}")
+        return from_saved(state), saved
+    if set_aside is not None:
+        raise InputError(
+            f"{workdir}: not one checkpoint can be read; they lie in {set_aside.parent}, put one "
+            "back to try again, or give another --workdir to begin anew"
+        )
+    return None
