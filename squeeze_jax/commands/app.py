@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 import tyro
 
+from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
 
 
@@ -23,6 +24,11 @@ class App:
     host: str = "127.0.0.1"
     """Address to serve on; 0.0.0.0 is every network of this machine."""
     port: int = 7860
+    merge_lora: bool = True
+    """Add a LoRA to the base at loading, rounded once: less memory and work."""
+    keep_mllm: bool | None = None
+    """Keep the MLLM between prompts; else it is read again for each. None: where it fits."""
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,10 +51,23 @@ def run(given: App) -> None:
             raise InputError('the page needs gradio; install it with pip install "squeeze_jax[app]"') from None
         setup()
         from squeeze_jax.app import page, session, strip
+        from squeeze_jax.checkpoints.manager import read_config
+        from squeeze_jax.interop.load import DEMO
+        from squeeze_jax.planning.sampler_program import mllm_fits
         from squeeze_jax.sampling.pipeline import Pipeline
 
         print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)
-        studio = session.AppState(Pipeline.load(given.checkpoint), str(given.checkpoint or "demo"), Path(folder))
+        checkpoint = given.checkpoint or DEMO / "system"
+        mesh = given.parallel.mesh(checkpoint, 1)
+        keep = given.keep_mllm
+        if keep is None:
+            keep = mllm_fits(read_config(checkpoint), mesh, merge_lora=given.merge_lora)
+        if not keep:
+            print("the MLLM does not fit beside the transformer: it is read again for each prompt")
+        pipeline = Pipeline.load(
+            given.checkpoint, mesh, merge_lora=given.merge_lora, keep_mllm=keep
+        )
+        studio = session.AppState(pipeline, str(given.checkpoint or "demo"), Path(folder))
         host = f"[{given.host}]" if ":" in given.host else given.host  # IPv6
         blocks = page.build(studio).queue(max_size=16, api_open=False)
         try:

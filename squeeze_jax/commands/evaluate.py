@@ -1,12 +1,13 @@
 """`evaluate`: scores of a checkpoint."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
 
 
@@ -22,6 +23,9 @@ class Evaluate:
     """Held-out pairs."""
     out: Path = Path("scores.json")
     """JSON report to write."""
+    merge_lora: bool = True
+    """Add a LoRA to the base at loading, rounded once: less memory and work."""
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,12 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: Evaluate) -> None:
     setup()
     from squeeze_jax.errors import InputError
+    from squeeze_jax.evaluation.grids import CHUNK
+    from squeeze_jax.interop.load import DEMO
     from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.miniature.evaluation import score_critters
     from squeeze_jax.sampling.pipeline import Pipeline
 
     check_writable(given.out, "--out")
-    pipeline = Pipeline.load(given.checkpoint)
+    mesh = given.parallel.mesh(given.checkpoint or DEMO / "system", min(given.pairs, CHUNK))
+    pipeline = Pipeline.load(given.checkpoint, mesh, merge_lora=given.merge_lora)
     if pipeline.config.data.critters is None:
         raise InputError("this checkpoint was not trained on critters: --suite critters cannot score it")
     most = pipeline.config.data.critters.held_out

@@ -3,13 +3,14 @@
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Export:
     """Of the numbers in the files; float32 loses nothing, bfloat16 is half as large."""
     check: bool = True
     """Runs both sides on the same noise and conditions and writes parity.json, if PyTorch is installed."""
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +70,8 @@ def run(given: Export) -> None:
         print(f"{', '.join(missing)} not installed: the check is skipped, and the card says so")
     # Products in float32, whatever the run computed in: differences are then the two programs', not the rounding's.
     with jax.default_matmul_precision("highest"), whole_folder(given.out) as folder:
-        trained = load_trained(checkpoint, exact, merged=False)
+        mesh = given.parallel.mesh(checkpoint, 1)
+        trained = load_trained(checkpoint, exact, merged=False, mesh=mesh)
         base = trained.base if config.model.frozen_dtype != "int8" else None  # it is that of the rounded base
         about = {"base": base, "dtype": given.dtype, "step": trained.step}
         write_exported(
@@ -82,7 +85,7 @@ def run(given: Export) -> None:
         if given.check and not missing:
             from squeeze_jax.export.certificate import certificate
 
-            report = certificate(folder, trained, progress=print)
+            report = certificate(folder, trained, mesh, progress=print)
         write_card(folder, config, about, report)
         if report is not None:
             write_json(folder / "parity.json", {**report, "files": digests(folder)})

@@ -52,6 +52,8 @@ class Plan:
     """Images sampled at once; 0: one for every place of the data and fsdp axes."""
     references: int = 1
     """Square references of each example."""
+    merge_lora: bool = True
+    """With `--what sample`: adapters merged, as `sample` loads them."""
     chip_hour: float | None = None
     """Price of a chip for an hour, to add the cost."""
     json: Path | None = None
@@ -111,7 +113,9 @@ def planned(given: Plan, config: "Config", sizes: dict[str, int]) -> "Iterator[t
         if given.what == "train":
             yield train_report(config, mesh, chip, given.references)
         else:
-            yield sample_report(config, mesh, chip, given.references, given.images)
+            yield sample_report(
+                config, mesh, chip, given.references, given.images, merge_lora=given.merge_lora
+            )
     except TooLargeError as error:
         yield refused(config, mesh, chip, error), None
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
 
 AT_ONCE = 16
@@ -49,6 +50,9 @@ class Sample:
     """First-block cache: a step whose first block's work changed by at most this share leaves the others out; 0 is off."""
     int8: bool = False
     """Keep the transformer's blocks in 8 bits a weight (qwix): half of bfloat16's memory."""
+    merge_lora: bool = True
+    """Add the LoRA to the base at loading, rounded once: less memory and work. Off under --int8."""
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +85,11 @@ def run(given: Sample) -> None:
 
     setup()
     from squeeze_jax.app.strip import counts, stages_of_steps
-    from squeeze_jax.sampling.pipeline import Pipeline, Settings, split_evenly
+    from squeeze_jax.checkpoints.manager import read_config
+    from squeeze_jax.data.feature_extractor import FeatureExtractor
+    from squeeze_jax.data.placement import data_parallel_size
+    from squeeze_jax.interop.load import DEMO
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings, encode_prompts, split_evenly
     from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.schedule import MAX_STEPS
     from squeeze_jax.sampling.solver_config import SolverConfig
@@ -89,7 +97,15 @@ def run(given: Sample) -> None:
     if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
         raise InputError(f"--steps is {given.steps}; it must be from 1 to {MAX_STEPS}")
     SolverConfig(given.solver, given.cache_interval, given.max_order, given.first_block_threshold)  # refuses what cannot be
-    pipeline = Pipeline.load(given.checkpoint)
+    checkpoint = given.checkpoint or DEMO / "system"
+    mesh = given.parallel.mesh(checkpoint, min(given.num_images, AT_ONCE))
+    # The MLLM reads and makes room before the transformer is loaded: both are never in memory.
+    config = read_config(checkpoint)
+    encoders = FeatureExtractor.of(config, mesh)
+    encoded = encode_prompts(encoders, config, [given.prompt], [references])
+    encoders.forget_reader()
+    merge_lora = given.merge_lora and not given.int8
+    pipeline = Pipeline.load(given.checkpoint, mesh, merge_lora=merge_lora, encoders=encoders)
     if given.int8:
         pipeline = pipeline.quantised()
     scale: Any = given.cfg_scale[0] if given.cfg_scale and len(given.cfg_scale) == 1 else given.cfg_scale
@@ -107,10 +123,10 @@ def run(given: Sample) -> None:
     stages = stages_of_steps(pipeline.config, resolved, bool(used))
     print("stages: " + ", ".join(f"{name} {number} steps" for name, number in counts(stages)))
     kept = [Reference(str(path), image.height, image.width) for path, image in zip(given.reference, references)]
-    pieces = split_evenly(range(given.num_images), AT_ONCE)
+    pieces = split_evenly(range(given.num_images), AT_ONCE, data_parallel_size(mesh))
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("reading", total=resolved.steps * len(pieces))
-        ready = pipeline.ready(*pipeline.encode([given.prompt], [references]), settings)
+        task = bar.add_task("compiling", total=resolved.steps * len(pieces))
+        ready = pipeline.ready(*encoded, settings)
         for number, piece in enumerate(pieces):
             tokens: Any = None
             for state in pipeline.stream_ready(ready, [resolved.seeds[i] for i in piece]):

@@ -8,13 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from squeeze_jax.batch import HiddenStates
+from squeeze_jax.array_types import Array
+from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.checkpoints.trained import Trained
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import load_image, to_uint8
+from squeeze_jax.data.placement import mesh_of, shard_inputs
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.errors import OutputError
 from squeeze_jax.interop.autoencoder import save_autoencoder
@@ -30,8 +35,10 @@ from squeeze_jax.interop.load import (
     save_dit,
     save_internvl,
 )
+from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
 from squeeze_jax.sampling.schedule import noise_for
+from squeeze_jax.sharding import use_mesh
 
 TOLERANCE = {"part": 1e-4, "latents": 1e-4, "pixels": 1e-3}
 """Largest relative error of a part and of the latents, and share of values off by more than one grey level (float32)."""
@@ -41,16 +48,22 @@ PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers", "peft", "safete
 MODULES = ("squeeze_pipeline", "squeeze_aggregator")
 
 
-def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] = print) -> dict[str, Any]:
+def certificate(
+    folder: Path,
+    trained: Trained,
+    mesh: Mesh | None = None,
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Relative errors of every part and of whole pictures, with settings and versions, as JSON values.
 
-    Both sides compute in float32, PyTorch reads the files of `folder` in their own type. Raises OutputError where they
-    differ by more than `TOLERANCE`, and InputError where base or encoders are not there.
+    Both sides compute in float32, PyTorch reads the files of `folder` in their own type; ours runs
+    on the `mesh` that it lies on, its adapters unmerged. Raises OutputError where they differ by
+    more than `TOLERANCE`, and InputError where base or encoders are not there.
     """
     import torch
 
     config = trained.config
-    pipeline = Pipeline.of(trained.system, config)
+    pipeline = Pipeline.of(trained.system, config, FeatureExtractor.of(config, mesh))
     exact = about_of(folder)["dtype"] == "float32"
     with torch_pipeline(folder, trained) as theirs:
         pictures = [load_image(DEMO / "references" / f"critter-{i}.png") for i in range(2)]
@@ -103,7 +116,14 @@ def _parts(
     system, config = nnx.merge(pipeline.graphdef, *pipeline.params), pipeline.config
     sequence, is_image = in_order(states)
     rows = {"MLLM, hidden states": relative_error(theirs.read(PROMPT, pictures)[0].numpy(), sequence)}
-    context = nnx.jit(lambda system, states: system.aggregate(states))(system, states)
+    mesh = mesh_of(pipeline.params)
+
+    @nnx.jit
+    def aggregate(system: System, states: HiddenStates) -> Context:
+        with use_mesh(mesh):
+            return system.aggregate(states)
+
+    context = aggregate(system, shard_inputs(mesh, states))
     ours = np.array(context.tokens)[0, np.asarray(context.mask)[0]]
     rows["aggregator"] = relative_error(theirs.aggregator(torch.tensor(sequence), torch.tensor(is_image)).numpy(), ours)
     encoded = torch.cat([theirs.encode(picture).flatten() for picture in pictures])
@@ -111,12 +131,16 @@ def _parts(
     rows["autoencoder, encode"] = relative_error(encoded.numpy(), np.concatenate(in_their_order))
     references = pad_references([latents], grid)
     assert references is not None
-    ours_of = nnx.jit(
-        lambda system, x, t, context, references: system.velocity(
-            x, grid, t, context, references, config.diffusion.guidance
-        )
-    )
-    expected = ours_of(system, noise, jnp.array([0.7], jnp.float32), context, references)
+
+    @nnx.jit
+    def ours_of(
+        system: System, x: Array, t: Array, context: Context, references: References
+    ) -> jax.Array:
+        with use_mesh(mesh):
+            return system.velocity(x, grid, t, context, references, config.diffusion.guidance)
+
+    inputs = shard_inputs(mesh, (noise, np.array([0.7], np.float32), context, references))
+    expected = ours_of(system, *inputs)
     kept, x = references.mask[0], torch.from_numpy(noise)
     places = np.concatenate([np.indices(grid).reshape(2, -1).T, references.positions[0, kept]])
     positions = torch.tensor(np.pad(places, ((0, 0), (1, 0))), dtype=torch.float32)

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.array_types import Array
 from squeeze_jax.checkpoints.build import build_system
+from squeeze_jax.checkpoints.inference import convert_for_sampling
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.layers.lora import LoRAParam
 from squeeze_jax.layers.rope import rotation
@@ -131,16 +132,32 @@ def _refiners(config: Config, stage: StageConfig, rows: int, references: int) ->
 
 
 def block_program(
-    config: Config, mesh: Mesh, kind: str, rows: int, context: int, image: int, backward: bool = True
+    config: Config,
+    mesh: Mesh,
+    kind: str,
+    rows: int,
+    context: int,
+    image: int,
+    backward: bool = True,
+    *,
+    merge_lora: bool = True,
 ) -> Compiled:
     """One block of the transformer by itself, `rows` examples a chip: forward, and backward under the config's policy.
 
-    Without `backward`, as in sampling, shifts, scales and gates are given: one set for all examples.
+    Without `backward`, as in sampling, shifts, scales and gates are given: one set for all
+    examples; and weights are those that sampling keeps (`merge_lora`: `convert_for_sampling`).
     """
     one = replace(config.model, dit=replace(config.model.dit, double_blocks=1, single_blocks=1))
     config = replace(config, model=one)
     name = f"{kind}_blocks"
-    blocks = nnx.eval_shape(lambda: getattr(build_system(config, with_base=False).dit, name))
+
+    def make() -> nnx.Module:
+        system = build_system(config, with_base=False)
+        if not backward:
+            system = convert_for_sampling(system, config, merge_lora=merge_lora)
+        return getattr(system.dit, name)
+
+    blocks = nnx.eval_shape(make)
     trained_kind = nnx.Param if config.lora is None else LoRAParam
     graph, trained, frozen = nnx.split(blocks, trained_kind, ...)
     trained, frozen = (placed(state, mesh, f"dit.{name}.") for state in (trained, frozen))
