@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py attention                              (kernels against float32, and their speed)
     python benchmarks/gpu.py train [--tries 1:save_products 2:save_products …]
-    python benchmarks/gpu.py sample [--sizes 512 1024] [--sides ours apart diffusers compiled]
+    python benchmarks/gpu.py sample [--sizes 512 1024] [--sides ours unmerged apart diffusers compiled]
 
 `train` is stage 2 as `train.py configs/flux_stage2.py` runs it (12B frozen in bfloat16, LoRA of rank 512 and aggregator in
 float32 with AdamW, 512 x 512, one reference), for a batch and remat policy a try. Utilisation is model FLOPs (nothing
@@ -10,9 +10,11 @@ counted twice for being rematerialised) over 989 TFLOP/s.
 
 `sample` takes 25 steps with the paper's τ and guidance 2.5, one image with one reference of 512 x 512, in bfloat16:
 
-    ours       `sampling.sampler`, the aggregator's forward included
-    apart      the same with every block's weights as arrays of their own (`Pipeline.unrolled`)
-    diffusers  FluxTransformer2DModel on the same token counts, as it is
+    ours       `sampling.sampler`, the aggregator's forward included, weights as `Pipeline.load`
+               keeps them: the LoRA merged
+    unmerged   the same with the LoRA beside its kernels (`merge_lora=False`)
+    apart      ours with every block's weights as arrays of their own (`Pipeline.unrolled`)
+    diffusers  FluxTransformer2DModel on the same token counts, as it is, without a LoRA
     compiled   the same with its repeated blocks compiled by torch.compile
 
 Each side runs in a process of its own, so that memory is its own.
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("what", choices=("attention", "train", "sample"))
     parser.add_argument("--tries", nargs="*", default=["1:save_products", "4:save_products"])
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024])
-    parser.add_argument("--sides", nargs="*", default=["ours", "apart", "diffusers", "compiled"])
+    parser.add_argument("--sides", nargs="*", default=["ours", "unmerged", "apart", "diffusers", "compiled"])
     parser.add_argument("--depth", type=int, nargs=2, default=[19, 38], help="double and single blocks; FLUX.1 has 19 38")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", type=Path, help="writes a trace of one step, or one image of ours, into this folder")
@@ -46,8 +48,8 @@ def main() -> None:
         attention()
     elif given.what == "train":
         train(given.tries, given.depth, given.rounds, given.profile)
-    elif given.here in ("ours", "apart"):
-        sample_ours(given.sizes, given.depth, given.rounds, given.profile, unrolled=given.here == "apart")
+    elif given.here in ("ours", "unmerged", "apart"):
+        sample_ours(given.here, given.sizes, given.depth, given.rounds, given.profile)
     elif given.here:
         sample_theirs(given.sizes, given.depth, given.rounds, compiled=given.here == "compiled")
     else:
@@ -158,36 +160,31 @@ def stages_of(side: int):
     return schedule, [(kind, int(b - a)) for kind, (a, b) in zip(STAGES, pairwise([0, *schedule.borders]))]
 
 
-def sample_ours(sizes: list[int], depth, rounds: int, profile: Path | None, *, unrolled: bool) -> None:
+def sample_ours(
+    which: str, sizes: list[int], depth, rounds: int, profile: Path | None
+) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flax import nnx
 
+    from squeeze_jax.checkpoints.inference import sampling_shapes
     from squeeze_jax.diffusion.latents import reference_positions
     from squeeze_jax.layers.stack import unstack
-    from squeeze_jax.models.aggregator import Aggregator
-    from squeeze_jax.models.dit import BLOCK_STACKS, DiT
-    from squeeze_jax.models.system import System
+    from squeeze_jax.models.dit import BLOCK_STACKS
     from squeeze_jax.planning.sampler_program import image_flops
     from squeeze_jax.planning.train_program import abstract_batch
     from squeeze_jax.sampling.sampler import make_sampler
     from squeeze_jax.sampling.schedule import noise_for
 
-    config, kinds = config_of(depth), {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-
-    def build() -> System:
-        rngs = nnx.Rngs(0)
-        return System(Aggregator(config.aggregator, **kinds, rngs=rngs), DiT(config.model.dit, **kinds, rngs=rngs))
-
-    graph, shapes = nnx.split(nnx.eval_shape(build))
+    config, merge_lora = config_of(depth), which != "unmerged"
+    graph, shapes = sampling_shapes(config, merge_lora=merge_lora)
     leaves, device = random_leaves(shapes), jax.devices()[0]
-    if unrolled:
+    if which == "apart":
         leaves = unstack(leaves, BLOCK_STACKS, donate=True)
     for size in sizes:
         side = size // 16
         data = dataclasses.replace(config.data, height=size, width=size, reference_long_side=16 * REFERENCE)
-        sized = dataclasses.replace(config, data=data, lora=None)
+        sized = dataclasses.replace(config, data=data)
         made = random_leaves(abstract_batch(sized, 1, 1), 2)
         places = jnp.asarray(reference_positions((side, side), [(REFERENCE, REFERENCE)]))[None]
         references = made.references._replace(positions=places)
@@ -202,10 +199,11 @@ def sample_ours(sizes: list[int], depth, rounds: int, profile: Path | None, *, u
         assert np.isfinite(run()).all()
         compiling = time.perf_counter() - start
         if profile is not None:
-            with jax.profiler.trace(profile / f"sample-{size}"):
+            with jax.profiler.trace(profile / f"{which}-{size}"):
                 run()
-        name = "apart" if unrolled else "ours"
-        report(f"{name} (first run {compiling:.0f} s)", size, timed(run, rounds), image_flops(sized), device.memory_stats())
+        name = f"{which}, jax {jax.__version__} (first run {compiling:.0f} s)"
+        flops = image_flops(sized, merge_lora=merge_lora)
+        report(name, size, timed(run, rounds), flops, device.memory_stats())
 
 
 def sample_theirs(sizes: list[int], depth, rounds: int, *, compiled: bool) -> None:
@@ -265,7 +263,7 @@ def sample_theirs(sizes: list[int], depth, rounds: int, *, compiled: bool) -> No
         run()
         first = time.perf_counter() - start
         name = f"diffusers {diffusers.__version__}, torch {torch.__version__}{', compiled' if compiled else ''}"
-        sized = dataclasses.replace(config, data=data, lora=None)
+        sized = dataclasses.replace(config, data=data)
         memory = {"peak_bytes_in_use": torch.cuda.max_memory_allocated()}
         report(f"{name} (first run {first:.0f} s)", size, timed(run, rounds), image_flops(sized), memory)
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.core as jax_core
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -36,7 +37,7 @@ def convert_for_sampling(system: System, config: Config, *, merge_lora: bool = T
     modulation and the layers that compute in float32 stay as they are (our decision).
     """
     if merge_lora and config.model.frozen_dtype != "int8":
-        merge_adapters(system.dit)
+        merge_adapters(system)
     for _, linear in linears(system):
         leaves = [linear.bias] if linear.kernel_scale is not None else [linear.kernel, linear.bias]
         for part in () if linear.adapter is None else linear.adapter.parts:
@@ -72,7 +73,8 @@ def build_frozen(config: Config, mesh: Mesh | None = None) -> System:
         return system
 
     def frozen_leaves(system: System) -> dict[str, tuple[Any, nnx.Variable]]:
-        flat = nnx.to_flat_state(nnx.split(system, is_trained(config), ...)[2])
+        _, _, frozen = nnx.split(system, is_trained(config), ...)
+        flat = nnx.to_flat_state(frozen)
         return {".".join(map(str, path)): (path, variable) for path, variable in flat}
 
     found: dict[str, jax.Array] = {}
@@ -104,7 +106,8 @@ def merge_adapters(model: nnx.Module) -> None:
     adapted = [(path, linear) for path, linear in linears(model) if linear.adapter is not None]
     if coarse := [path for path, linear in adapted if linear.kernel_scale is not None]:
         raise InputError(
-            f"{coarse[0]} is kept in int8, which cannot be merged into; set model.frozen_dtype bfloat16"
+            f"{coarse[0]} is kept in int8, which cannot be merged into; "
+            "set model.frozen_dtype bfloat16"
         )
     for _, linear in adapted:
         kernel, parts = linear.kernel[...], linear.adapter.parts
@@ -118,7 +121,7 @@ def _merged(
     kernel: jax.Array, parts: Sequence[LowRankArrays], starts: tuple[int, ...], dtype: DType
 ) -> jax.Array:
     """A kernel [depth, in, out] (or [in, out]) with its adapter's parts, laid out as it was."""
-    place = None if isinstance(kernel, jax.core.Tracer) else kernel.sharding
+    place = None if isinstance(kernel, jax_core.Tracer) else kernel.sharding
     mesh_place = place if isinstance(place, NamedSharding) and place.mesh.size > 1 else None
     merge: Any = jax.jit(
         partial(_add_layers, starts=starts, dtype=jnp.dtype(dtype), place=mesh_place),

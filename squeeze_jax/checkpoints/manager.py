@@ -217,7 +217,8 @@ def read_weights(
         leaves = {}
         for name in tensors.names():  # each device's slice is read alone
             shape, read = tensors.shape(name), partial(tensors.read, name)
-            leaves[name] = jax.make_array_from_callback(shape, where(name, shape), read)
+            place = where(name, shape)
+            leaves[name] = jax.make_array_from_callback(shape, place, lambda i, read=read: read(i or ()))
         return config, leaves, None
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another folder")
