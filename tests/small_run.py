@@ -31,17 +31,19 @@ from squeeze_jax.models.dit import DiTConfig
 
 
 def small_config(home: Path, dit: DiTConfig = DIT) -> Config:
-    """Every part with random weights: 64x64 pictures are 4x4 tokens, references at most 32 pixels long.
+    """Every part with random weights: 64x64 pictures are 4x4 tokens, references at most 32 pixels.
 
     The base is kept in bfloat16, as real runs do, though its file is float32.
     """
     return Config(
         name="small",
         model=ModelConfig(
-            dit=dit, dit_weights=str(home / "base"), autoencoder=str(home / "vae"), mllm=str(home / "mllm"),
-            dtype="float32", frozen_dtype="bfloat16",
+            dit=dit, dit_weights=str(home / "base"), autoencoder=str(home / "vae"),
+            mllm=str(home / "mllm"), dtype="float32", frozen_dtype="bfloat16",
         ),
-        aggregator=AggregatorConfig(layers=(0, 1, 3), width=48, out_width=40, heads=4, mlp_width=40, refiner_blocks=1),
+        aggregator=AggregatorConfig(
+            layers=(0, 1, 3), width=48, out_width=40, heads=4, mlp_width=40, refiner_blocks=1
+        ),
         lora=LoRAConfig(rank=3, alpha=2.0),
         data=DataConfig(height=64, width=64, reference_long_side=32),
         training=TrainingConfig(stages=(StageConfig(steps=1, references=True),)),
@@ -55,7 +57,9 @@ def write_home(home: Path, dit: DiTConfig = DIT) -> Path:
     small = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
     save_autoencoder(randomly(lambda: Autoencoder(small, rngs=nnx.Rngs(0))), home / "vae")
     tokenizer = qwen_like()
-    write_internvl(home / "mllm", dataclasses.replace(INTERNVL, image_token_id=tokenizer.token_to_id(IMAGE)))
+    write_internvl(
+        home / "mllm", dataclasses.replace(INTERNVL, image_token_id=tokenizer.token_to_id(IMAGE))
+    )
     tokenizer.save(str(home / "mllm" / "tokenizer.json"))
     write_weights(home / "run", *random_weights(small_config(home, dit)), jnp.float32)
     return home

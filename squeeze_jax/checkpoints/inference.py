@@ -1,4 +1,4 @@
-"""A trained system as sampling keeps it: adapters merged, matrices in the type they are multiplied in.
+"""A trained system as sampling keeps it: adapters merged, matrices in their products' type.
 
 Loading a checkpoint and planning for one go through the same functions here, so that what a plan
 says of memory is what a pipeline keeps.

@@ -17,7 +17,8 @@ from squeeze_jax.commands.run import guarded, setup
 
 @dataclass(frozen=True)
 class App:
-    """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone by default."""
+    """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone
+    by default."""
 
     checkpoint: Path | None = None
     """Work or weights folder; none: the shipped miniature."""
@@ -32,7 +33,9 @@ class App:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(App, args=sys.argv[1:] if arguments is None else arguments, prog="python -m squeeze_jax app")
+    given = tyro.cli(
+        App, args=sys.argv[1:] if arguments is None else arguments, prog="python -m squeeze_jax app"
+    )
     return guarded(lambda: run(given))
 
 
@@ -42,13 +45,17 @@ def run(given: App) -> None:
     if not 1 <= given.port <= 65535:
         raise InputError(f"--port {given.port} must be from 1 to 65535")
     signal.signal(signal.SIGTERM, ended)  # without it the folder below would stay
-    with tempfile.TemporaryDirectory(prefix="squeeze_jax-") as folder:  # uploads and pictures: gone with the page
+    with tempfile.TemporaryDirectory(
+        prefix="squeeze_jax-"
+    ) as folder:  # uploads and pictures: gone with the page
         folder = str(Path(folder).resolve())
         os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
         try:
             import gradio  # noqa: F401
         except ImportError:
-            raise InputError('the page needs gradio; install it with pip install "squeeze_jax[app]"') from None
+            raise InputError(
+                'the page needs gradio; install it with pip install "squeeze_jax[app]"'
+            ) from None
         setup()
         from squeeze_jax.app import page, session, strip
         from squeeze_jax.checkpoints.manager import read_config
@@ -72,15 +79,22 @@ def run(given: App) -> None:
         blocks = page.build(studio).queue(max_size=16, api_open=False)
         try:
             _, url, _ = blocks.launch(
-                server_name=host, server_port=given.port, prevent_thread_lock=True, quiet=True, footer_links=[],
-                share=False, inbrowser=False, ssr_mode=False, pwa=False, mcp_server=False,
-                max_file_size=8 * session.MAX_BYTES,  # what is smaller reaches `session`, which says more
+                server_name=host, server_port=given.port, prevent_thread_lock=True, quiet=True,
+                footer_links=[], share=False, inbrowser=False, ssr_mode=False, pwa=False,
+                mcp_server=False,
+                # What is smaller reaches `session`, which says more.
+                max_file_size=8 * session.MAX_BYTES,
                 theme=page.THEME, css=page.STYLE + strip.STYLE,
             )  # fmt: skip
         except OSError as error:
-            raise InputError(f"cannot serve on {given.host}, port {given.port} ({error}); choose another --port") from error
+            raise InputError(
+                f"cannot serve on {given.host}, port {given.port} ({error}); choose another --port"
+            ) from error
         if not is_local(given.host):
-            print(f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; there is no password")
+            print(
+                f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; "
+                "there is no password"
+            )
         print(f"page: {url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
 

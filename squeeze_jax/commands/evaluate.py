@@ -13,7 +13,8 @@ from squeeze_jax.commands.run import guarded, setup
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Scores a checkpoint on held-out examples, next to chance, pasted references and the autoencoder's ceiling."""
+    """Scores a checkpoint on held-out examples, next to chance, pasted references and the
+    autoencoder's ceiling."""
 
     suite: Literal["critters"] = "critters"
     """`critters`: retrieval among redrawn candidates (the miniature's data; no learned judge)."""
@@ -29,7 +30,9 @@ class Evaluate:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(Evaluate, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax evaluate")
+    given = tyro.cli(
+        Evaluate, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax evaluate"
+    )
     return guarded(lambda: run(given))
 
 
@@ -46,8 +49,13 @@ def run(given: Evaluate) -> None:
     mesh = given.parallel.mesh(given.checkpoint or DEMO / "system", min(given.pairs, CHUNK))
     pipeline = Pipeline.load(given.checkpoint, mesh, merge_lora=given.merge_lora)
     if pipeline.config.data.critters is None:
-        raise InputError("this checkpoint was not trained on critters: --suite critters cannot score it")
+        raise InputError(
+            "this checkpoint was not trained on critters: --suite critters cannot score it"
+        )
     most = pipeline.config.data.critters.held_out
     if not 1 <= given.pairs <= most:
-        raise InputError(f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this checkpoint's data")
+        raise InputError(
+            f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this "
+            "checkpoint's data"
+        )
     score_critters(pipeline, given.out, given.pairs, checkpoint=str(given.checkpoint or "demo"))

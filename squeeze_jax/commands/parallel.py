@@ -29,9 +29,7 @@ class Parallel:
         from squeeze_jax.sharding import format_mesh
 
         heads = read_config(checkpoint).model.dit.heads
-        mesh = sampling_mesh(
-            heads, images, data=self.data, fsdp=self.fsdp, tensor=self.tensor
-        )
+        mesh = sampling_mesh(heads, images, data=self.data, fsdp=self.fsdp, tensor=self.tensor)
         if mesh is not None:
             print(f"{mesh.size} devices: {format_mesh(list(mesh.shape.values()))}")
         return mesh

@@ -21,6 +21,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder, load_autoencoder
 from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.tiled_decoding import TILE, decode_tiles
+from squeeze_jax.processes import to_host
 from squeeze_jax.sharding import compiler_options, use_mesh
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class FeatureExtractor:
 
     def latents(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Latents [h, w, c] of pictures [height, width, 3] in [−1, 1] of one size."""
-        return list(np.asarray(self._encode(np.stack(images))))
+        return list(to_host(self._encode(np.stack(images))))
 
     def decode(self, latents: np.ndarray | jax.Array) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones in tiles."""
@@ -124,9 +125,9 @@ class FeatureExtractor:
     def decode_later(self, latents: np.ndarray | jax.Array) -> Callable[[], np.ndarray]:
         """`decode` in two: what is returned waits for the pictures, and until then the caller may have others drawn."""
         if max(latents.shape[1:3]) > TILE:
-            return lambda: decode_tiles(lambda part: np.asarray(self._decode(part)), np.asarray(latents))
+            return lambda: decode_tiles(lambda part: to_host(self._decode(part)), np.asarray(latents))
         pictures = self._decode(latents)
-        return lambda: np.asarray(pictures)
+        return lambda: to_host(pictures)
 
 
 def digest(folder: Path) -> str:

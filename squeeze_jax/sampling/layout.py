@@ -48,9 +48,7 @@ def default_sizes(count: int, heads: int, images: int = 1) -> tuple[int, int, in
     the fewest places above that.
     """
     places = [
-        size
-        for size in range(1, count + 1)
-        if count % size == 0 and heads % (count // size) == 0
+        size for size in range(1, count + 1) if count % size == 0 and heads % (count // size) == 0
     ]
     within = [size for size in places if size <= images]
     fsdp = max(within) if within else min(places)
