@@ -7,8 +7,9 @@ sampling beside PyTorch's.
         [--sides ours unmerged apart diffusers compiled]
 
 `train` is stage 2 as `train.py configs/flux_stage2.py` runs it (12B frozen in bfloat16, LoRA of
-rank 512 and aggregator in float32 with AdamW, 512 x 512, one reference), for a batch and remat policy a
-try. Utilisation is model FLOPs (nothing counted twice for being rematerialised) over 989 TFLOP/s.
+rank 512 and aggregator in float32 with AdamW, 512 x 512, one reference), for a batch and remat
+policy a try. Utilisation is model FLOPs (nothing counted twice for being rematerialised) over
+989 TFLOP/s.
 
 `sample` takes 25 steps with the paper's τ and guidance 2.5, one image with one reference of
 512 x 512, in bfloat16:
@@ -98,7 +99,7 @@ def config_of(depth):
 
 
 def random_leaves(shapes, seed: int = 0):
-    """Random arrays of these shapes: kernels of 1/sqrt(fan in), others 0.1, norms' scales about 1."""
+    """Random arrays of these shapes: kernels of 1/sqrt(fan in), others 0.1, norms around 1."""
     import jax
     import jax.numpy as jnp
 
