@@ -34,7 +34,9 @@ def convert_for_sampling(system: System, config: Config, *, merge_lora: bool = T
     base, which cannot take a delta. Every linear layer's matrices are then kept in the type that
     the layer multiplies in, to which each call would round them anyway: under `model.dtype`
     bfloat16 the aggregator and what is left of adapters take half of float32's memory. Norms,
-    modulation and the layers that compute in float32 stay as they are (our decision).
+    modulation and the layers that compute in float32 stay as they are.
+
+    Source: docs/decisions.md, "Weights while sampling".
     """
     if merge_lora and config.model.frozen_dtype != "int8":
         merge_adapters(system)
