@@ -1,12 +1,12 @@
 """Which mesh to sample on: one of this process's devices, chosen for the images drawn together."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from squeeze_jax.errors import InputError
 from squeeze_jax.sharding import make_mesh
 
 
@@ -30,11 +30,10 @@ def sampling_mesh(
     if data is None and fsdp is None and tensor is None:
         sizes = default_sizes(len(found), heads, images)
     else:
-        sizes = (1 if data is None else data, -1 if fsdp is None else fsdp, tensor or 1)
-        if tensor is not None and tensor < 1 and tensor != -1:
-            raise InputError(f"--parallel.tensor is {tensor}; it must be at least 1, or -1")
-    if -1 not in sizes and 1 <= sizes[0] * sizes[1] * sizes[2] < len(found):
-        found = found[: sizes[0] * sizes[1] * sizes[2]]
+        given, rest = (data, fsdp, tensor), (1, -1, 1)
+        sizes = tuple(other if size is None else size for size, other in zip(given, rest))
+    if min(sizes) >= 1:
+        found = found[: math.prod(sizes)]
     if len(found) == 1 and set(sizes) <= {1, -1} and found[0] == jax.local_devices()[0]:
         return None
     return make_mesh(*sizes, devices=found, heads=heads)

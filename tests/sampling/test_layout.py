@@ -232,5 +232,5 @@ def test_a_mesh_of_some_devices_or_one(home):
         sampling_mesh(4, fsdp=1, tensor=3)
     with pytest.raises(InputError, match="needs 16 devices, there are 8"):
         sampling_mesh(4, fsdp=16, tensor=1)
-    with pytest.raises(InputError, match=r"--parallel.tensor is 0"):
+    with pytest.raises(InputError, match="tensor=0: sizes are at least 1"):
         sampling_mesh(4, tensor=0)
