@@ -109,7 +109,7 @@ def test_weights_lie_as_the_table_says_with_the_values_of_one_device(home, folde
         assert array.dtype == expected.dtype
         one, other = (np.asarray(x, np.float32) for x in (array, expected))
         np.testing.assert_allclose(one, other, rtol=2.0**-7, atol=1e-6, err_msg=name)
-        assert relative_error(one, other) < 1e-4
+        assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other), name
         cut += not array.is_fully_replicated
     assert not wanted and cut > 20
 
@@ -154,7 +154,7 @@ def test_adapters_merged_equal_adapters_beside(home, one_device):
         kernel = merged[path].kernel[...]
         assert kernel.dtype == jnp.bfloat16 and merged[path].adapter is None
         error = np.abs(np.asarray(kernel, np.float64) - wanted)
-        assert (error <= np.abs(wanted) * 2.0**-9 + 1e-6).all(), path  # half of a last place
+        assert (error <= np.abs(wanted) * 2.0**-8 + 1e-6).all(), path  # half a last place
     merge_adapters(exact.dit)
     both = Pipeline.of(exact, one_device.config, one_device.encoders)
     states, latents = one_device.encode(["a red box"], [[]])
