@@ -1,18 +1,24 @@
-"""The full system on one NVIDIA GPU, random weights and made-up examples: the train step, and sampling beside PyTorch's.
+"""The full system on one NVIDIA GPU, random weights and made-up examples: the train step, and
+sampling beside PyTorch's.
 
-    python benchmarks/gpu.py attention                              (kernels against float32, and their speed)
+    python benchmarks/gpu.py attention              (kernels against float32, and their speed)
     python benchmarks/gpu.py train [--tries 1:save_products 2:save_products …]
-    python benchmarks/gpu.py sample [--sizes 512 1024] [--sides ours apart diffusers compiled]
+    python benchmarks/gpu.py sample [--sizes 512 1024]
+        [--sides ours unmerged apart diffusers compiled]
 
-`train` is stage 2 as `train.py configs/flux_stage2.py` runs it (12B frozen in bfloat16, LoRA of rank 512 and aggregator in
-float32 with AdamW, 512 x 512, one reference), for a batch and remat policy a try. Utilisation is model FLOPs (nothing
-counted twice for being rematerialised) over 989 TFLOP/s.
+`train` is stage 2 as `train.py configs/flux_stage2.py` runs it (12B frozen in bfloat16, LoRA of
+rank 512 and aggregator in float32 with AdamW, 512 x 512, one reference), for a batch and remat
+policy a try. Utilisation is model FLOPs (nothing counted twice for being rematerialised) over
+989 TFLOP/s.
 
-`sample` takes 25 steps with the paper's τ and guidance 2.5, one image with one reference of 512 x 512, in bfloat16:
+`sample` takes 25 steps with the paper's τ and guidance 2.5, one image with one reference of
+512 x 512, in bfloat16:
 
-    ours       `sampling.sampler`, the aggregator's forward included
-    apart      the same with every block's weights as arrays of their own (`Pipeline.unrolled`)
-    diffusers  FluxTransformer2DModel on the same token counts, as it is
+    ours       `sampling.sampler`, the aggregator's forward included, weights as `Pipeline.load`
+               keeps them: the LoRA merged
+    unmerged   the same with the LoRA beside its kernels (`merge_lora=False`)
+    apart      ours with every block's weights as arrays of their own (`Pipeline.unrolled`)
+    diffusers  FluxTransformer2DModel on the same token counts, as it is, without a LoRA
     compiled   the same with its repeated blocks compiled by torch.compile
 
 Each side runs in a process of its own, so that memory is its own.
@@ -32,22 +38,36 @@ PEAK = 989e12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("attention", "train", "sample"))
     parser.add_argument("--tries", nargs="*", default=["1:save_products", "4:save_products"])
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024])
-    parser.add_argument("--sides", nargs="*", default=["ours", "apart", "diffusers", "compiled"])
-    parser.add_argument("--depth", type=int, nargs=2, default=[19, 38], help="double and single blocks; FLUX.1 has 19 38")
+    parser.add_argument(
+        "--sides", nargs="*", default=["ours", "unmerged", "apart", "diffusers", "compiled"]
+    )
+    parser.add_argument(
+        "--depth",
+        type=int,
+        nargs=2,
+        default=[19, 38],
+        help="double and single blocks; FLUX.1 has 19 38",
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--profile", type=Path, help="writes a trace of one step, or one image of ours, into this folder")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        help="writes a trace of one step, or one image of ours, into this folder",
+    )
     parser.add_argument("--here", help=argparse.SUPPRESS)  # this process is a side's own
     given = parser.parse_args()
     if given.what == "attention":
         attention()
     elif given.what == "train":
         train(given.tries, given.depth, given.rounds, given.profile)
-    elif given.here in ("ours", "apart"):
-        sample_ours(given.sizes, given.depth, given.rounds, given.profile, unrolled=given.here == "apart")
+    elif given.here in ("ours", "unmerged", "apart"):
+        sample_ours(given.here, given.sizes, given.depth, given.rounds, given.profile)
     elif given.here:
         sample_theirs(given.sizes, given.depth, given.rounds, compiled=given.here == "compiled")
     else:
@@ -68,7 +88,7 @@ def timed(run, rounds: int) -> float:
 
 
 def config_of(depth):
-    """Stage 2 without a folder of weights: the base's random values lie where the published ones would."""
+    """Stage 2 without a folder of weights: random values lie where the published base's would."""
     from squeeze_jax.config import load_preset
 
     config = load_preset(Path(__file__).parents[1] / "configs" / "flux_stage2.py")
@@ -79,7 +99,7 @@ def config_of(depth):
 
 
 def random_leaves(shapes, seed: int = 0):
-    """Arrays of these shapes, all random: kernels of 1/sqrt(fan in), others 0.1, norms' scales 1 + 0.1."""
+    """Random arrays of these shapes: kernels of 1/sqrt(fan in), others 0.1, norms around 1."""
     import jax
     import jax.numpy as jnp
 
@@ -93,7 +113,9 @@ def random_leaves(shapes, seed: int = 0):
             name = jax.tree_util.keystr(path)
             matrix = any(part in name for part in ("kernel", "down", "up"))
             size = leaf.shape[-2] ** -0.5 if matrix else 0.1
-            noise = size * jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape, leaf.dtype)
+            noise = size * jax.random.normal(
+                jax.random.fold_in(jax.random.key(seed), i), leaf.shape, leaf.dtype
+            )
             yield noise + ("scale" in name and not matrix)
 
     return jax.jit(lambda: jax.tree.unflatten(tree, list(make())))()
@@ -102,24 +124,41 @@ def random_leaves(shapes, seed: int = 0):
 def train(tries: list[str], depth, rounds: int, profile: Path | None) -> None:
     import jax
 
-    from squeeze_jax.planning.train_program import abstract_input, abstract_system, count, step_flops
+    from squeeze_jax.planning.train_program import (
+        abstract_input,
+        abstract_system,
+        count,
+        step_flops,
+    )
     from squeeze_jax.sharding import make_mesh
     from squeeze_jax.training.optimizer import make_optimizer
     from squeeze_jax.training.state import make_state, state_shardings
     from squeeze_jax.training.step import make_train_step
 
     config, device = config_of(depth), jax.devices()[0]
-    stage, optimizer, mesh = config.training.stages[-1], make_optimizer(config), make_mesh(devices=[device])
+    stage, optimizer, mesh = (
+        config.training.stages[-1],
+        make_optimizer(config),
+        make_mesh(devices=[device]),
+    )
     shapes, split = abstract_system(config)
     frozen = random_leaves(split.frozen)
     state = make_state(random_leaves(shapes.params, 1), optimizer, config, mesh)
     where = state_shardings(state, mesh)
-    print(f"{device.device_kind}; {count(frozen):,} frozen, {count(state.params):,} trained values", flush=True)
-    print("| batch | remat | compiled in, s | s a step | model TFLOP | MFU, % | GiB, compiled program | loss |")
+    print(
+        f"{device.device_kind}; {count(frozen):,} frozen, {count(state.params):,} trained values",
+        flush=True,
+    )
+    print(
+        "| batch | remat | compiled in, s | s a step | model TFLOP | MFU, % "
+        "| GiB, compiled program | loss |"
+    )
     print("|---" * 8 + "|", flush=True)
     for each in tries:
         rows, remat = int(each.split(":")[0]), each.split(":")[1]
-        tried = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, remat=remat))
+        tried = dataclasses.replace(
+            config, parallel=dataclasses.replace(config.parallel, remat=remat)
+        )
         batch = random_leaves(abstract_input(tried, rows, 1), 2)
         step = make_train_step(abstract_system(tried)[1], optimizer, tried, stage, where)
         start = time.perf_counter()
@@ -130,7 +169,11 @@ def train(tries: list[str], depth, rounds: int, profile: Path | None) -> None:
             + memory.output_size_in_bytes - memory.alias_size_in_bytes
         )  # fmt: skip
         if total > (device.memory_stats() or {}).get("bytes_limit", total):
-            print(f"| {rows} | {remat} | {compiling:.0f} | does not fit | | | {total / 2**30:.1f} | |", flush=True)
+            print(
+                f"| {rows} | {remat} | {compiling:.0f} | does not fit | | "
+                f"| {total / 2**30:.1f} | |",
+                flush=True,
+            )
             continue
         state, metrics = program(state, frozen, batch)
         loss, seconds = float(metrics.loss), []
@@ -149,7 +192,10 @@ def train(tries: list[str], depth, rounds: int, profile: Path | None) -> None:
             f"{100 * flops / each_step / PEAK:.1f} | {total / 2**30:.1f} | {loss:.4f} |",
             flush=True,
         )
-    print(f"peak of the process: {(device.memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30:.1f} GiB")
+    print(
+        "peak of the process: "
+        f"{(device.memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30:.1f} GiB"
+    )
 
 
 def stages_of(side: int):
@@ -157,39 +203,36 @@ def stages_of(side: int):
     from squeeze_jax.sampling.schedule import STAGES, make_schedule
 
     schedule = make_schedule(STEPS, side * side, *TAU, references=True)
-    return schedule, [(kind, int(b - a)) for kind, (a, b) in zip(STAGES, pairwise([0, *schedule.borders]))]
+    return schedule, [
+        (kind, int(b - a)) for kind, (a, b) in zip(STAGES, pairwise([0, *schedule.borders]))
+    ]
 
 
-def sample_ours(sizes: list[int], depth, rounds: int, profile: Path | None, *, unrolled: bool) -> None:
+def sample_ours(which: str, sizes: list[int], depth, rounds: int, profile: Path | None) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flax import nnx
 
+    from squeeze_jax.checkpoints.inference import sampling_shapes
     from squeeze_jax.diffusion.latents import reference_positions
     from squeeze_jax.layers.stack import unstack
-    from squeeze_jax.models.aggregator import Aggregator
-    from squeeze_jax.models.dit import BLOCK_STACKS, DiT
-    from squeeze_jax.models.system import System
+    from squeeze_jax.models.dit import BLOCK_STACKS
     from squeeze_jax.planning.sampler_program import image_flops
     from squeeze_jax.planning.train_program import abstract_batch
     from squeeze_jax.sampling.sampler import make_sampler
     from squeeze_jax.sampling.schedule import noise_for
 
-    config, kinds = config_of(depth), {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-
-    def build() -> System:
-        rngs = nnx.Rngs(0)
-        return System(Aggregator(config.aggregator, **kinds, rngs=rngs), DiT(config.model.dit, **kinds, rngs=rngs))
-
-    graph, shapes = nnx.split(nnx.eval_shape(build))
+    config, merge_lora = config_of(depth), which != "unmerged"
+    graph, shapes = sampling_shapes(config, merge_lora=merge_lora)
     leaves, device = random_leaves(shapes), jax.devices()[0]
-    if unrolled:
+    if which == "apart":
         leaves = unstack(leaves, BLOCK_STACKS, donate=True)
     for size in sizes:
         side = size // 16
-        data = dataclasses.replace(config.data, height=size, width=size, reference_long_side=16 * REFERENCE)
-        sized = dataclasses.replace(config, data=data, lora=None)
+        data = dataclasses.replace(
+            config.data, height=size, width=size, reference_long_side=16 * REFERENCE
+        )
+        sized = dataclasses.replace(config, data=data)
         made = random_leaves(abstract_batch(sized, 1, 1), 2)
         places = jnp.asarray(reference_positions((side, side), [(REFERENCE, REFERENCE)]))[None]
         references = made.references._replace(positions=places)
@@ -197,17 +240,20 @@ def sample_ours(sizes: list[int], depth, rounds: int, profile: Path | None, *, u
         sampler = make_sampler(graph, target_grid=(side, side), guided=(True,) * 3, guidance=1.0)
         noise, scales = noise_for([0], side * side, 64), np.full(3, SCALE, np.float32)
 
-        def run():
-            return np.asarray(sampler((leaves,), noise, made.hidden_states, references, schedule, scales))  # noqa: B023
+        inputs = (noise, made.hidden_states, references, schedule, scales)
+
+        def run(sampler=sampler, inputs=inputs):
+            return np.asarray(sampler((leaves,), *inputs))
 
         start = time.perf_counter()
         assert np.isfinite(run()).all()
         compiling = time.perf_counter() - start
         if profile is not None:
-            with jax.profiler.trace(profile / f"sample-{size}"):
+            with jax.profiler.trace(profile / f"{which}-{size}"):
                 run()
-        name = "apart" if unrolled else "ours"
-        report(f"{name} (first run {compiling:.0f} s)", size, timed(run, rounds), image_flops(sized), device.memory_stats())
+        name = f"{which}, jax {jax.__version__} (first run {compiling:.0f} s)"
+        flops = image_flops(sized, merge_lora=merge_lora)
+        report(name, size, timed(run, rounds), flops, device.memory_stats())
 
 
 def sample_theirs(sizes: list[int], depth, rounds: int, *, compiled: bool) -> None:
@@ -233,13 +279,17 @@ def sample_theirs(sizes: list[int], depth, rounds: int, *, compiled: bool) -> No
 
     for size in sizes:
         side = size // 16
-        data = dataclasses.replace(config.data, height=size, width=size, reference_long_side=16 * REFERENCE)
+        data = dataclasses.replace(
+            config.data, height=size, width=size, reference_long_side=16 * REFERENCE
+        )
         schedule, stages = stages_of(side)
         target = side * side
         start_at, shown = normal(1, target, 64), normal(1, REFERENCE**2, 64)
         said = normal(1, TEXT + IMAGE, config.model.dit.context_width)
         grids = ((side, 0), (REFERENCE, side))  # side, and where it begins
-        rows = [torch.cartesian_prod(torch.arange(n), torch.arange(n)) + offset for n, offset in grids]
+        rows = [
+            torch.cartesian_prod(torch.arange(n), torch.arange(n)) + offset for n, offset in grids
+        ]
         ids = torch.nn.functional.pad(torch.cat(rows), (1, 0)).to(device, torch.float32)
         pooled, one = torch.zeros(1, 768, device=device), torch.ones(1, device=device)
         times = torch.from_numpy(schedule.times).to(device, torch.bfloat16)
@@ -248,7 +298,8 @@ def sample_theirs(sizes: list[int], depth, rounds: int, *, compiled: bool) -> No
             tokens = torch.cat([x, shown], dim=1) if vae else x  # noqa: B023
             context = said if mllm else said[:, :0]  # noqa: B023
             return twin(
-                hidden_states=tokens, encoder_hidden_states=context, pooled_projections=pooled, timestep=t[None],  # noqa: B023
+                hidden_states=tokens, encoder_hidden_states=context,
+                pooled_projections=pooled, timestep=t[None],  # noqa: B023
                 guidance=one, img_ids=ids[: tokens.shape[1]],  # noqa: B023
                 txt_ids=torch.zeros(context.shape[1], 3, device=device),
             ).sample[:, : x.shape[1]]  # fmt: skip
@@ -266,16 +317,25 @@ def sample_theirs(sizes: list[int], depth, rounds: int, *, compiled: bool) -> No
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start
-        name = f"diffusers {diffusers.__version__}, torch {torch.__version__}{', compiled' if compiled else ''}"
-        sized = dataclasses.replace(config, data=data, lora=None)
+        name = f"diffusers {diffusers.__version__}, torch {torch.__version__}"
+        name += ", compiled" if compiled else ""
+        sized = dataclasses.replace(config, data=data)
         memory = {"peak_bytes_in_use": torch.cuda.max_memory_allocated()}
-        report(f"{name} (first run {first:.0f} s)", size, timed(run, rounds), image_flops(sized), memory)
+        report(
+            f"{name} (first run {first:.0f} s)",
+            size,
+            timed(run, rounds),
+            image_flops(sized),
+            memory,
+        )
 
 
 def report(side: str, size: int, seconds: float, flops: int, memory) -> None:
     peak = (memory or {}).get("peak_bytes_in_use", 0) / 2**30
     print(
-        f"| {side} | {size} | {seconds:.2f} | {flops / 1e12:.0f} | {flops / seconds / 1e12:.0f} | {peak:.1f} |", flush=True
+        f"| {side} | {size} | {seconds:.2f} | {flops / 1e12:.0f} "
+        f"| {flops / seconds / 1e12:.0f} | {peak:.1f} |",
+        flush=True,
     )
 
 
@@ -291,7 +351,9 @@ def attention() -> None:
     print("|---" * 7 + "|")
     for tokens in (768, 2432, 8576):
         rng = np.random.default_rng(0)
-        q, k, v, weight = (jnp.asarray(rng.standard_normal((1, tokens, 24, 128)), jnp.bfloat16) for _ in range(4))
+        q, k, v, weight = (
+            jnp.asarray(rng.standard_normal((1, tokens, 24, 128)), jnp.bfloat16) for _ in range(4)
+        )
         most = jnp.asarray(rng.random((1, tokens)) < 0.7)
         for name, mask in (("none", None), ("all", jnp.ones((1, tokens), bool)), ("70 %", most)):
 
@@ -308,19 +370,29 @@ def attention() -> None:
                 wide = tuple(x.astype(jnp.float32) for x in (q, k, v))
                 with jax.default_matmul_precision("highest"):
                     truth = jax.jit(whole)(*wide)
-                    slopes = jax.jit(jax.grad(lambda *x: loss(*x, function=lambda *y, mask: whole(*y)), (0, 1, 2)))(*wide)
-                distance = lambda a, b: float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))  # noqa: E731
+                    slopes = jax.jit(
+                        jax.grad(
+                            lambda *x: loss(*x, function=lambda *y, mask: whole(*y)), (0, 1, 2)
+                        )
+                    )(*wide)
+                distance = lambda a, b: float(  # noqa: E731
+                    jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+                )
                 errors[0] = f"{distance(forward(q, k, v), truth):.1e}"
-                errors[1] = ", ".join(f"{distance(a, b):.1e}" for a, b in zip(both(q, k, v), slopes))
+                errors[1] = ", ".join(
+                    f"{distance(a, b):.1e}" for a, b in zip(both(q, k, v), slopes)
+                )
             times = []
             for run in (forward, both):
                 run(q, k, v)
-                many = lambda run=run, x=(q, k, v): jax.block_until_ready([run(*x) for _ in range(20)])  # noqa: E731
+                many = lambda run=run, x=(q, k, v): jax.block_until_ready(  # noqa: E731
+                    [run(*x) for _ in range(20)]
+                )
                 times.append(timed(many, 5) / 20)
             rate = 4 * tokens**2 * 24 * 128 / times[0] / 1e12
             print(
-                f"| {tokens} | {name} | {errors[0]} | {errors[1]} | {1000 * times[0]:.3f} | {rate:.0f} | "
-                f"{1000 * times[1]:.3f} |",
+                f"| {tokens} | {name} | {errors[0]} | {errors[1]} | {1000 * times[0]:.3f} "
+                f"| {rate:.0f} | {1000 * times[1]:.3f} |",
                 flush=True,
             )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 PRESET = "configs/flux_stage2.py"
 BEST = ("--mesh", "data=4,fsdp=16", "--data.batch-per-chip", "6", "--parallel.remat", "save_products")
+ONE_IMAGE = ("--what", "sample", "--images", "1")
 PLANS: dict[str, tuple[str, ...]] = {
     "v4_2x2x4": ("--topology", "v4:2x2x4"),
     "v5e_4x4": ("--topology", "v5e:4x4"),
@@ -25,6 +26,8 @@ PLANS: dict[str, tuple[str, ...]] = {
     "v5p_4x4x4_mfu": ("--topology", "v5p:4x4x4", *BEST),
     "v6e_4x4": ("--topology", "v6e:4x4"),
     "v5p_2x2x1_sample": ("--topology", "v5p:2x2x1", "--what", "sample"),
+    "v6e_2x2_sample": ("--topology", "v6e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
+    "v5e_4x4_sample": ("--topology", "v5e:4x4", *ONE_IMAGE, "--mesh", "fsdp=2,tensor=8"),
 }
 COLUMNS = (
     "topology", "mesh", "batch a chip", "remat", "HBM a chip, GiB (arguments + temporaries)",

@@ -37,7 +37,7 @@ PARAMETERS: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.adapter\..*\.up", MATRICES["out"]),
     (r".*(proj|linear2|mlp\.out_layer|to_out|ff_down|aggregator\.out)\.kernel", MATRICES["in"]),
     (r".*\.kernel", MATRICES["out"]),
-    (r".*\.embedding", PartitionSpec(None, "fsdp")),  # [vocabulary, width]
+    (r"(.*\.)?embedding", PartitionSpec(None, "fsdp")),  # [vocabulary, width]
     (r".*", PartitionSpec()),  # norms, biases, pooling weights
 )
 

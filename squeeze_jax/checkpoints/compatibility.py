@@ -77,7 +77,8 @@ RULES: dict[str, Rule] = {
     **_rows("refused", "refused", """
         model.latent_pixels
         model.dit.in_channels model.dit.context_width model.dit.pooled_width model.dit.heads
-        model.dit.head_width model.dit.double_blocks model.dit.single_blocks model.dit.mlp_ratio
+        model.dit.head_width model.dit.num_double_blocks model.dit.num_single_blocks
+        model.dit.mlp_ratio model.dit.rope_theta
         model.dit.rope_axes model.dit.guidance model.dit.reference_attention
         aggregator.kind aggregator.layers aggregator.width aggregator.out_width aggregator.heads
         aggregator.mlp_width aggregator.layer_blocks aggregator.refiner_blocks

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from squeeze_jax.config_json import from_json, to_json
 from squeeze_jax.errors import InputError, OutputError
 from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
 from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors
-from squeeze_jax.processes import barrier, is_main, put_global
+from squeeze_jax.processes import barrier, is_main
 from squeeze_jax.sharding import parameter_spec
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
@@ -195,12 +196,15 @@ def read_weights(
         return config, leaves, about_of(folder).get("step")
     if (folder / WEIGHTS).is_file():
         tensors = TensorFolder(folder / WEIGHTS)
-        leaves = {name: tensors.read(name) for name in tensors.names()}
-        if mesh is not None:
-            leaves = {
-                name: put_global(leaf, sharding_of(name, leaf.shape))
-                for name, leaf in leaves.items()
-            }
+        if mesh is None:
+            return config, {name: tensors.read(name) for name in tensors.names()}, None
+        leaves = {}
+        for name in tensors.names():  # each device's slice is read alone
+            shape, read = tensors.shape(name), partial(tensors.read, name)
+            place = sharding_of(name, shape)
+            leaves[name] = jax.make_array_from_callback(
+                shape, place, lambda index, read=read: read(index or ())
+            )
         return config, leaves, None
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from squeeze_jax.checkpoints.build import build_system, is_trained
+from squeeze_jax.checkpoints.build import is_trained
 from squeeze_jax.checkpoints.compatibility import check_start
 from squeeze_jax.checkpoints.fingerprint import fingerprint
+from squeeze_jax.checkpoints.inference import build_frozen
 from squeeze_jax.checkpoints.manager import (
     check_leaves,
     read_config,
@@ -52,30 +53,34 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    folder: Path, change: Callable[[Config], Config] = lambda config: config, *, merged: bool = True
+    folder: Path,
+    change: Callable[[Config], Config] = lambda config: config,
+    *,
+    merged: bool = True,
+    mesh: Mesh | None = None,
 ) -> Trained:
     """The trained system of a folder. `change` makes the config to build it with of the folder's
     own.
 
     `merged`: of an exported folder with a LoRA, take the merged transformer where the base is not
-    there. Raises InputError where the weights are another config's or were trained on another base.
+    there. With a `mesh` every array is read where the sharding table puts it. Raises InputError
+    where the weights are another config's or were trained on another base.
     """
-    saved, leaves, step = read_weights(folder, merged=merged)
+    saved, leaves, step = read_weights(folder, mesh, merged=merged)
     config = change(saved)
     # Who samples brings the encoders along.
     bare = replace(config, data=replace(config.data, online=False))
-    # A transformer trained whole comes from the folder alone; under adapters lies a base that has
-    # to be built.
-    whole = config.lora is None
-    system = nnx.eval_shape(lambda: build_system(bare)) if whole else build_system(bare)
+    system = build_frozen(bare, mesh)
     trained = nnx.to_flat_state(nnx.state(system, is_trained(config)))
     variables = {".".join(map(str, path)): variable for path, variable in trained}
     check_leaves(variables, leaves, folder)
     merged = is_merged(folder, config)
     for name, variable in variables.items():
-        value = np.asarray(leaves.pop(name))  # so that no leaf is held twice for long
+        value = leaves.pop(name)  # so that no leaf is held twice for long
         kept = value.dtype if merged else variable.dtype
-        variable.set_value(jax.device_put(value.astype(kept, copy=False)))  # compiles nothing
+        if mesh is None:  # compiles nothing
+            value = jax.device_put(np.asarray(value).astype(kept, copy=False))
+        variable.set_value(value if value.dtype == kept else value.astype(kept))
     nnx.update(system, nnx.from_flat_state(trained))
     _, _, frozen = nnx.split(system, is_trained(config), ...)
     base = fingerprint(frozen)

@@ -5,28 +5,37 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 import tyro
 
+from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
 
 
 @dataclass(frozen=True)
 class App:
-    """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone by default."""
+    """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone
+    by default."""
 
     checkpoint: Path | None = None
     """Work or weights folder; none: the shipped miniature."""
     host: str = "127.0.0.1"
     """Address to serve on; 0.0.0.0 is every network of this machine."""
     port: int = 7860
+    merge_lora: bool = True
+    """Add a LoRA to the base at loading, rounded once: less memory and work."""
+    keep_mllm: bool | None = None
+    """Keep the MLLM between prompts; else it is read again for each. None: where it fits."""
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(App, args=sys.argv[1:] if arguments is None else arguments, prog="python -m squeeze_jax app")
+    given = tyro.cli(
+        App, args=sys.argv[1:] if arguments is None else arguments, prog="python -m squeeze_jax app"
+    )
     return guarded(lambda: run(given))
 
 
@@ -36,32 +45,56 @@ def run(given: App) -> None:
     if not 1 <= given.port <= 65535:
         raise InputError(f"--port {given.port} must be from 1 to 65535")
     signal.signal(signal.SIGTERM, ended)  # without it the folder below would stay
-    with tempfile.TemporaryDirectory(prefix="squeeze_jax-") as folder:  # uploads and pictures: gone with the page
+    with tempfile.TemporaryDirectory(
+        prefix="squeeze_jax-"
+    ) as folder:  # uploads and pictures: gone with the page
         folder = str(Path(folder).resolve())
         os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
         try:
             import gradio  # noqa: F401
         except ImportError:
-            raise InputError('the page needs gradio; install it with pip install "squeeze_jax[app]"') from None
+            raise InputError(
+                'the page needs gradio; install it with pip install "squeeze_jax[app]"'
+            ) from None
         setup()
         from squeeze_jax.app import page, session, strip
+        from squeeze_jax.checkpoints.manager import read_config
+        from squeeze_jax.interop.load import DEMO
+        from squeeze_jax.planning.sampler_program import mllm_fits
         from squeeze_jax.sampling.pipeline import Pipeline
 
         print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)
-        studio = session.AppState(Pipeline.load(given.checkpoint), str(given.checkpoint or "demo"), Path(folder))
+        checkpoint = given.checkpoint or DEMO / "system"
+        mesh = given.parallel.mesh(checkpoint, 1)
+        keep = given.keep_mllm
+        if keep is None:
+            keep = mllm_fits(read_config(checkpoint), mesh, merge_lora=given.merge_lora)
+        if not keep:
+            print("the MLLM does not fit beside the transformer: it is read again for each prompt")
+        pipeline = Pipeline.load(
+            given.checkpoint, mesh, merge_lora=given.merge_lora, keep_mllm=keep
+        )
+        studio = session.AppState(pipeline, str(given.checkpoint or "demo"), Path(folder))
         host = f"[{given.host}]" if ":" in given.host else given.host  # IPv6
         blocks = page.build(studio).queue(max_size=16, api_open=False)
         try:
             _, url, _ = blocks.launch(
-                server_name=host, server_port=given.port, prevent_thread_lock=True, quiet=True, footer_links=[],
-                share=False, inbrowser=False, ssr_mode=False, pwa=False, mcp_server=False,
-                max_file_size=8 * session.MAX_BYTES,  # what is smaller reaches `session`, which says more
+                server_name=host, server_port=given.port, prevent_thread_lock=True, quiet=True,
+                footer_links=[], share=False, inbrowser=False, ssr_mode=False, pwa=False,
+                mcp_server=False,
+                # What is smaller reaches `session`, which says more.
+                max_file_size=8 * session.MAX_BYTES,
                 theme=page.THEME, css=page.STYLE + strip.STYLE,
             )  # fmt: skip
         except OSError as error:
-            raise InputError(f"cannot serve on {given.host}, port {given.port} ({error}); choose another --port") from error
+            raise InputError(
+                f"cannot serve on {given.host}, port {given.port} ({error}); choose another --port"
+            ) from error
         if not is_local(given.host):
-            print(f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; there is no password")
+            print(
+                f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; "
+                "there is no password"
+            )
         print(f"page: {url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
 

@@ -1,15 +1,17 @@
-"""`export`: a trained system as a folder that PyTorch's users load, with a certificate that it draws the same."""
+"""`export`: a trained system as a folder that PyTorch's users load, with a certificate that it
+draws the same."""
 
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ NEEDED = ("torch", "diffusers", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Export:
-    """Writes LoRA (or transformer), aggregator, a diffusers pipeline, model card and certificate, ready to upload."""
+    """Writes LoRA (or transformer), aggregator, a diffusers pipeline, model card and certificate,
+    ready to upload."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Work, weights or exported folder; `demo` is the shipped miniature."""
@@ -34,11 +37,15 @@ class Export:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the numbers in the files; float32 loses nothing, bfloat16 is half as large."""
     check: bool = True
-    """Runs both sides on the same noise and conditions and writes parity.json, if PyTorch is installed."""
+    """Runs both sides on the same noise and conditions and writes parity.json, if PyTorch is
+    installed."""
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(Export, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax export")
+    given = tyro.cli(
+        Export, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax export"
+    )
     return guarded(lambda: run(given))
 
 
@@ -66,10 +73,14 @@ def run(given: Export) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if given.check and missing:
         print(f"{', '.join(missing)} not installed: the check is skipped, and the card says so")
-    # Products in float32, whatever the run computed in: differences are then the two programs', not the rounding's.
+    # Products in float32, whatever the run computed in: differences are then the two programs',
+    # not the rounding's.
     with jax.default_matmul_precision("highest"), whole_folder(given.out) as folder:
-        trained = load_trained(checkpoint, exact, merged=False)
-        base = trained.base if config.model.frozen_dtype != "int8" else None  # it is that of the rounded base
+        mesh = given.parallel.mesh(checkpoint, 1)
+        trained = load_trained(checkpoint, exact, merged=False, mesh=mesh)
+        base = (
+            trained.base if config.model.frozen_dtype != "int8" else None
+        )  # it is that of the rounded base
         about = {"base": base, "dtype": given.dtype, "step": trained.step}
         write_exported(
             folder, trained.system, config, about, DTYPES[given.dtype], merge=given.merge,
@@ -82,11 +93,14 @@ def run(given: Export) -> None:
         if given.check and not missing:
             from squeeze_jax.export.certificate import certificate
 
-            report = certificate(folder, trained, progress=print)
+            report = certificate(folder, trained, mesh, progress=print)
         write_card(folder, config, about, report)
         if report is not None:
             write_json(folder / "parity.json", {**report, "files": digests(folder)})
-    print(f"exported: {given.out} ({size_of(given.out) / 1e6:,.1f} MB) in {time.perf_counter() - started:.0f} s")
+    print(
+        f"exported: {given.out} ({size_of(given.out) / 1e6:,.1f} MB) "
+        f"in {time.perf_counter() - started:.0f} s"
+    )
     print(f"how to use it: {given.out / 'README.md'}")
 
 
@@ -96,18 +110,24 @@ def check_exportable(config: "Config", given: Export) -> None:
 
     if config.model.mllm_source != "internvl":
         raise InputError(
-            f"{given.checkpoint} reads with another MLLM (model.mllm_source {config.model.mllm_source}); "
+            f"{given.checkpoint} reads with another MLLM "
+            f"(model.mllm_source {config.model.mllm_source}); "
             "the exported pipeline knows InternVL3 only"
         )
     if config.model.dit.reference_attention == "cached":
         raise InputError(
-            f"{given.checkpoint} has learned cached reference attention; the exported pipeline knows joint attention only"
+            f"{given.checkpoint} has learned cached reference attention; "
+            "the exported pipeline knows joint attention only"
         )
     if config.lora is None and given.lora_format != "diffusers":
-        raise InputError(f"{given.checkpoint} has no LoRA, its transformer was trained whole; leave --lora-format out")
+        raise InputError(
+            f"{given.checkpoint} has no LoRA, its transformer was trained whole; "
+            "leave --lora-format out"
+        )
     if config.lora is not None and config.model.dit_weights is None and not given.merge:
         raise InputError(
-            f"{given.checkpoint}: its LoRA lies on random weights of the config's seed, which nobody else has; give --merge"
+            f"{given.checkpoint}: its LoRA lies on random weights of the config's seed, "
+            "which nobody else has; give --merge"
         )
     if config.model.frozen_dtype == "int8" and given.merge:
         print("the base is kept in int8; --merge takes it in bfloat16, as it was published")

@@ -29,7 +29,8 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Compiles a preset's real train step for a TPU topology and prints memory, FLOPs, traffic and the time to expect.
+    """Compiles a preset's real train step for a TPU topology and prints memory, FLOPs, traffic and
+    the time to expect.
 
     Any field of the preset can be overridden, as with train.py (`--data.batch-per-chip 2`).
     """
@@ -47,11 +48,14 @@ class Plan:
     best: int = 3
     """How many `--search` compiles and prints."""
     what: Literal["train", "sample"] = "train"
-    """The train step of the preset's last stage, or the staged sampler with its steps, τ and guidance."""
+    """The train step of the preset's last stage, or the staged sampler with its steps, τ and
+    guidance."""
     images: int = 0
     """Images sampled at once; 0: one for every place of the data and fsdp axes."""
     references: int = 1
     """Square references of each example."""
+    merge_lora: bool = True
+    """With `--what sample`: adapters merged, as `sample` loads them."""
     chip_hour: float | None = None
     """Price of a chip for an hour, to add the cost."""
     json: Path | None = None
@@ -63,7 +67,9 @@ class Plan:
 def main(arguments: list[str] | None = None) -> int:
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     arguments = sys.argv[1:] if arguments is None else arguments
-    given, overrides = tyro.cli(Plan, args=arguments, prog="squeeze_jax plan", return_unknown_args=True)
+    given, overrides = tyro.cli(
+        Plan, args=arguments, prog="squeeze_jax plan", return_unknown_args=True
+    )
     return guarded(lambda: run(given, overrides))
 
 
@@ -77,7 +83,9 @@ def run(given: Plan, overrides: list[str]) -> None:
     sizes = asked(given.mesh, config)
     print(f"{config.name}, {given.what}, on {given.slices} x {given.topology}", flush=True)
     place, written = {"topology": given.topology, "slices": given.slices, "preset": config.name}, []
-    for report, compiled in searched(given, config) if given.search else planned(given, config, sizes):
+    for report, compiled in (
+        searched(given, config) if given.search else planned(given, config, sizes)
+    ):
         report = report if given.chip_hour is None else priced(report, given.chip_hour)
         print("\n".join(lines(report)), flush=True)
         written.append(place | report)
@@ -93,14 +101,18 @@ def check(given: Plan) -> None:
     from squeeze_jax.errors import InputError
 
     if given.search and given.what != "train":
-        raise InputError("--search looks for ways to train; leave it out with --what sample, and give --mesh")
+        raise InputError(
+            "--search looks for ways to train; leave it out with --what sample, and give --mesh"
+        )
     if given.search and given.mesh is not None:
         raise InputError("--search tries every mesh; leave --mesh out, or --search")
     if given.chip_hour is not None and given.chip_hour <= 0:
         raise InputError(f"--chip-hour {given.chip_hour:g} must be above 0")
 
 
-def planned(given: Plan, config: "Config", sizes: dict[str, int]) -> "Iterator[tuple[Report, Compiled | None]]":
+def planned(
+    given: Plan, config: "Config", sizes: dict[str, int]
+) -> "Iterator[tuple[Report, Compiled | None]]":
     """The one plan that is asked for."""
     from squeeze_jax.planning.report import refused, train_report
     from squeeze_jax.planning.sampler_program import sample_report
@@ -111,7 +123,9 @@ def planned(given: Plan, config: "Config", sizes: dict[str, int]) -> "Iterator[t
         if given.what == "train":
             yield train_report(config, mesh, chip, given.references)
         else:
-            yield sample_report(config, mesh, chip, given.references, given.images)
+            yield sample_report(
+                config, mesh, chip, given.references, given.images, merge_lora=given.merge_lora
+            )
     except TooLargeError as error:
         yield refused(config, mesh, chip, error), None
 
@@ -124,11 +138,17 @@ def asked(mesh: str | None, config: "Config") -> dict[str, int]:
     if mesh is None:
         return {axis: getattr(config.parallel, axis) for axis in AXES}
     try:
-        sizes = dict.fromkeys(AXES, 1) | {k: int(v) for k, v in (part.split("=") for part in mesh.split(","))}
+        sizes = dict.fromkeys(AXES, 1) | {
+            k: int(v) for k, v in (part.split("=") for part in mesh.split(","))
+        }
     except ValueError:
-        raise InputError(f"--mesh {mesh!r} is not understood; write data=1,fsdp=8,tensor=1") from None
+        raise InputError(
+            f"--mesh {mesh!r} is not understood; write data=1,fsdp=8,tensor=1"
+        ) from None
     if unknown := set(sizes) - set(AXES):
-        raise InputError(f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
+        raise InputError(
+            f"--mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}"
+        )
     return sizes
 
 
@@ -142,7 +162,9 @@ def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled 
     heads, stage = config.model.dit.heads, config.training.stages[-1]
     alone: dict[str, int] = {axis: -1 if axis == "data" else 1 for axis in AXES}
     first, chip = topology_mesh(given.topology, alone, given.slices)
-    every = nearest_meshes(first.size, (1, first.size, 1), slices=given.slices, heads=heads, most=None)
+    every = nearest_meshes(
+        first.size, (1, first.size, 1), slices=given.slices, heads=heads, most=None
+    )
     shapes: list[dict[str, int]] = [dict(zip(AXES, shape)) for shape in every]
     found = candidates(
         config,
@@ -154,12 +176,18 @@ def searched(given: Plan, config: "Config") -> "Iterator[tuple[Report, Compiled 
     print(f"{len(found)} ways fit by hand; the best, by examples a second:")
     for one in found[: 2 * given.best]:
         shape = format_mesh(list(one.mesh.shape.values()))
-        print(f"  {shape:26}{one.remat:16}{one.batch:3} a chip {one.memory / 2**30:6.1f} GiB {one.rate:9.1f}", flush=True)
+        print(
+            f"  {shape:26}{one.remat:16}{one.batch:3} a chip {one.memory / 2**30:6.1f} GiB "
+            f"{one.rate:9.1f}",
+            flush=True,
+        )
     left = given.best
     for one in found:
         if left:
             try:
-                report, compiled = train_report(one.config(config), one.mesh, chip, given.references)
+                report, compiled = train_report(
+                    one.config(config), one.mesh, chip, given.references
+                )
             except TooLargeError as error:
                 report, compiled = refused(one.config(config), one.mesh, chip, error), None
             left -= report["fits"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
 
 AT_ONCE = 16
@@ -16,7 +17,8 @@ AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Sample:
-    """Draws the references' subjects doing what the prompt says; settings are embedded in the PNG as text."""
+    """Draws the references' subjects doing what the prompt says; settings are embedded in the PNG
+    as text."""
 
     prompt: str
     """What the picture should show."""
@@ -43,22 +45,35 @@ class Sample:
     solver: Literal["euler", "multistep"] = "euler"
     """multistep: second order, one evaluation a step."""
     cache_interval: int = 1
-    """TaylorSeer: of so many steps in a row one is evaluated, the others are extrapolated; 1 evaluates all."""
+    """TaylorSeer: of so many steps in a row one is evaluated, the others are extrapolated; 1
+    evaluates all."""
     max_order: int = 1
     """Order of TaylorSeer's expansion, 0 to 2."""
     first_block_threshold: float = 0.0
-    """First-block cache: a step whose first block's work changed by at most this share leaves the others out; 0 is off."""
+    """First-block cache: a step whose first block's work changed by at most this share leaves the
+    others out; 0 is off."""
     int8: bool = False
     """Keep the transformer's blocks in 8 bits a weight (qwix): half of bfloat16's memory."""
+    merge_lora: bool = True
+    """Add the LoRA to the base at loading, rounded once: less memory and work. Off under --int8."""
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(Sample, args=sys.argv[1:] if arguments is None else arguments, prog="sample.py")
+    given = tyro.cli(
+        Sample, args=sys.argv[1:] if arguments is None else arguments, prog="sample.py"
+    )
     return guarded(lambda: run(given))
 
 
 def run(given: Sample) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from squeeze_jax.data.images import load_image, parse_size, save_png, to_uint8
     from squeeze_jax.errors import InputError
@@ -76,24 +91,42 @@ def run(given: Sample) -> None:
     if given.tau1 is not None and given.tau2 is not None and given.tau2 > given.tau1:
         raise InputError(f"--tau2 {given.tau2} is larger than --tau1 {given.tau1}; it must not be")
     if given.cfg_scale is not None and len(given.cfg_scale) not in (1, 3):
-        raise InputError(f"--cfg-scale has {len(given.cfg_scale)} numbers; give one, or three: one a stage")
+        raise InputError(
+            f"--cfg-scale has {len(given.cfg_scale)} numbers; give one, or three: one a stage"
+        )
     height, width = parse_size(given.size) if given.size else (None, None)
     references = [load_image(path) for path in given.reference]
 
     setup()
     from squeeze_jax.app.strip import counts, stages_of_steps
-    from squeeze_jax.sampling.pipeline import Pipeline, Settings, split_evenly
+    from squeeze_jax.checkpoints.manager import read_config
+    from squeeze_jax.data.feature_extractor import FeatureExtractor
+    from squeeze_jax.data.placement import data_parallel_size
+    from squeeze_jax.interop.load import DEMO
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings, encode_prompts, split_evenly
     from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.schedule import MAX_STEPS
     from squeeze_jax.sampling.solver_config import SolverConfig
 
     if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
         raise InputError(f"--steps is {given.steps}; it must be from 1 to {MAX_STEPS}")
-    SolverConfig(given.solver, given.cache_interval, given.max_order, given.first_block_threshold)  # refuses what cannot be
-    pipeline = Pipeline.load(given.checkpoint)
+    SolverConfig(
+        given.solver, given.cache_interval, given.max_order, given.first_block_threshold
+    )  # refuses what cannot be
+    checkpoint = given.checkpoint or DEMO / "system"
+    mesh = given.parallel.mesh(checkpoint, min(given.num_images, AT_ONCE))
+    # The MLLM reads and makes room before the transformer is loaded: both are never in memory.
+    config = read_config(checkpoint)
+    encoders = FeatureExtractor.of(config, mesh)
+    encoded = encode_prompts(encoders, config, [given.prompt], [references])
+    encoders.forget_reader()
+    merge_lora = given.merge_lora and not given.int8
+    pipeline = Pipeline.load(given.checkpoint, mesh, merge_lora=merge_lora, encoders=encoders)
     if given.int8:
         pipeline = pipeline.quantised()
-    scale: Any = given.cfg_scale[0] if given.cfg_scale and len(given.cfg_scale) == 1 else given.cfg_scale
+    scale: Any = (
+        given.cfg_scale[0] if given.cfg_scale and len(given.cfg_scale) == 1 else given.cfg_scale
+    )
     settings = Settings(
         height, width, given.steps, given.tau1, given.tau2, scale, given.seed, given.num_images,
         given.solver, given.cache_interval, given.max_order, given.first_block_threshold,
@@ -109,18 +142,31 @@ def run(given: Sample) -> None:
     print("stages: " + ", ".join(f"{name} {plural(number)}" for name, number in counts(stages)))
     for sentence in resolved.empty_stages(pipeline.config, bool(used)):
         print(f"warning: {sentence}")
-    kept = [Reference(str(path), image.height, image.width) for path, image in zip(given.reference, references)]
-    pieces = split_evenly(range(given.num_images), AT_ONCE)
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("reading", total=resolved.steps * len(pieces))
-        ready = pipeline.ready(*pipeline.encode([given.prompt], [references]), settings)
+    kept = [
+        Reference(str(path), image.height, image.width)
+        for path, image in zip(given.reference, references)
+    ]
+    pieces = split_evenly(range(given.num_images), AT_ONCE, data_parallel_size(mesh))
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    ) as bar:
+        task = bar.add_task("compiling", total=resolved.steps * len(pieces))
+        ready = pipeline.ready(*encoded, settings)
         for number, piece in enumerate(pieces):
             tokens: Any = None
             for state in pipeline.stream_ready(ready, [resolved.seeds[i] for i in piece]):
                 tokens = state.tokens.block_until_ready()
-                bar.update(task, completed=number * resolved.steps + state.step, description=state.stage)
-            for i, picture in zip(dict.fromkeys(piece), to_uint8(pipeline.decode(tokens, settings))):
-                path = given.out if given.num_images == 1 else given.out.with_name(f"{given.out.stem}-{i}.png")
+                bar.update(
+                    task, completed=number * resolved.steps + state.step, description=state.stage
+                )
+            for i, picture in zip(
+                dict.fromkeys(piece), to_uint8(pipeline.decode(tokens, settings))
+            ):
+                path = (
+                    given.out
+                    if given.num_images == 1
+                    else given.out.with_name(f"{given.out.stem}-{i}.png")
+                )
                 made_by = str(given.checkpoint or "demo")
                 text = text_of(given.prompt, kept, made_by, pipeline.step, resolved, i, stages)
                 save_png(path, picture, text)

@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.checkpoints.build import DTYPES
 from squeeze_jax.config import Config
 from squeeze_jax.data.mllm import MLLM, InternVLMLLM, TransformersMLLM
+from squeeze_jax.data.placement import shard_inputs
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder, load_autoencoder
 from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.tiled_decoding import TILE, decode_tiles
+from squeeze_jax.processes import to_host
+from squeeze_jax.sharding import compiler_options, use_mesh
 
 if TYPE_CHECKING:
     from squeeze_jax.data.record_writer import EncodedPrompt
@@ -27,23 +31,40 @@ if TYPE_CHECKING:
 class FeatureExtractor:
     """The MLLM and the autoencoder of a config."""
 
-    def __init__(self, reader: MLLM, autoencoder: Autoencoder, settings: dict[str, Any]) -> None:
-        self._reader: MLLM | None = reader
-        self.autoencoder, self.settings = autoencoder, settings
-        self._encode = _compiled(autoencoder, lambda module, x: module.encode_unpacked(x))
-        self._decode = _compiled(autoencoder, lambda module, x: module.decode_unpacked(x))
+    mesh: Mesh | None = None
+    """What their weights lie on; None is one device."""
+
+    def __init__(
+        self,
+        load_reader: Callable[[], MLLM],
+        autoencoder: Autoencoder,
+        settings: dict[str, Any],
+        mesh: Mesh | None = None,
+    ) -> None:
+        """`load_reader` reads the MLLM from its folder: where a prompt comes and it is not there."""
+        self._load_reader, self._reader = load_reader, None
+        self.autoencoder, self.settings, self.mesh = autoencoder, settings, mesh
+        self._encode = _compiled(autoencoder, lambda module, x: module.encode_unpacked(x), mesh)
+        self._decode = _compiled(autoencoder, lambda module, x: module.decode_unpacked(x), mesh)
 
     @classmethod
-    def of(cls, config: Config) -> "FeatureExtractor":
-        """A config's encoders. Raises InputError where they do not fit its transformer and aggregator."""
+    def of(cls, config: Config, mesh: Mesh | None = None) -> "FeatureExtractor":
+        """A config's encoders, on a mesh as the sharding table says.
+
+        Raises InputError where they do not fit the config's transformer and aggregator.
+        """
         model, data = config.model, config.data
         folders = [encoder_folder(model.autoencoder, "autoencoder"), encoder_folder(model.mllm, "mllm")]
-        reader: MLLM
-        if model.mllm_source == "transformers":
-            reader = TransformersMLLM.load(folders[1], data.system_text, model.dtype)
-        else:
-            reader = InternVLMLLM(folders[1], data.system_text, data.max_tiles, DTYPES[model.dtype])
-        autoencoder = load_autoencoder(folders[0], jnp.float32)
+
+        def load_reader() -> MLLM:
+            if model.mllm_source == "transformers":
+                return TransformersMLLM.load(folders[1], data.system_text, model.dtype)
+            return InternVLMLLM(
+                folders[1], data.system_text, data.max_tiles, DTYPES[model.dtype], mesh=mesh
+            )
+
+        reader = load_reader()
+        autoencoder = load_autoencoder(folders[0], jnp.float32, mesh)
         of_latents = autoencoder.config
         for name, ours, theirs, folder in (
             ("model.latent_pixels", model.latent_pixels, of_latents.latent_pixels, model.autoencoder),
@@ -59,17 +80,19 @@ class FeatureExtractor:
             )
         # What decides the features: digests of both folders' weights, and how the MLLM is spoken to.
         digests = {name: digest(folder) for name, folder in zip(("autoencoder", "mllm"), folders)}
-        return cls(reader, autoencoder, reader.settings | digests)
+        encoders = cls(load_reader, autoencoder, reader.settings | digests, mesh)
+        encoders._reader = reader
+        return encoders
 
     def forget_reader(self) -> None:
-        """Frees the MLLM's memory; no prompt can be read any more."""
+        """Frees the MLLM's memory; the next prompt has it read from its folder again."""
         self._reader = None
 
     @property
     def reader(self) -> MLLM:
         """The MLLM with its tokenizer and processor."""
         if self._reader is None:
-            raise RuntimeError("the MLLM is gone: forget_reader was called")
+            self._reader = self._load_reader()
         return self._reader
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
@@ -93,7 +116,7 @@ class FeatureExtractor:
 
     def latents(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Latents [h, w, c] of pictures [height, width, 3] in [−1, 1] of one size."""
-        return list(np.asarray(self._encode(np.stack(images))))
+        return list(to_host(self._encode(np.stack(images))))
 
     def decode(self, latents: np.ndarray | jax.Array) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones in tiles."""
@@ -102,9 +125,9 @@ class FeatureExtractor:
     def decode_later(self, latents: np.ndarray | jax.Array) -> Callable[[], np.ndarray]:
         """`decode` in two: what is returned waits for the pictures, and until then the caller may have others drawn."""
         if max(latents.shape[1:3]) > TILE:
-            return lambda: decode_tiles(lambda part: np.asarray(self._decode(part)), np.asarray(latents))
+            return lambda: decode_tiles(lambda part: to_host(self._decode(part)), np.asarray(latents))
         pictures = self._decode(latents)
-        return lambda: np.asarray(pictures)
+        return lambda: to_host(pictures)
 
 
 def digest(folder: Path) -> str:
@@ -117,7 +140,17 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()[:16]
 
 
-def _compiled(module: nnx.Module, function: Any) -> Any:
+def _compiled(
+    module: Autoencoder, function: Callable[[Autoencoder, jax.Array], jax.Array], mesh: Mesh | None
+) -> Callable[[np.ndarray | jax.Array], jax.Array]:
     graph, state = nnx.split(module)
-    compiled = jax.jit(lambda state, *inputs: function(nnx.merge(graph, state), *inputs))
-    return lambda *inputs: compiled(state, *inputs)
+
+    def run(state: nnx.State, x: jax.Array) -> jax.Array:
+        if mesh is not None:  # small weights: gathered, so that no product is cut
+            whole = NamedSharding(mesh, PartitionSpec())
+            state = jax.lax.with_sharding_constraint(state, whole)
+        with use_mesh(mesh):
+            return function(nnx.merge(graph, state), x)
+
+    compiled = jax.jit(run, compiler_options=compiler_options(mesh))
+    return lambda x: compiled(state, shard_inputs(mesh, x))

@@ -5,6 +5,7 @@ config (`model.mllm_source`); records, aggregator and sampler do not know the di
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from PIL import Image
 
 from squeeze_jax.array_types import DType
@@ -26,9 +28,11 @@ from squeeze_jax.data.chat import (
     load_tokenizer,
     pad_inputs,
 )
+from squeeze_jax.data.placement import shard_inputs
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import load_internvl
 from squeeze_jax.models.internvl import InternVL, InternVLConfig, split_hidden_states
+from squeeze_jax.sharding import compiler_options, use_mesh
 
 TEXT_BUCKET = 32
 """Text tokens are padded to a multiple of this, so that a new prompt compiles nothing new."""
@@ -65,13 +69,25 @@ class MLLM(Protocol):
 class InternVLMLLM:
     """InternVL3, compiled per shape."""
 
-    def __init__(self, folder: Path, system_text: str | None, max_tiles: int, dtype: DType) -> None:
-        self.mllm = load_internvl(folder, dtype)
+    def __init__(
+        self,
+        folder: Path,
+        system_text: str | None,
+        max_tiles: int,
+        dtype: DType,
+        *,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.mesh = mesh
+        self.mllm = load_internvl(folder, dtype, mesh)
+        self.mllm.head = None  # it predicts words, which nobody asks for
         self.tokenizer = load_tokenizer(folder)
         self.system_text, self.max_tiles = system_text, max_tiles
         check_vocabulary(folder, self.tokenizer, self.mllm.config)
         self.graph, self.state = nnx.split(self.mllm)
-        self.program = jax.jit(self._states)
+        # No bound method: memory is free as soon as nobody holds this object.
+        program = partial(_read_states, self.graph, mesh)
+        self.program = jax.jit(program, compiler_options=compiler_options(mesh))
 
     @property
     def width(self) -> int:
@@ -106,16 +122,25 @@ class InternVLMLLM:
         pixels = np.zeros((len(prompts) * most // per_tile, size, size, 3), np.float32)
         for place, tile in enumerate(chain.from_iterable(chain.from_iterable(tiles))):
             pixels[place] = tile
-        return self.program(self.state, ids, pixels, mask)
+        return self.program(self.state, *shard_inputs(self.mesh, (ids, pixels, mask)))
 
-    def _states(self, state: Any, ids: jax.Array, pixels: jax.Array, mask: jax.Array) -> HiddenStates:
-        """All hidden states, text and image tokens apart: both lengths follow from the shapes."""
-        mllm: InternVL = nnx.merge(self.graph, state)
+
+def _read_states(
+    graph: Any, mesh: Mesh | None, state: Any, ids: jax.Array, pixels: jax.Array, mask: jax.Array
+) -> HiddenStates:
+    """All hidden states, text and image tokens apart: both lengths follow from the shapes."""
+    mllm: InternVL = nnx.merge(graph, state)
+    with use_mesh(mesh):
         hidden = mllm(ids, pixels if pixels.shape[0] else None, mask)
-        image = mllm.config.image_tokens * (pixels.shape[0] // ids.shape[0])
-        return split_hidden_states(
-            hidden, ids, mask, mllm.config.image_token_id, text_length=ids.shape[1] - image, image_length=image
-        )
+    image = mllm.config.image_tokens * (pixels.shape[0] // ids.shape[0])
+    return split_hidden_states(
+        hidden,
+        ids,
+        mask,
+        mllm.config.image_token_id,
+        text_length=ids.shape[1] - image,
+        image_length=image,
+    )
 
 
 class TransformersMLLM:

@@ -1,4 +1,5 @@
-"""The certificate of an export: our system and the exported PyTorch files on the same noise and conditions."""
+"""The certificate of an export: our system and the exported PyTorch files on the same noise and
+conditions."""
 
 import sys
 import tempfile
@@ -8,13 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from squeeze_jax.batch import HiddenStates
+from squeeze_jax.array_types import Array
+from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.checkpoints.trained import Trained
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import load_image, to_uint8
+from squeeze_jax.data.placement import mesh_of, shard_inputs
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.errors import OutputError
 from squeeze_jax.interop.autoencoder import save_autoencoder
@@ -30,32 +36,44 @@ from squeeze_jax.interop.load import (
     save_dit,
     save_internvl,
 )
+from squeeze_jax.models.system import System
 from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
 from squeeze_jax.sampling.schedule import noise_for
+from squeeze_jax.sharding import use_mesh
 
 TOLERANCE = {"part": 1e-4, "latents": 1e-4, "pixels": 1e-3}
-"""Largest relative error of a part and of the latents, and share of values off by more than one grey level (float32)."""
+"""Largest relative error of a part and of the latents, and share of values off by more than one
+grey level (float32)."""
 PROMPT = "a small critter running on the beach at night, with a blue flag, on the left"
 STEPS = 8
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers", "peft", "safetensors")
 MODULES = ("squeeze_pipeline", "squeeze_aggregator")
 
 
-def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """Relative errors of every part and of whole pictures, with settings and versions, as JSON values.
+def certificate(
+    folder: Path,
+    trained: Trained,
+    mesh: Mesh | None = None,
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Relative errors of every part and of whole pictures, with settings and versions, as JSON
+    values.
 
-    Both sides compute in float32, PyTorch reads the files of `folder` in their own type. Raises OutputError where they
-    differ by more than `TOLERANCE`, and InputError where base or encoders are not there.
+    Both sides compute in float32, PyTorch reads the files of `folder` in their own type; ours runs
+    on the `mesh` that it lies on, its adapters unmerged. Raises OutputError where they differ by
+    more than `TOLERANCE`, and InputError where base or encoders are not there.
     """
     import torch
 
     config = trained.config
-    pipeline = Pipeline.of(trained.system, config)
+    pipeline = Pipeline.of(trained.system, config, FeatureExtractor.of(config, mesh))
     exact = about_of(folder)["dtype"] == "float32"
     with torch_pipeline(folder, trained) as theirs:
         pictures = [load_image(DEMO / "references" / f"critter-{i}.png") for i in range(2)]
         states = pipeline.encoders.read([PROMPT], [pictures])
-        (latents,) = encode_references(pipeline.encoders, [pictures], config.data.reference_long_side)
+        (latents,) = encode_references(
+            pipeline.encoders, [pictures], config.data.reference_long_side
+        )
         settings = Settings(steps=min(config.sampling.steps, STEPS))
         resolved = pipeline.resolved(settings)
         grid = config.grid(resolved.height, resolved.width)
@@ -66,8 +84,12 @@ def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] 
             options = {"num_inference_steps": resolved.steps, "latents": x}
             found = theirs(PROMPT, pictures, output_type="latent", **options)
             drawn = theirs.decode(found, grid)
-            if config.lora is not None and (folder / TRANSFORMER).is_dir():  # whoever loads the folder alone gets this one
-                theirs.register_modules(transformer=_transformer(folder / TRANSFORMER, torch.float32))
+            if (
+                config.lora is not None and (folder / TRANSFORMER).is_dir()
+            ):  # whoever loads the folder alone gets this one
+                theirs.register_modules(
+                    transformer=_transformer(folder / TRANSFORMER, torch.float32)
+                )
                 rows["merged transformer, velocity"] = velocity()
     for name, error in rows.items():
         progress(f"  {name:32}{error:.1e}")
@@ -82,7 +104,8 @@ def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] 
     if failed and exact:
         raise OutputError(
             f"the exported files do not compute the same ({', '.join(failed)} differ by more than "
-            f"{max(limits[name] for name in failed):g}); nothing is written: report this, or write them with --no-check"
+            f"{max(limits[name] for name in failed):g}); nothing is written: report this, "
+            "or write them with --no-check"
         )
     return {
         "parts": rows,
@@ -94,29 +117,45 @@ def certificate(folder: Path, trained: Trained, progress: Callable[[str], None] 
 
 
 def _parts(
-    pipeline: Pipeline, theirs: Any, states: HiddenStates, latents: list[np.ndarray], pictures: list[Any],
-    noise: np.ndarray, grid: tuple[int, int],
+    pipeline: Pipeline, theirs: Any, states: HiddenStates, latents: list[np.ndarray],
+    pictures: list[Any], noise: np.ndarray, grid: tuple[int, int],
 ) -> tuple[dict[str, float], Callable[[], float]]:  # fmt: skip
-    """Relative error of each part, every one on the inputs that ours gets; and the transformer's, to measure again."""
+    """Relative error of each part, every one on the inputs that ours gets; and the transformer's,
+    to measure again."""
     import torch
 
     system, config = nnx.merge(pipeline.graphdef, *pipeline.params), pipeline.config
     sequence, is_image = in_order(states)
-    rows = {"MLLM, hidden states": relative_error(theirs.read(PROMPT, pictures)[0].numpy(), sequence)}
-    context = nnx.jit(lambda system, states: system.aggregate(states))(system, states)
+    rows = {
+        "MLLM, hidden states": relative_error(theirs.read(PROMPT, pictures)[0].numpy(), sequence)
+    }
+    mesh = mesh_of(pipeline.params)
+
+    @nnx.jit
+    def aggregate(system: System, states: HiddenStates) -> Context:
+        with use_mesh(mesh):
+            return system.aggregate(states)
+
+    context = aggregate(system, shard_inputs(mesh, states))
     ours = np.array(context.tokens)[0, np.asarray(context.mask)[0]]
-    rows["aggregator"] = relative_error(theirs.aggregator(torch.tensor(sequence), torch.tensor(is_image)).numpy(), ours)
+    rows["aggregator"] = relative_error(
+        theirs.aggregator(torch.tensor(sequence), torch.tensor(is_image)).numpy(), ours
+    )
     encoded = torch.cat([theirs.encode(picture).flatten() for picture in pictures])
     in_their_order = [latent.transpose(2, 0, 1).ravel() for latent in latents]
     rows["autoencoder, encode"] = relative_error(encoded.numpy(), np.concatenate(in_their_order))
     references = pad_references([latents], grid, config.model.dit.reference_positions)
     assert references is not None
-    ours_of = nnx.jit(
-        lambda system, x, t, context, references: system.velocity(
-            x, grid, t, context, references, config.diffusion.guidance
-        )
-    )
-    expected = ours_of(system, noise, jnp.array([0.7], jnp.float32), context, references)
+
+    @nnx.jit
+    def ours_of(
+        system: System, x: Array, t: Array, context: Context, references: References
+    ) -> jax.Array:
+        with use_mesh(mesh):
+            return system.velocity(x, grid, t, context, references, config.diffusion.guidance)
+
+    inputs = shard_inputs(mesh, (noise, np.array([0.7], np.float32), context, references))
+    expected = ours_of(system, *inputs)
     kept, x = references.mask[0], torch.from_numpy(noise)
     places = np.concatenate([np.indices(grid).reshape(2, -1).T, references.positions[0, kept]])
     positions = torch.tensor(np.pad(places, ((0, 0), (1, 0))), dtype=torch.float32)
@@ -126,18 +165,26 @@ def _parts(
         return relative_error(theirs.velocity(x, 0.7, *conditions).numpy(), expected)
 
     rows["transformer, velocity"] = velocity()
-    rows["autoencoder, decode"] = relative_error(theirs.decode(x, grid), pipeline.decode(jnp.asarray(noise)))
+    rows["autoencoder, decode"] = relative_error(
+        theirs.decode(x, grid), pipeline.decode(jnp.asarray(noise))
+    )
     return rows, velocity
 
 
 def in_order(states: HiddenStates) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states [M, L, C] of one sequence without padding, in its order, and which tokens are image tokens."""
+    """Hidden states [M, L, C] of one sequence without padding, in its order, and which tokens are
+    image tokens."""
     parts = [
-        (states.text, states.text_mask, states.text_positions), (states.image, states.image_mask, states.image_positions)
+        (states.text, states.text_mask, states.text_positions),
+        (states.image, states.image_mask, states.image_positions),
     ]  # fmt: skip
     kept = [np.asarray(mask)[0] for _, mask, _ in parts]
-    values = np.concatenate([np.asarray(x)[0][:, keep] for (x, _, _), keep in zip(parts, kept)], axis=1)
-    order = np.argsort(np.concatenate([np.asarray(place)[0][keep] for (_, _, place), keep in zip(parts, kept)]))
+    values = np.concatenate(
+        [np.asarray(x)[0][:, keep] for (x, _, _), keep in zip(parts, kept)], axis=1
+    )
+    order = np.argsort(
+        np.concatenate([np.asarray(place)[0][keep] for (_, _, place), keep in zip(parts, kept)])
+    )
     is_image = np.repeat([False, True], [keep.sum() for keep in kept])
     return values[:, order], is_image[order]
 
@@ -154,8 +201,12 @@ def torch_pipeline(folder: Path, trained: Trained) -> Iterator[Any]:
         parts: dict[str, Any] = {}
         model = trained.config.model
         if trained.config.lora is not None and model.dit_weights is not None:
-            kept = torch.float32 if model.frozen_dtype == "float32" else torch.bfloat16  # what the run knew of it
-            parts[TRANSFORMER] = _transformer(_in_their_layout(TRANSFORMER, model.dit_weights, Path(rewritten)), kept)
+            kept = (
+                torch.float32 if model.frozen_dtype == "float32" else torch.bfloat16
+            )  # what the run knew of it
+            parts[TRANSFORMER] = _transformer(
+                _in_their_layout(TRANSFORMER, model.dit_weights, Path(rewritten)), kept
+            )
         for name, field in ENCODERS.items():
             if not (folder / name).is_dir():
                 parts[name] = _in_their_layout(name, getattr(model, field), Path(rewritten))
@@ -168,13 +219,18 @@ def _transformer(folder: str | Path, dtype: Any) -> Any:
     """A transformer's folder, rounded to a type, as a float32 module."""
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-    model: Any = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    model: Any = FluxTransformer2DModel.from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True
+    )
     return model.float().eval()
 
 
 def _in_their_layout(name: str, source: str, rewritten: Path) -> str:
-    """A published checkpoint that diffusers and transformers read: itself, or rewritten in float32."""
-    read = {TRANSFORMER: dit_source, "vae": autoencoder_source, "mllm": internvl_source}[name](source)
+    """A published checkpoint that diffusers and transformers read: itself, or rewritten in
+    float32."""
+    read = {TRANSFORMER: dit_source, "vae": autoencoder_source, "mllm": internvl_source}[name](
+        source
+    )
     if read.layout in ("diffusers", "transformers (-hf)") and Path(source).is_dir():
         return source
     into = rewritten / name
@@ -190,11 +246,15 @@ def _in_their_layout(name: str, source: str, rewritten: Path) -> str:
 
 @contextmanager
 def exported_modules(folder: Path) -> Iterator[Any]:
-    """The pipeline's Python file of a folder, imported as its user imports it, and forgotten afterwards."""
+    """The pipeline's Python file of a folder, imported as its user imports it, and forgotten
+    afterwards."""
     import transformers
 
     sys.path.insert(0, str(folder))
-    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing but what was exported is in the folder
+    kept, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # nothing but what was exported is in the folder
     transformers.utils.logging.disable_progress_bar()
     try:
         import squeeze_pipeline  # pyright: ignore[reportMissingImports]
@@ -211,5 +271,7 @@ def relative_error(ours: Any, theirs: Any) -> float:
     """‖a − b‖ / ‖b‖ in float64, to two digits."""
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
-        raise OutputError(f"the exported files give shape {a.shape} where ours give {b.shape}; report this")
+        raise OutputError(
+            f"the exported files give shape {a.shape} where ours give {b.shape}; report this"
+        )
     return float(f"{np.linalg.norm(a - b) / np.linalg.norm(b):.1e}")

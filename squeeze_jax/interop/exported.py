@@ -143,8 +143,10 @@ def lora_leaves(
 def _read(
     prefix: str, module: nnx.Module, table: Any, tensors: Any, where: Path, place: Place | None, dtype: Any = np.float32
 ) -> dict[str, Any]:
+    # The sharding table goes by whole paths.
+    lay = place and (lambda path, shape: place(f"{prefix}.{path}", shape))
     try:
-        load_entries(module, table, tensors, np.dtype(dtype), place)
+        load_entries(module, table, tensors, np.dtype(dtype), lay)
     except MappingError as error:
         raise InputError(f"{where}: {error}") from None
     leaves = {f"{prefix}.{path}": leaf[...] for path, leaf in parameters_by_path(module).items()}

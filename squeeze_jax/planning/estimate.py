@@ -21,9 +21,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.checkpoints.build import build_system, is_trained
+from squeeze_jax.checkpoints.inference import convert_for_sampling
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.layers.splash import padded
-from squeeze_jax.models.backbone import BlockInputs, Streams
+from squeeze_jax.models.backbone import Backbone, BlockInputs, Streams
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.network import network_seconds
 from squeeze_jax.planning.train_program import Compiled, abstract_batch, compiled, placed, step_flops
@@ -136,11 +137,14 @@ def block_program(
     context: int,
     image: int,
     backward: bool = True,
+    *,
+    merge_lora: bool = True,
 ) -> Compiled:
     """Compiles one block of the transformer by itself, with `rows` examples a chip.
 
     The program runs it forward, and backward under the config's policy. Without `backward`, as in
-    sampling, shifts, scales and gates are given: one set for all examples.
+    sampling, shifts, scales and gates are given: one set for all examples; and weights are those
+    that sampling keeps (`merge_lora`: `convert_for_sampling`).
     """
     # A transformer of one block of each kind, of which one is run. A single block reads one joint
     # sequence: it is given as an image without context, so that nothing is joined or cut around it.
@@ -148,7 +152,14 @@ def block_program(
     parallel = config.parallel if backward else replace(config.parallel, remat="none")
     model = replace(config.model, dit=dit_config)
     config = replace(config, model=model, parallel=parallel)
-    dit = nnx.eval_shape(lambda: build_system(config, with_base=False).dit)
+
+    def make() -> Backbone:
+        system = build_system(config, with_base=False)
+        if not backward:
+            system = convert_for_sampling(system, config, merge_lora=merge_lora)
+        return system.dit
+
+    dit = nnx.eval_shape(make)
     stack, first = f"{kind}_blocks", 0 if kind == "double" else 1
     if kind == "single":
         context, image = 0, context + image

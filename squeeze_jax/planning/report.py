@@ -166,6 +166,10 @@ def lines(report: Report) -> Iterator[str]:
         f"output {memory['output'] / GIB:.2f} ({memory['aliased'] / GIB:.2f} of it in place)"
         + ("" if report["fits"] else "   DOES NOT FIT")
     )
+    if "weights_per_chip" in report:
+        weights = ", ".join(f"{k} {v / GIB:.2f}" for k, v in report["weights_per_chip"].items())
+        beside = "fits" if report["fits_with_mllm"] else "DOES NOT FIT"
+        yield f"weights a chip    {weights} GiB; with the MLLM kept, it {beside}"
     for one in report["collectives"]:
         if one["bytes_per_chip"] >= 1e6:
             where = f"{'+'.join(one['axes']) or '-'} ({one['over']})"

@@ -1,8 +1,12 @@
-"""The staged sampler, compiled for a TPU topology that nobody has to own, and how long a batch of images will take."""
+"""The staged sampler, compiled for a TPU topology that nobody has to own: memory and time.
 
+What `Pipeline.load` keeps is known without a compiler: `kept_weights` counts it to the byte.
+"""
+
+import math
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from squeeze_jax.batch import Context, HiddenStates, References
-from squeeze_jax.checkpoints.build import build_system
+from squeeze_jax.checkpoints.build import random_encoders
+from squeeze_jax.checkpoints.inference import sampling_shapes
 from squeeze_jax.config import Config
 from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.planning.chips import Chip
@@ -24,10 +29,50 @@ from squeeze_jax.sampling.sampler import denoise, initial_state, prepare
 from squeeze_jax.sampling.schedule import MAX_STEPS, STAGES, Schedule
 from squeeze_jax.sampling.settings import Settings, resolve
 from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER
-from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
+from squeeze_jax.sharding import batch_sharding, compiler_options, make_mesh, use_mesh
 
 Evaluation = tuple[bool, bool]
 """Whether a velocity sees the MLLM's tokens, and whether it sees the references'."""
+
+
+class KeptWeights(NamedTuple):
+    """Bytes of weights that a loaded pipeline keeps on each device of its mesh."""
+
+    system: int
+    """Transformer and aggregator."""
+    autoencoder: int
+    mllm: int
+    """0 where PyTorch runs it (`model.mllm_source` transformers), whose memory is its own."""
+
+
+def kept_weights(config: Config, mesh: Mesh, *, merge_lora: bool = True) -> KeptWeights:
+    """Counts what `Pipeline.load` keeps on each device; every device keeps as much."""
+    encoders = nnx.eval_shape(lambda: random_encoders(config, nnx.Rngs(0)))
+    mllm = nnx.state(encoders.mllm) if config.model.mllm_source == "internvl" else nnx.State({})
+    system = sampling_shapes(config, merge_lora=merge_lora)[1]
+    parts = (system, nnx.state(encoders.autoencoder), mllm)
+    return KeptWeights(*(bytes_on_each(placed(state, mesh)) for state in parts))
+
+
+RESERVED = 1 / 8
+"""Of a device's memory, left for what programs need beside weights (our decision; at 512 x 512 the
+compiler finds about 2 GiB on v5p)."""
+
+
+def mllm_fits(config: Config, mesh: Mesh | None, *, merge_lora: bool = True) -> bool:
+    """Whether this machine's devices can keep the MLLM beside the rest; True where none says."""
+    mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    kept = sum(kept_weights(config, mesh, merge_lora=merge_lora))
+    return limit is None or kept <= (1 - RESERVED) * limit
+
+
+def bytes_on_each(shapes: nnx.State) -> int:
+    """Bytes of placed shapes on one device: the table cuts evenly or not at all."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes)
+    )
 
 
 def schedule_of(config: Config, references: int) -> Schedule:
@@ -44,10 +89,12 @@ def evaluations(config: Config, references: int) -> list[tuple[Evaluation, int]]
     return [*steps, *([((False, False), config.sampling.steps)] if guided else [])]
 
 
-def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1) -> Compiled:
-    """The sampler that `sample` runs for the config's size, every image with a prompt and references of its own."""
-    system = nnx.eval_shape(lambda: build_system(config, with_base=False))
-    graph, state = nnx.split(system)
+def compile_sampler(
+    config: Config, mesh: Mesh, images: int, references: int = 1, *, merge_lora: bool = True
+) -> Compiled:
+    """The sampler that `sample` runs for the config's size, every image with a prompt and
+    references of its own."""
+    graph, state = sampling_shapes(config, merge_lora=merge_lora)
     schedule = schedule_of(config, references)
     split = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     where = batch_sharding(mesh) if split else NamedSharding(mesh, PartitionSpec())
@@ -75,9 +122,10 @@ def compile_sampler(config: Config, mesh: Mesh, images: int, references: int = 1
     return compiled(sampler, mesh, (placed(state, mesh),), batch.target, batch.hidden_states, shown, *numbers, trips=trips)
 
 
-def image_flops(config: Config, references: int = 1) -> int:
-    """FLOPs of one image: context, references and modulation once, then every evaluation of the velocity."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: build_system(config, with_base=False)))
+def image_flops(config: Config, references: int = 1, *, merge_lora: bool = True) -> int:
+    """FLOPs of one image: context, references and modulation once, then every evaluation of the
+    velocity. Adapters that are merged cost none."""
+    graph, state = sampling_shapes(config, merge_lora=merge_lora)
     batch, schedule = abstract_batch(config, 1, references), schedule_of(config, references)
     kinds = evaluations(config, references)
     shown = batch.references if any(vae for (_, vae), _ in kinds) else None
@@ -101,8 +149,18 @@ def image_flops(config: Config, references: int = 1) -> int:
     return matmul_flops(once, state, batch.hidden_states, shown) + sum(steps * velocity(kind) for kind, steps in kinds)
 
 
-def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, images: int, references: int = 1) -> Estimate:
-    """Of a batch of images, compiled as `whole`: blocks' times are linear in their tokens, measured at two lengths."""
+def batch_estimate(
+    config: Config,
+    mesh: Mesh,
+    chip: Chip,
+    whole: Compiled,
+    images: int,
+    references: int = 1,
+    *,
+    merge_lora: bool = True,
+) -> Estimate:
+    """Of a batch of images, compiled as `whole`: blocks' times are linear in their tokens, measured
+    at two lengths."""
     dit = config.model.dit
     cut = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = images // cut if images % cut == 0 else images
@@ -118,8 +176,10 @@ def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, imag
         seen = joint + vae * (image - kept)  # keys that are only looked at
         kernels += steps * Kernel(joint, dit.width, blocks, seen).flops(False, False)
     for name, depth in (("double", dit.num_double_blocks), ("single", dit.num_single_blocks)):
-        short = block_program(config, mesh, name, rows, 0, target, backward=False)
-        long = block_program(config, mesh, name, rows, context, kept, backward=False)
+        program = partial(
+            block_program, config, mesh, name, rows, backward=False, merge_lora=merge_lora
+        )
+        short, long = program(0, target), program(context, kept)
         for tokens, steps in lengths:
             share = (tokens - target) / (context + kept - target)
             seconds += depth * steps * (short.expected(chip) + share * (long.expected(chip) - short.expected(chip)))
@@ -135,15 +195,34 @@ def batch_estimate(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, imag
     )
 
 
-def sample_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1, images: int = 0) -> tuple[Report, Compiled]:
-    """The plan of sampling `images` at once (0: one for every place that holds examples)."""
+def sample_report(
+    config: Config,
+    mesh: Mesh,
+    chip: Chip,
+    references: int = 1,
+    images: int = 0,
+    *,
+    merge_lora: bool = True,
+) -> tuple[Report, Compiled]:
+    """The plan of sampling `images` at once (0: one for every place that holds examples).
+
+    It fits where the program and the autoencoder do, as `sample` has it: the MLLM is freed before
+    the transformer is loaded. `fits_with_mllm` is for who keeps it, as the app does.
+    """
     images = images or mesh.shape["data"] * mesh.shape["fsdp"]
-    flops = images * image_flops(config, references)
-    whole = compile_sampler(config, mesh, images, references)
-    estimate = batch_estimate(config, mesh, chip, whole, images, references)
+    flops = images * image_flops(config, references, merge_lora=merge_lora)
+    whole = compile_sampler(config, mesh, images, references, merge_lora=merge_lora)
+    estimate = batch_estimate(
+        config, mesh, chip, whole, images, references, merge_lora=merge_lora
+    )
+    kept = kept_weights(config, mesh, merge_lora=merge_lora)
     report = described(config, mesh, chip, whole, references)
     report |= {
         "what": "sample",
+        "merge_lora": merge_lora,
+        "weights_per_chip": kept._asdict(),
+        "fits": whole.total + kept.autoencoder <= chip.memory,
+        "fits_with_mllm": whole.total + kept.autoencoder + kept.mllm <= chip.memory,
         "examples_per_step": images,
         "sampling_steps": config.sampling.steps,
         "model_flops_per_step": flops,

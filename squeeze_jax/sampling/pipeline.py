@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from PIL import Image
 
 from squeeze_jax.batch import HiddenStates, References
+from squeeze_jax.checkpoints.inference import convert_for_sampling
 from squeeze_jax.checkpoints.trained import load_trained
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import to_rgb
+from squeeze_jax.data.placement import data_parallel_size, mesh_of, shard_inputs
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.diffusion.latents import (
     PATCH,
@@ -35,12 +37,11 @@ from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.stack import is_unstacked, unstack
 from squeeze_jax.models.dit import BLOCK_STACKS
 from squeeze_jax.models.system import System
-from squeeze_jax.processes import put_global, to_host
+from squeeze_jax.processes import to_host
 from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, noise_for
 from squeeze_jax.sampling.settings import Resolved, Settings, resolve
-from squeeze_jax.sharding import batch_sharding
 
 REFERENCE_BUCKET = 16
 """Reference tokens are padded to a multiple of this, so that similar sizes share a program."""
@@ -90,13 +91,34 @@ class Pipeline:
     step: int | None = None
     int8: bool = False
     """Whether the transformer's blocks are in 8 bits a weight: `quantised`."""
+    keep_mllm: bool = True
+    """Whether the MLLM stays after a prompt is read; else it is freed, and read again for the next."""
     _programs: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, checkpoint: str | Path | None = None) -> "Pipeline":
-        """From a work, weights or exported folder; None is the shipped miniature."""
-        trained = load_trained(DEMO / "system" if checkpoint is None else Path(checkpoint))
-        return cls.of(trained.system, trained.config, step=trained.step)
+    def load(
+        cls,
+        checkpoint: str | Path | None = None,
+        mesh: Mesh | None = None,
+        *,
+        merge_lora: bool = True,
+        keep_mllm: bool = True,
+        encoders: FeatureExtractor | None = None,
+    ) -> "Pipeline":
+        """From a work, weights or exported folder; None is the shipped miniature.
+
+        On a `mesh` (`sampling.layout.sampling_mesh` chooses one) every device reads and keeps its
+        own slices of all weights, the encoders' included; without one all lie on one device.
+        Adapters are merged into the base, which changes what is drawn by that one rounding;
+        `merge_lora=False` computes them beside it, as training does. Do so before `quantised`, in
+        whose steps a merged adapter would drown. `encoders` are the config's own that are there
+        already (`FeatureExtractor.of`). Raises InputError for a folder that cannot be used.
+        """
+        trained = load_trained(DEMO / "system" if checkpoint is None else Path(checkpoint), mesh=mesh)
+        system = convert_for_sampling(trained.system, trained.config, merge_lora=merge_lora)
+        encoders = FeatureExtractor.of(trained.config, mesh) if encoders is None else encoders
+        pipeline = cls.of(system, trained.config, encoders, trained.step)
+        return dataclasses.replace(pipeline, keep_mllm=keep_mllm)
 
     @classmethod
     def of(cls, system: System, config: Config, encoders: FeatureExtractor | None = None, step: int | None = None):
@@ -219,9 +241,10 @@ class Pipeline:
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
     ) -> tuple[HiddenStates, list[list[np.ndarray]]]:
         """What the frozen encoders make of prompts and their references: once, whatever is drawn from it."""
-        upright = [[to_rgb(image) for image in row] for row in references]
-        latents = encode_references(self.encoders, upright, self.config.data.reference_long_side)
-        return self.encoders.read(list(prompts), upright), latents
+        encoded = encode_prompts(self.encoders, self.config, prompts, references)
+        if not self.keep_mllm:
+            self.encoders.forget_reader()
+        return encoded
 
     def sample(
         self,
@@ -299,10 +322,24 @@ class Pipeline:
     def decode_later(self, tokens: jax.Array, settings: Settings | Resolved) -> Callable[[], np.ndarray]:
         """`decode` begun; what is returned waits for its end."""
         resolved = settings if isinstance(settings, Resolved) else self.resolved(settings)
+        # Encoders on one device cannot read what lies on many.
         spread = isinstance(tokens, jax.Array) and len(tokens.devices()) > 1
+        spread = spread and self.encoders.mesh is None
         latents = unpack(to_host(tokens) if spread else tokens, self.config.grid(resolved.height, resolved.width))
         pictures = self.encoders.decode_later(latents)
         return lambda: np.clip(pictures(), -1.0, 1.0)
+
+
+def encode_prompts(
+    encoders: FeatureExtractor,
+    config: Config,
+    prompts: Sequence[str],
+    references: Sequence[Sequence[Image.Image]],
+) -> tuple[HiddenStates, list[list[np.ndarray]]]:
+    """`Pipeline.encode` with a config's encoders, before or without its transformer."""
+    upright = [[to_rgb(image) for image in row] for row in references]
+    latents = encode_references(encoders, upright, config.data.reference_long_side)
+    return encoders.read(list(prompts), upright), latents
 
 
 def group_prompts(references: Sequence[Sequence[Any]], most: int, multiple: int = 1) -> list[list[int]]:
@@ -323,30 +360,6 @@ def split_evenly(items: Sequence[int], most: int, multiple: int = 1) -> list[lis
         length = -(-length // multiple) * multiple
     pieces = [list(items[start : start + length]) for start in range(0, len(items), length or 1)]
     return [piece + piece[-1:] * (length - len(piece)) for piece in pieces]
-
-
-def mesh_of(leaves: Any) -> Mesh | None:
-    """The mesh that the weights lie on; None on a single device."""
-    where = getattr(jax.tree.leaves(leaves)[0], "sharding", None)
-    mesh = where.mesh if isinstance(where, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
-
-
-def data_parallel_size(mesh: Mesh | None) -> int:
-    """Places of a mesh that hold examples of their own."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def shard_inputs(mesh: Mesh | None, inputs: Any) -> Any:
-    """Inputs on the mesh: rows split over it where they divide evenly, else everywhere."""
-    if mesh is None:
-        return inputs
-    rows, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-
-    def where(x: jax.Array | np.ndarray) -> NamedSharding:
-        return rows if x.shape[0] % data_parallel_size(mesh) == 0 else everywhere
-
-    return put_global(inputs, jax.tree.map(where, inputs))
 
 
 def pad_references(

@@ -414,8 +414,9 @@ def served(command, folder):
 
 def painted_page():
     """What the next test starts: the command with the stand-in for a trained pipeline."""
-    Pipeline.load = lambda checkpoint: Painter()
-    sys.exit(app.main(["--checkpoint", "tiny", *sys.argv[1:]]))
+    Pipeline.load = lambda *given, **options: Painter()
+    app.Parallel.mesh = lambda *given: None
+    sys.exit(app.main(["--checkpoint", "tiny", "--keep-mllm", "True", *sys.argv[1:]]))
 
 
 def test_the_page_from_upload_to_restored_settings(browser, tmp_path):

@@ -54,7 +54,7 @@ def test_many_images_are_drawn_some_at_a_time(tmp_path, environment, monkeypatch
 
     monkeypatch.setattr(Pipeline, "begin", watched)
     arguments = ["--steps", "2", "--cfg-scale", "1", "--num-images", "17", "--seed", str(2**32 - 1)]
-    arguments += ["--tau1", "1.1", "--tau2", "0.1"]
+    arguments += ["--tau1", "1.1", "--tau2", "0.1", "--parallel.fsdp", "1"]
     assert sample.main([*ASKED, *arguments, "--out", str(tmp_path / "o.png")]) == 0
     assert seen == [[2**32 - 1, *range(8)], [*range(8, 16), 15]]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"o-{i}.png" for i in range(17))

@@ -20,40 +20,27 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from qwen_like import qwen_like
 from safetensors.numpy import load_file
-from small_dit import CONFIG as DIT
 from small_dit import inputs, random_dit, run, run_twin
-from small_internvl import INTERNVL, randomly, write_internvl
+from small_run import random_weights, small_config, write_home
 
-from squeeze_jax.checkpoints.build import build_system, is_trained
 from squeeze_jax.checkpoints.manager import CHECKPOINTS, Checkpoints, Saved, read_weights, write_config, write_weights
 from squeeze_jax.checkpoints.trained import load_trained, starting_leaves
 from squeeze_jax.commands import export, sample
 from squeeze_jax.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    SamplingConfig,
-    StageConfig,
-    TrainingConfig,
     load_preset,
 )
-from squeeze_jax.data.chat import IMAGE
 from squeeze_jax.data.images import resize_for_reference, to_rgb, to_uint8
 from squeeze_jax.errors import InputError
 from squeeze_jax.export.card import write_card
 from squeeze_jax.export.certificate import relative_error, torch_pipeline
 from squeeze_jax.interop import tensors
-from squeeze_jax.interop.autoencoder import save_autoencoder
 from squeeze_jax.interop.exported import LORA
 from squeeze_jax.interop.load import DEMO, save_dit
 from squeeze_jax.interop.lora import load_lora, save_lora
 from squeeze_jax.interop.mapping import parameters_by_path
 from squeeze_jax.interop.merged import save_merged
 from squeeze_jax.layers.lora import LoRAConfig, add_lora, linears
-from squeeze_jax.models.aggregator import AggregatorConfig
-from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.schedule import noise_for
@@ -65,53 +52,15 @@ pytest.importorskip("peft")
 torch.set_num_threads(1)  # on matrices this small, threads wait for each other most of the time
 
 
-def small_config(home: Path) -> Config:
-    """Every part with random weights: 64x64 pictures are 4x4 tokens, references at most 32 pixels long.
-
-    The base is kept in bfloat16, as real runs do, though its file is float32.
-    """
-    return Config(
-        name="small",
-        model=ModelConfig(
-            dit=DIT, dit_weights=str(home / "base"), autoencoder=str(home / "vae"), mllm=str(home / "mllm"),
-            dtype="float32", frozen_dtype="bfloat16",
-        ),
-        aggregator=AggregatorConfig(layers=(0, 1, 3), width=48, out_width=40, heads=4, mlp_width=40, refiner_blocks=1),
-        lora=LoRAConfig(rank=3, alpha=2.0),
-        data=DataConfig(height=64, width=64, reference_long_side=32),
-        training=TrainingConfig(stages=(StageConfig(steps=1, references=True),)),
-        sampling=SamplingConfig(steps=8, tau1=0.9, tau2=0.5),
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """base, vae, mllm as published folders, and a weights folder `run`."""
     home = tmp_path_factory.mktemp("home")
     os.environ["SQUEEZE_JAX_CACHE"] = os.environ["SQUEEZE_TEST_CACHE"]
-    save_dit(home / "base", random_dit(), jnp.float32)
-    small = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
-    save_autoencoder(randomly(lambda: Autoencoder(small, rngs=nnx.Rngs(0))), home / "vae")
-    tokenizer = qwen_like()
-    write_internvl(home / "mllm", dataclasses.replace(INTERNVL, image_token_id=tokenizer.token_to_id(IMAGE)))
-    tokenizer.save(str(home / "mllm" / "tokenizer.json"))
-    write_weights(home / "run", *random_weights(small_config(home)), jnp.float32)
+    write_home(home)
     scores = {"pairs": 512, "scores": {"staged": {"tasks": {"subject": {"value": 0.875}, "scene": {"value": 0.5}}}}}
     (home / "run" / "scores.json").write_text(json.dumps(scores))
     return home
-
-
-def random_weights(config: Config):
-    """A config and random trained leaves: gates, norms and both LoRA matrices clearly not zero."""
-    shapes = nnx.eval_shape(lambda: build_system(config, with_base=False))
-    rng, leaves = np.random.default_rng(0), {}
-    for path, leaf in nnx.to_flat_state(nnx.state(shapes, is_trained(config))):
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        matrix = path[-1] in ("kernel", "down", "up")
-        around = 1.0 if path[-1] == "scale" and path[0] == "dit" else 0.0
-        spread = leaf.shape[-2] ** -0.5 if matrix else 0.2
-        leaves[".".join(map(str, path))] = np.float32(around) + noise * np.float32(spread)
-    return config, leaves
 
 
 def exporting(checkpoint, out, *flags):
