@@ -18,7 +18,8 @@ from absl import flags
 from etils import epath
 
 from squeeze_jax.data.buckets import Bucket, BucketSchedule, Padding, make_buckets, permutation, shapes, waste
-from squeeze_jax.data.records import FeatureRecord, FeatureSource, ShardSummary
+from squeeze_jax.data.record_format import FeatureRecord
+from squeeze_jax.data.records import FeatureSource, ShardSummary
 from squeeze_jax.diffusion.latents import PATCH, latent_grid, pack, pack_references
 from squeeze_jax.errors import InputError
 

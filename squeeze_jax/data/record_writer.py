@@ -1,8 +1,8 @@
 """From examples to feature records: the frozen encoders run once over everything, shard by shard.
 
-Each shard is a fixed slice of the rows, written whole. A killed extraction, started again, continues at the first shard
-that is missing or cut short; several machines share the work with `shard=(i, n)`, and whoever finishes last writes the
-metadata.
+Each shard is a fixed slice of the rows, written whole. A killed extraction, started again,
+continues at the first shard that is missing or cut short; several machines share the work with
+`shard=(i, n)`, and whoever finishes last writes the metadata.
 """
 
 import json
@@ -15,7 +15,8 @@ from jaxtyping import Float, Float32, Int32
 from PIL import Image
 
 from squeeze_jax.data.images import nearest_size, resize_for_reference, resize_for_target
-from squeeze_jax.data.records import FeatureRecord, Metadata, shard_summary, write_metadata, write_shard
+from squeeze_jax.data.record_format import FeatureRecord
+from squeeze_jax.data.records import Metadata, shard_summary, write_metadata, write_shard
 from squeeze_jax.data.references import encode_pictures
 from squeeze_jax.data.storage import write_json
 from squeeze_jax.errors import InputError
@@ -35,7 +36,8 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-    """Examples by number, so that an extraction can go on where it was killed: those of `sources.py`, or a list."""
+    """Examples by number, so that an extraction can go on where it was killed: those of
+    `sources.py`, or a list."""
 
     def __len__(self) -> int: ...
 
@@ -57,10 +59,13 @@ class Encoders(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """JSON values that decide what comes out: names, digests of the weights, chat-template settings."""
+        """JSON values that decide what comes out: names, digests of the weights, chat-template
+        settings."""
         ...
 
-    def hidden_states(self, prompts: list[str], images: list[list[Image.Image]]) -> list[EncodedPrompt]:
+    def hidden_states(
+        self, prompts: list[str], images: list[list[Image.Image]]
+    ) -> list[EncodedPrompt]:
         """One result a sample, from its prompt and its references as they are (not yet resized)."""
         ...
 
@@ -87,13 +92,14 @@ def extract(
 ) -> Metadata | None:
     """Writes the feature records of all rows into `out_dir`.
 
-    target_size: (height, width) of every target in pixels. buckets: several of them instead; a target gets the one that is
-    nearest in aspect ratio (`nearest_size`), and batches go by size and number of references (`buckets.py`).
-    codec: how hidden states are kept, of `codec.CODECS`. layers: the MLLM's hidden states to keep, ascending; None keeps
-    all. source: a fingerprint of the rows (a manifest's digest, a generator's seed), kept so that a folder is never
-    continued with other rows. shard: (i, n) does every n-th shard from i. Returns the metadata, or None while other parts
-    are missing.
-    Raises InputError where `out_dir` holds an extraction of other rows or other settings.
+    target_size: (height, width) of every target in pixels. buckets: several of them instead; a
+    target gets the one that is nearest in aspect ratio (`nearest_size`), and batches go by size and
+    number of references (`buckets.py`). codec: how hidden states are kept, of `codec.CODECS`.
+    layers: the MLLM's hidden states to keep, ascending; None keeps all. source: a fingerprint of
+    the rows (a manifest's digest, a generator's seed), kept so that a folder is never continued
+    with other rows. shard: (i, n) does every n-th shard from i. Returns the metadata, or None while
+    other parts are missing. Raises InputError where `out_dir` holds an extraction of other rows or
+    other settings.
     """
     part, parts = shard
     if not 0 <= part < parts:
@@ -101,7 +107,12 @@ def extract(
     if len(rows) == 0:
         raise InputError("nothing to extract: there are no rows")
     folder = epath.Path(out_dir)
-    noted = {"rows": len(rows), "source": source, "examples_per_shard": examples_per_shard, "encoders": encoders.settings}
+    noted = {
+        "rows": len(rows),
+        "source": source,
+        "examples_per_shard": examples_per_shard,
+        "encoders": encoders.settings,
+    }
     settings = noted | sizes_and_codec(target_size, buckets, reference_long_side, codec, layers)
     _claim(folder, settings)
 
@@ -111,8 +122,17 @@ def extract(
         first, last = number * examples_per_shard, min((number + 1) * examples_per_shard, len(rows))
         if shard_summary(folder, number, shards) is None:
             sizes = list(buckets) or [target_size]
-            records = _records(rows, range(first, last), encoders, sizes, reference_long_side, batch, layers)
-            write_shard(folder, number, shards, _counted(records, done, len(rows), progress), codec, bool(buckets))
+            records = _records(
+                rows, range(first, last), encoders, sizes, reference_long_side, batch, layers
+            )
+            write_shard(
+                folder,
+                number,
+                shards,
+                _counted(records, done, len(rows), progress),
+                codec,
+                bool(buckets),
+            )
         done += last - first
         if progress:
             progress(done, len(rows))
@@ -133,13 +153,15 @@ def sizes_and_codec(
         "target_size": [list(size) for size in buckets] if buckets else list(target_size),
         "reference_long_side": reference_long_side,
     }
-    # Only where they are not the default: extractions from before there was a choice go on being continued.
+    # Only where they are not the default: extractions from before there was a choice go on being
+    # continued.
     noted |= {"codec": codec} if codec != "bf16" else {}
     return noted | ({"layers": list(layers)} if layers is not None else {})
 
 
 def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:
-    """Notes the settings in a new folder, or checks that they are those of the extraction it holds."""
+    """Notes the settings in a new folder, or checks that they are those of the extraction it
+    holds."""
     path = folder / SETTINGS_FILE
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -148,8 +170,12 @@ def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:
     there, wanted = json.loads(path.read_text()), json.loads(json.dumps(settings))
     differing = [key for key in there | wanted if there.get(key) != wanted.get(key)]
     if differing:
-        listed = ", ".join(f"{key} {there.get(key)!r} there and {wanted.get(key)!r} now" for key in differing)
-        raise InputError(f"{folder} holds an extraction with {listed}; choose another folder or delete it")
+        listed = ", ".join(
+            f"{key} {there.get(key)!r} there and {wanted.get(key)!r} now" for key in differing
+        )
+        raise InputError(
+            f"{folder} holds an extraction with {listed}; choose another folder or delete it"
+        )
 
 
 def _records(
@@ -167,8 +193,12 @@ def _records(
         references = [list(example.references) for example in examples]
         encoded = encoders.hidden_states([example.prompt for example in examples], references)
         targets = [example.target for example in examples]
-        pictures = [resize_for_target(t, *nearest_size(t.height, t.width, target_sizes)) for t in targets]
-        pictures += [resize_for_reference(r, reference_long_side) for sample in references for r in sample]
+        pictures = [
+            resize_for_target(t, *nearest_size(t.height, t.width, target_sizes)) for t in targets
+        ]
+        pictures += [
+            resize_for_reference(r, reference_long_side) for sample in references for r in sample
+        ]
         latents = encode_pictures(encoders, pictures, batch)
         of_references = iter(latents[len(examples) :])
         for example, prompt, target, sample in zip(examples, encoded, latents, references):

@@ -15,19 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from squeeze_jax.data.codec import CODECS
+from squeeze_jax.data.record_format import FeatureRecord, decode, encode, record_features, record_shape, serialise
 from squeeze_jax.data.record_writer import extract
-from squeeze_jax.data.records import (
-    METADATA_FILE,
-    FeatureRecord,
-    FeatureSource,
-    decode,
-    encode,
-    read_metadata,
-    record_features,
-    record_shape,
-    serialise,
-    write_shard,
-)
+from squeeze_jax.data.records import METADATA_FILE, FeatureSource, read_metadata, write_shard
 from squeeze_jax.errors import InputError
 
 
