@@ -7,6 +7,9 @@ from typing import Any, get_args
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
 
+MEANT = {"max_text_tokens": 128}
+"""What a missing field of `data` meant before there was a choice, where that is not its default."""
+
 
 def to_json(config: Config) -> str:
     """The resolved config as JSON, fields in order."""
@@ -14,9 +17,15 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`; a missing field has its default. Raises InputError for what is no config."""
+    """The inverse of `to_json`; a missing field has its default, or what it `MEANT`.
+
+    Raises InputError for what is no config.
+    """
     try:
-        return _build(Config, json.loads(text), "config")
+        value = json.loads(text)
+        if isinstance(value, dict) and isinstance(data := value.get("data", {}), dict):
+            value["data"] = MEANT | data
+        return _build(Config, value, "config")
     except (TypeError, json.JSONDecodeError) as error:
         raise InputError(f"not a config ({error})") from error
 

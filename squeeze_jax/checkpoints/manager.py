@@ -28,7 +28,7 @@ from squeeze_jax.sharding import parameter_spec
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
 FREE = (
     r"(sampling|checkpoint|log|parallel)\..*|training\.(validate|sample)_every"
-    r"|data\.(workers|features|batch_per_chip|extract_batch)|optimizer\.accumulate"
+    r"|data\.(workers|features|batch_per_chip|extract_batch|max_text_tokens)|optimizer\.accumulate"
     r"|model\.(dit_weights|autoencoder|mllm)"
 )
 """Fields that a resumed run may change: they decide what is written and shown and where things lie, not what is learned.

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 from PIL import Image
 
+from squeeze_jax.config_data import MAX_TEXT_TOKENS
 from squeeze_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 SPECIAL_TOKENS = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE)
-MAX_TEXT_TOKENS = 128
-"""Tokens of a sequence that are not image tokens, template included."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

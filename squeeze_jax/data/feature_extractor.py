@@ -40,9 +40,17 @@ class FeatureExtractor:
         folders = [encoder_folder(model.autoencoder, "autoencoder"), encoder_folder(model.mllm, "mllm")]
         reader: MLLM
         if model.mllm_source == "transformers":
-            reader = TransformersMLLM.load(folders[1], data.system_text, model.dtype)
+            reader = TransformersMLLM.load(
+                folders[1], data.system_text, model.dtype, data.max_text_tokens
+            )
         else:
-            reader = InternVLMLLM(folders[1], data.system_text, data.max_tiles, DTYPES[model.dtype])
+            reader = InternVLMLLM(
+                folders[1],
+                data.system_text,
+                data.max_tiles,
+                DTYPES[model.dtype],
+                data.max_text_tokens,
+            )
         autoencoder = load_autoencoder(folders[0], jnp.float32)
         of_latents = autoencoder.config
         for name, ours, theirs, folder in (

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -34,14 +34,20 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not path.is_file():
         found = "a folder, not a picture" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}; give the path of a picture")
+    with path.open("rb") as file:
+        return decode_image(file, str(path), max_pixels)
+
+
+def decode_image(file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in an open file, as `load_image`; `name` is what messages call it."""
     try:
         # Pillow warns of large pictures (here an error with a limit of ours) and of junk in EXIF (which harms nobody).
-        with warnings.catch_warnings(), path.open("rb") as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 if image.width * image.height > max_pixels:
                     raise InputError(
-                        f"{path}: {image.width}x{image.height} pixels are more than the limit of {max_pixels}; "
+                        f"{name}: {image.width}x{image.height} pixels are more than the limit of {max_pixels}; "
                         "scale the picture down"
                     )
                 image.load()
@@ -49,12 +55,12 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except InputError:
         raise
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than the limit of {max_pixels} pixels; scale the picture down") from None
+        raise InputError(f"{name}: more than the limit of {max_pixels} pixels; scale the picture down") from None
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture, or of an unknown format; replace or re-save the file") from None
+        raise InputError(f"{name}: not a picture, or of an unknown format; replace or re-save the file") from None
     except Exception as error:  # decoders raise many kinds (OSError, SyntaxError, struct.error …) on broken files
-        reason = str(error).replace(str(path), "the file") or type(error).__name__
-        raise InputError(f"{path}: cannot be read as a picture ({reason}); replace or re-save the file") from error
+        reason = str(error).replace(name, "the file") or type(error).__name__
+        raise InputError(f"{name}: cannot be read as a picture ({reason}); replace or re-save the file") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.batch import HiddenStates
+from squeeze_jax.config_data import MAX_TEXT_TOKENS
 from squeeze_jax.data.chat import (
     IMAGE,
-    MAX_TEXT_TOKENS,
     build_input,
     check_prompt,
     check_text_length,
@@ -65,10 +65,18 @@ class MLLM(Protocol):
 class InternVLMLLM:
     """InternVL3, compiled per shape."""
 
-    def __init__(self, folder: Path, system_text: str | None, max_tiles: int, dtype: DType) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        system_text: str | None,
+        max_tiles: int,
+        dtype: DType,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
+    ) -> None:
         self.mllm = load_internvl(folder, dtype)
         self.tokenizer = load_tokenizer(folder)
         self.system_text, self.max_tiles = system_text, max_tiles
+        self.max_text_tokens = max_text_tokens
         check_vocabulary(folder, self.tokenizer, self.mllm.config)
         self.graph, self.state = nnx.split(self.mllm)
         self.program = jax.jit(self._states)
@@ -88,7 +96,13 @@ class InternVLMLLM:
 
     def check(self, prompt: str, references: int) -> None:
         """A picture's tiles, however many, stand between one pair of text tokens."""
-        build_input(self.tokenizer, prompt, [self.mllm.config.image_tokens] * references, self.system_text)
+        self._ids(prompt, [self.mllm.config.image_tokens] * references)
+
+    def _ids(self, prompt: str, images: Sequence[int]) -> list[int]:
+        most = self.max_text_tokens
+        return build_input(
+            self.tokenizer, prompt, images, self.system_text, max_text_tokens=most
+        )
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states padded to buckets of static shape."""
@@ -96,12 +110,10 @@ class InternVLMLLM:
         size, per_tile = config.vision.image_size, config.image_tokens
         tiles = [[image_tiles(image, size, self.max_tiles) for image in row] for row in images]
         counts = [[per_tile * len(of_image) for of_image in row] for row in tiles]
-        sequences = [
-            build_input(self.tokenizer, prompt, row, self.system_text)
-            for prompt, row in zip(prompts, counts, strict=True)
-        ]
+        sequences = [self._ids(prompt, row) for prompt, row in zip(prompts, counts, strict=True)]
         most = max(map(sum, counts))
-        text = bucket(max(len(ids) - sum(row) for ids, row in zip(sequences, counts)))
+        longest = max(len(ids) - sum(row) for ids, row in zip(sequences, counts))
+        text = bucket(longest, self.max_text_tokens)
         ids, mask = pad_inputs(sequences, text + most)
         pixels = np.zeros((len(prompts) * most // per_tile, size, size, 3), np.float32)
         for place, tile in enumerate(chain.from_iterable(chain.from_iterable(tiles))):
@@ -125,7 +137,13 @@ class TransformersMLLM:
     positions of the model's image token.
     """
 
-    def __init__(self, processor: Any, model: Any, system_text: str | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        model: Any,
+        system_text: str | None = None,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
+    ) -> None:
         """Around a processor and a model in memory. Raises InputError where the model's config names no image token."""
         names = ("image_token_id", "image_token_index")
         token = next((t for name in names if (t := getattr(model.config, name, None)) is not None), None)
@@ -135,10 +153,17 @@ class TransformersMLLM:
             )
         self.image_token = int(token)
         self.processor, self.model, self.system_text = processor, model.eval(), system_text
+        self.max_text_tokens = max_text_tokens
         self.added = sorted(processor.tokenizer.get_added_vocab(), key=len, reverse=True)
 
     @classmethod
-    def load(cls, folder: Path, system_text: str | None, dtype: str) -> "TransformersMLLM":
+    def load(
+        cls,
+        folder: Path,
+        system_text: str | None,
+        dtype: str,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
+    ) -> "TransformersMLLM":
         """From a folder, in `dtype`, on the GPU where PyTorch sees one. Raises InputError where that cannot be."""
         try:
             import torch
@@ -156,7 +181,8 @@ class TransformersMLLM:
         except Exception as error:  # many kinds, from its many model classes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{folder}: transformers cannot load it ({reason})") from error
-        return cls(processor, model.to("cuda" if torch.cuda.is_available() else "cpu"), system_text)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(processor, model, system_text, max_text_tokens)
 
     @property
     def width(self) -> int:
@@ -185,7 +211,7 @@ class TransformersMLLM:
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy().astype(bool)
         is_image = (ids == self.image_token) & mask
         text, image = (mask & ~is_image).sum(axis=1), is_image.sum(axis=1)
-        check_text_length(int(text.max()), MAX_TEXT_TOKENS)
+        check_text_length(int(text.max()), self.max_text_tokens)
         device = self.model.device
         moved = {
             name: value.to(device, self.model.dtype if value.is_floating_point() else value.dtype)
@@ -195,7 +221,12 @@ class TransformersMLLM:
             states = self.model(**moved, output_hidden_states=True, use_cache=False).hidden_states
         hidden = torch.stack(states, dim=1).float().cpu().numpy()
         return split_hidden_states(
-            hidden, ids, mask, self.image_token, text_length=bucket(int(text.max())), image_length=int(image.max())
+            hidden,
+            ids,
+            mask,
+            self.image_token,
+            text_length=bucket(int(text.max()), self.max_text_tokens),
+            image_length=int(image.max()),
         )
 
     def _conversation(self, prompt: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
@@ -225,6 +256,6 @@ def check_vocabulary(folder: Path, tokenizer: Any, config: InternVLConfig) -> No
         )
 
 
-def bucket(text_tokens: int) -> int:
-    """Text tokens to pad to."""
-    return min(-(-text_tokens // TEXT_BUCKET) * TEXT_BUCKET, MAX_TEXT_TOKENS)
+def bucket(text_tokens: int, most: int) -> int:
+    """Text tokens to pad to, of at most `most`."""
+    return min(-(-text_tokens // TEXT_BUCKET) * TEXT_BUCKET, most)

@@ -60,10 +60,17 @@ class ReadRaw:
                 text = max(text, len(self._ids(prompt, [self.per_tile] * count)) - count * self.per_tile)
             except InputError as error:
                 raise InputError(f"{self.rows.name(row)}: {error}") from None
-        return RawShape(max(counts), (size[0], size[1]), bucket(text))
+        return RawShape(max(counts), (size[0], size[1]), bucket(text, self.data.max_text_tokens))
 
     def _ids(self, prompt: str, images: Sequence[int]) -> list[int]:
-        return build_input(self.tokenizer, prompt, images, self.data.system_text)
+        data = self.data
+        return build_input(
+            self.tokenizer,
+            prompt,
+            images,
+            data.system_text,
+            max_text_tokens=data.max_text_tokens,
+        )
 
     def __call__(self, numbers: tuple[int, np.ndarray]) -> Arrays:
         wanted, data, shape = numbers[1].tolist(), self.data, self.shape
@@ -116,7 +123,8 @@ def make_online(
     buckets = (Bucket(np.arange(len(rows)), height * width, Padding(0, 0, 0)),)
     order = Order(buckets, batch, seed, np.arange(batch) if own is None else np.asarray(own))
     read = ReadRaw(rows, config)
-    settings = (config.data.height, config.data.width, config.data.reference_long_side, config.data.max_tiles)
+    data = config.data
+    settings = (data.height, data.width, data.reference_long_side, data.max_tiles)
     described = sha256(repr((rows.source, settings, config.data.system_text)).encode()).hexdigest()[:16]
     identity: dict[str, Any] = {"version": 1, "records": len(rows), "data": described, "seed": seed, "batch": batch}
     batches = grain.MapDataset.source(order).map(read)

@@ -103,6 +103,7 @@ def test_schnell_takes_four_even_steps_without_guidance(theirs):
 def test_settings_are_those_of_the_config(theirs):
     config = preset("flux_stage2")
     data = {"height": 256, "width": 768, "reference_long_side": 320, "system_text": "be brief", "max_tiles": 3}
+    data["max_text_tokens"] = 200
     sampling = {"steps": 7, "tau1": 0.8, "tau2": 0.3, "cfg_scale": 1.5, "shifted": False, "tau_tokens": 64}
     config = dataclasses.replace(
         config,

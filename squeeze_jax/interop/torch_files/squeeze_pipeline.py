@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 LORA = "pytorch_lora_weights.safetensors"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
-MAX_TEXT_TOKENS = 128
+MAX_TEXT_TOKENS = 128  # of folders whose config does not say
 MULTIPLE = 16  # pixels: sides of references and pictures
 
 
@@ -193,8 +193,9 @@ class SqueezePipeline(DiffusionPipeline):
             ids += [*text(said), special("<img>"), *[special(IMAGE_TOKEN)] * count, special("</img>")]
             said = "\n"
         ids += [*text(said + prompt), special("<|im_end|>"), *text("\n")]
-        if len(ids) - sum(images) > MAX_TEXT_TOKENS:
-            raise ValueError(f"the prompt is too long: with its template more than {MAX_TEXT_TOKENS} tokens; shorten it")
+        most = self.settings.get("max_text_tokens", MAX_TEXT_TOKENS)
+        if len(ids) - sum(images) > most:
+            raise ValueError(f"the prompt is too long: with its template more than {most} tokens; shorten it")
         return ids
 
     def encode(self, picture: Image.Image) -> Tensor:
@@ -224,6 +225,7 @@ class SqueezePipeline(DiffusionPipeline):
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """Of a training run's config: what sampling has to know."""
     data = {name: config["data"][name] for name in ("height", "width", "reference_long_side", "system_text", "max_tiles")}
+    data["max_text_tokens"] = config["data"].get("max_text_tokens", MAX_TEXT_TOKENS)
     references = any(stage["references"] for stage in config["training"]["stages"])  # else it never saw any
     return {**config["sampling"], **data, "guidance": config["diffusion"]["guidance"], "references": references}
 
