@@ -9,8 +9,9 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -38,7 +39,7 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return decode_image(file, str(path), max_pixels)
 
 
-def decode_image(file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(file: BufferedIOBase, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in an open file, as `load_image`; `name` is what messages call it."""
     try:
         # Pillow warns of large pictures (here an error with a limit of ours) and of junk in EXIF (which harms nobody).

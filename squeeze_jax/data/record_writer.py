@@ -230,7 +230,6 @@ def _batches(
     rows: Rows, numbers: range, batch: int, skip: Callable[[RowError], object] | None
 ) -> Iterator[list[Example]]:
     """The examples of a shard, `batch` rows at a time, without those that are skipped."""
-    some = False
     for start in range(0, len(numbers), batch):
         examples: list[Example] = []
         for number in numbers[start : start + batch]:
@@ -241,13 +240,7 @@ def _batches(
                     raise
                 skip(error)
         if examples:
-            some = True
             yield examples
-    if not some:
-        raise InputError(
-            f"none of the {len(numbers)} rows of a shard can be used (rows {numbers[0] + 1} to "
-            f"{numbers[-1] + 1} of those that are kept); mend the source"
-        )
 
 
 def _records(

@@ -90,7 +90,13 @@ class Metadata:
 
 
 def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
-    """The summary of all records together. Raises ValueError where their shapes differ."""
+    """The summary of all records together.
+
+    Raises ValueError where their shapes differ, InputError where there is no record.
+    """
+    summaries = [summary for summary in summaries if summary.records]
+    if not summaries:
+        raise InputError("there are no records: none of the rows could be used")
     shapes = {summary.shape for summary in summaries}
     if len(shapes) != 1:
         raise ValueError(
@@ -104,6 +110,8 @@ def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
 
 
 _MAXIMA = [f.name for f in fields(ShardSummary) if f.name.startswith("max_")]
+EMPTY = ShardSummary(0, Shape(0, 0, (0, 0, 0)), 0, 0, 0, 0)
+"""Of a shard of whose rows none could be used."""
 
 
 def _summarise(record: FeatureRecord, mixed: bool) -> ShardSummary:
@@ -167,11 +175,9 @@ def write_shard(
                 writer.write(serialise(features, encode(record, CODECS[codec])))
         finally:
             writer.close()
-        if not summaries:
-            raise ValueError("a shard needs at least one record")
 
     write_whole(path, write)
-    summary = merge(summaries)
+    summary = merge(summaries) if summaries else EMPTY
     write_json(_beside(path), asdict(summary))
     return summary
 

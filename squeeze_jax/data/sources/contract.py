@@ -116,9 +116,12 @@ class Report:
     bad: int = 0
     """Those of them that cannot be used, and are no filter's."""
     problems: list[str] = field(default_factory=list)
-    """Sentences about the first `MOST_LISTED` bad ones."""
+    """Sentences about the first `MOST_LISTED` bad rows."""
+    found: int = 0
+    """Sentences in all."""
     warnings: list[str] = field(default_factory=list)
     """What is allowed but probably not meant."""
+    _last: str = ""
 
     @property
     def kept(self) -> int:
@@ -129,8 +132,10 @@ class Report:
         self.dropped[left.reason] += 1
         if left.problem:
             self.bad += 1
-            if len(self.problems) < MOST_LISTED:
-                self.problems.append(left.problem)
+            if left.problem != self._last:  # both directions of a pair have the same
+                self.found += 1
+                self.problems += [left.problem] if self.found <= MOST_LISTED else []
+            self._last = left.problem
 
     def refuse_bad(self, name: str) -> None:
         """Raises InputError that lists the bad examples, if there are any."""
@@ -140,7 +145,7 @@ class Report:
 
     def listed(self) -> list[str]:
         """The problems that are known, and how many more there are."""
-        more = self.bad - len(self.problems)
+        more = self.found - len(self.problems)
         return [*self.problems, *([f"and {more:,} more"] if more else [])]
 
     def summary(self) -> str:

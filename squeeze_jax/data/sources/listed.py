@@ -59,8 +59,9 @@ def opened(kind: str, manifest: Manifest) -> Opened:
     report = Report(rows=count, examples=count, warnings=manifest.warnings)
     bad = count - len(manifest.rows)
     if bad:
-        report.bad, report.dropped["cannot be used"] = bad, bad
+        report.bad = report.dropped["cannot be used"] = bad
         skipped = [line for line in manifest.warnings if line.startswith("skipped row ")]
+        report.found = len(skipped)
         report.problems = [line.removeprefix("skipped ") for line in skipped[:MOST_LISTED]]
     rows = ManifestRows(manifest.rows, f"{kind} {manifest.digest}")
     return Opened(rows, report, held_out_first=False)

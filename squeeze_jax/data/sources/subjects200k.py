@@ -134,23 +134,25 @@ class Composites:
         self.group, self.file = group, open_file(group.file)
         self.batches = self.file.iter_batches(ROWS_READ, [group.group], columns=["image"])
         self.rows: tuple[int, list[Any]] = (0, [])
-        self.sides: tuple[int, tuple[Image.Image, Image.Image] | None] = (-1, None)
+        self.cut: tuple[int, tuple[Image.Image, Image.Image] | RowError] | None = None
 
     def read(self, key: Key, name: str) -> Image.Image:
         assert isinstance(key, tuple)
         row, side = key
-        if self.sides[0] != row:
-            self.sides = (row, None)
-            encoded = self._encoded(row)
-            if not encoded:
-                raise RowError(f"{name}: its image has no bytes; leave the row out")
-            try:
-                self.sides = (row, cut_sides(decode_image(io.BytesIO(encoded), name), name))
-            except InputError as error:
-                raise RowError(str(error)) from None
-        if self.sides[1] is None:
-            raise RowError(f"{name}: its image cannot be used; leave the row out")
-        return self.sides[1][side]
+        if self.cut is None or self.cut[0] != row:
+            self.cut = row, self._cut(row, name)
+        if isinstance(self.cut[1], RowError):
+            raise self.cut[1]
+        return self.cut[1][side]
+
+    def _cut(self, row: int, name: str) -> tuple[Image.Image, Image.Image] | RowError:
+        encoded = self._encoded(row)
+        if not encoded:
+            return RowError(f"{name}: its image has no bytes; leave the row out")
+        try:
+            return cut_sides(decode_image(io.BytesIO(encoded), name), name)
+        except InputError as error:
+            return RowError(str(error))
 
     def _encoded(self, row: int) -> bytes | None:
         first, rows = self.rows
