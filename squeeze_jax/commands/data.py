@@ -77,7 +77,7 @@ def run(given: Describe) -> None:
         listed = ", ".join(f"{size} ({count})" for size, count in sizes.items())
         print(f"{what}s that were looked at: {listed or 'none'}")
     for kept, size in found.disk.items():
-        print(f"records, {kept} layers: {size / 1e9:,.3f} GB before compression")
+        print(f"records, {kept} hidden states: {size / 1e9:,.3f} GB before compression")
     if found.kept:
         save_png(given.sheet, sheet, {"source": found.source})
         print(f"contact sheet: {given.sheet}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from squeeze_jax.config import Config
 from squeeze_jax.data.chat import build_input, load_tokenizer, tile_grid
@@ -36,7 +36,7 @@ class Captions:
     too_long: int
     """Of those that were measured."""
     tokens: dict[str, int]
-    """min, median, p95 and max."""
+    """min, median, p95, max and mean."""
     tokenizer: str
 
 
@@ -91,7 +91,7 @@ def describe(text: str, options: Options, config: Config) -> tuple[Description, 
     }
     found.captions = measure_captions(rows, config)
     if examples:
-        found.disk = disk(len(rows), examples, found.captions.tokens["median"], config)
+        found.disk = disk(len(rows), examples, found.captions.tokens["mean"], config)
     return found, contact_sheet(shown)
 
 
@@ -124,7 +124,8 @@ def measure_captions(rows: Examples, config: Config) -> Captions:
         count,
         data.max_text_tokens,
         int((tokens > data.max_text_tokens).sum()),
-        {name: int(np.quantile(tokens, share)) for name, share in shares.items()},
+        {name: int(np.quantile(tokens, share)) for name, share in shares.items()}
+        | {"mean": round(tokens.mean())},
         str(config.model.mllm),
     )
 
@@ -181,9 +182,7 @@ def contact_sheet(shown: Sequence[tuple[str, Example | str]]) -> Image.Image:
         if isinstance(example, Example):
             for offset, image in ((0, next(iter(example.references), None)), (CELL, example.target)):
                 if image is not None:
-                    small = image.copy()
-                    small.thumbnail((CELL, CELL))
-                    sheet.paste(small, (x + offset, y))
+                    sheet.paste(ImageOps.contain(image, (CELL, CELL)), (x + offset, y))
             said = example.prompt
         lines = [name, *textwrap.wrap(str(said), 58, max_lines=LINES)]
         draw.multiline_text((x + 2, y + CELL + 2), "\n".join(lines), "black", font, spacing=2)

@@ -40,10 +40,10 @@ def test_a_caption_is_cut_where_a_sentence_ends(caption, most, cut):
 
 @pytest.fixture
 def long_captions(tmp_path):
-    """A config over four rows, of which the second has about 400 tokens, the third about 200."""
+    """A config over four rows, of which the second has about 300 tokens, the third about 200."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "b.png")
-    prompts = ["short", SENTENCE * 40, SENTENCE * 20, "also short"]
+    prompts = ["short", SENTENCE * 15, SENTENCE * 10, "also short"]
     rows = [
         {"prompt": prompt, "image_paths": ["a.png"], "image_tgt_path": "b.png"} for prompt in prompts
     ]
@@ -64,23 +64,23 @@ def test_longer_than_the_limit_is_refused_left_out_or_cut(long_captions, tmp_pat
     with pytest.raises(InputError, match="1 prompts cannot be read:\n  row 2: .*the limit is 256"):
         extract_features(long_captions, tmp_path / "refused")
     extract_features(with_data(long_captions, skip_bad=True), tmp_path / "without")
-    assert prompts_in(tmp_path / "without" / "train") == ["short", SENTENCE * 20]
+    assert prompts_in(tmp_path / "without" / "train") == ["short", SENTENCE * 10]
     assert "warning: skipped row 2: the prompt is too long" in capsys.readouterr().out
     extract_features(with_data(long_captions, long_captions="cut"), tmp_path / "cut")
     short, cut, kept = prompts_in(tmp_path / "cut" / "train")
-    assert (short, kept) == ("short", SENTENCE * 20)
+    assert (short, kept) == ("short", SENTENCE * 10)
     count = cut.count(".")
     assert cut == (SENTENCE * count).strip()
-    assert 20 < count < 40
+    assert 10 < count < 15
     texts = FeatureSource(tmp_path / "cut" / "train")
-    assert 256 - 12 < texts[1].text.shape[1] <= 256, "one sentence more would not fit"
+    assert 256 - 20 < texts[1].text.shape[1] <= 256, "one sentence more would not fit"
     assert "1 of 3 captions that were read are cut" in capsys.readouterr().out
 
 
 def test_what_samplers_draw_from_is_cut_too(long_captions):
     rows = open_examples(with_data(long_captions, long_captions="cut"), check_images=False)["train"]
     assert isinstance(rows, CutCaptions)
-    assert rows[1].prompt == rows.prompt(1) != SENTENCE * 40
+    assert rows[1].prompt == rows.prompt(1) != SENTENCE * 15
 
 
 def test_the_limit_is_noted_and_records_from_before_are_good(long_captions, tmp_path):
@@ -133,7 +133,6 @@ def test_a_manifest_under_its_old_name_is_the_same_source(long_captions, tmp_pat
     [
         ({"source": "a.json", "manifest": "b.json"}, "data.source and data.manifest are both set"),
         ({"max_text_tokens": 8}, "data.max_text_tokens is 8"),
-        ({"long_captions": "trim"}, "data.long_captions is 'trim'; choose one of refuse, cut"),
         ({"limit": 0}, "data.limit is 0"),
     ],
 )
