@@ -37,9 +37,9 @@ def make(kind, folder):
         order = random.Random(1).shuffle
         return f"uno1m:{write_uno(folder, dict(enumerate(rows, 1)), order, broken)}"
     if kind == "webdataset":
-        files = [sample_files(i) for i in range(3)]
-        files.append([("0003.target.png", b"cut"), *sample_files(3)[1:]])
-        return f"webdataset:{write_webdataset(folder, [sum(files[:2], []), sum(files[2:], [])])}"
+        broken = [("0003.target.png", b"cut"), *sample_files(3)[1:]]
+        shards = [[*sample_files(0), *sample_files(1)], [*sample_files(2), *broken]]
+        return f"webdataset:{write_webdataset(folder, shards)}"
     folder.mkdir()
     rows = []
     for i in range(4):
