@@ -45,7 +45,7 @@ def decode_image(file: BufferedIOBase, name: str, max_pixels: int = MAX_PIXELS) 
         # Pillow warns of large pictures (here an error with a limit of ours) and of junk in EXIF (which harms nobody).
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            with Image.open(file) as image:  # pyright: ignore[reportArgumentType]
                 if image.width * image.height > max_pixels:
                     raise InputError(
                         f"{name}: {image.width}x{image.height} pixels are more than the limit of {max_pixels}; "

@@ -60,7 +60,8 @@ class ArchivePictures:
     def _next(self, key: Key) -> bytes | None:
         """Reads one file; returns it if it is the one that is asked for."""
         member = self.tar.next()
-        self.tar.members = []  # else it keeps what it has read
+        # Else it keeps what it has read.
+        self.tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
         if member is None:
             self._read_to_the_end()
             return None

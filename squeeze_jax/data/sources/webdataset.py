@@ -72,7 +72,8 @@ class Shard:
         try:
             with self.path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []
+                    # Else it keeps what it has read.
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     if member.isfile():
                         yield member
                 file.seek(tar.offset)
