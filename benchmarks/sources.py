@@ -3,9 +3,9 @@
     python benchmarks/sources.py [--rows 150]
     python benchmarks/sources.py --memory 10000 1000000
 
-The first makes sets of photograph-like pictures (smooth noise; two of 793 x 1024 pixels a row as PNG,
-Subjects200K's composites as JPEG) and reads every example; `decoding` opens the same bytes from
-memory. The second makes UNO-1M of tiny pictures in splits of 10,000 rows, reads all labels and
+The first makes sets of photograph-like pictures (smooth noise; two of 793 x 1024 pixels a row as
+PNG, Subjects200K's composites as JPEG) and reads every example; `decoding` opens the same bytes
+from memory. The second makes UNO-1M of tiny pictures in splits of 10,000 rows, reads all labels and
 captions and the pictures of four splits, each in a process of its own.
 """
 
@@ -114,7 +114,10 @@ def write_sets(folder: Path, pairs: list[bytes], composites: list[bytes]) -> dic
     )
     made[f"subjects200k:{folder / 'parquet'}"] = composites
 
-    orders = {"sorted": np.arange(2 * rows), "shuffled": np.random.default_rng(0).permutation(2 * rows)}
+    orders = {
+        "sorted": np.arange(2 * rows),
+        "shuffled": np.random.default_rng(0).permutation(2 * rows),
+    }
     for name, order in orders.items():
         write_uno(folder / name, pairs, order)
         made[f"uno1m:{folder / name}"] = pairs

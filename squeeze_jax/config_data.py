@@ -37,19 +37,21 @@ class DataConfig(Checked):
     """`source`, by the name that it had when it was a JSON list always."""
     critters: CrittersConfig | None = None
     features: str | None = None
-    """Folder of feature records (train and held-out below it); None: extracted into the work folder."""
+    """Folder of feature records (train and held-out below it); None: extracted into the work
+    folder."""
     height: int = 512
     width: int = 512
     """Target size in pixels, multiples of 16 (our decision: 512 x 512)."""
     buckets: tuple[tuple[int, int], ...] = ()
-    """Several target sizes (height, width) to train on instead: a target gets the one nearest in aspect ratio, and a batch
-    holds one number of target tokens and of references. `height` and `width` stay what sampling draws by default."""
+    """Several target sizes (height, width) to train on instead: a target gets the one nearest in
+    aspect ratio, and a batch holds one number of target tokens and of references. `height` and
+    `width` stay what sampling draws by default."""
     reference_long_side: int = 512
     """References keep their aspect ratio and are at most this long (our decision)."""
     min_score: float | None = None
-    """Leaves pairs out that were scored lower, or whose score is unknown: UNO-1M's `score_final`
-    (0 to 4), each of Subjects200K's three scores (0 to 5). None: 3.5 and 5, as their authors advise;
-    0 takes all."""
+    """Leaves pairs out that were scored lower, or whose score is unknown: UNO-1M's `score_final` (0
+    to 4), each of Subjects200K's three scores (0 to 5). None: 3.5 and 5, as their authors advise; 0
+    takes all."""
     limit: int | None = None
     """Takes only so many of the first examples that pass; None: all."""
     held_out: int = 16
@@ -58,28 +60,33 @@ class DataConfig(Checked):
     skip_bad: bool = False
     """Leaves rows out that cannot be used, and lists them, instead of refusing the source."""
     batch_per_chip: int = 1
-    """Examples a step on each device; the global batch is this times the mesh's data and fsdp axes (devices along the
-    tensor axis share examples)."""
+    """Examples a step on each device; the global batch is this times the mesh's data and fsdp axes
+    (devices along the tensor axis share examples)."""
     codec: Literal["bf16", "int8"] = "bf16"
-    """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error it makes)."""
+    """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error
+    it makes)."""
     online: bool = False
-    """Runs the frozen encoders inside the training program instead of extracting records first: more work a step (the MLLM
-    and the autoencoder), nothing on disk. References must all have one size after resizing."""
+    """Runs the frozen encoders inside the training program instead of extracting records first:
+    more work a step (the MLLM and the autoencoder), nothing on disk. References must all have one
+    size after resizing."""
     keep: Literal["all", "read"] = "all"
-    """Which hidden states records keep: all of the MLLM's, or only those that this config's aggregator reads."""
+    """Which hidden states records keep: all of the MLLM's, or only those that this config's
+    aggregator reads."""
     extract_batch: int = 8
     """Examples that go through the frozen encoders at once."""
     workers: int = 0
     """Reading processes; 0 reads in threads of the main process."""
     max_text_tokens: int = MAX_TEXT_TOKENS
-    """Most text tokens of a prompt with its template (our decision: captions of the public sets have
-    40 to 150 words). Configs and records from before there was a choice have 128."""
+    """Most text tokens of a prompt with its template (our decision: captions of the public sets
+    have 40 to 150 words). Configs and records from before there was a choice have 128."""
     long_captions: LongCaptions = "refuse"
     """What becomes of a longer prompt: its row is refused, or it is cut where a sentence ends."""
     system_text: str | None = None
-    """System turn of the MLLM's chat; None leaves it out, as the published `-hf` files do (our decision)."""
+    """System turn of the MLLM's chat; None leaves it out, as the published `-hf` files do (our
+    decision)."""
     max_tiles: int = 1
-    """Most tiles of a reference that InternVL sees, 1 to 12 (published option; one tile is our decision)."""
+    """Most tiles of a reference that InternVL sees, 1 to 12 (published option; one tile is our
+    decision)."""
 
     def _problems(self) -> Iterator[str]:
         for name in ("height", "width", "reference_long_side"):

@@ -38,8 +38,16 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         fields = {f.name: f for f in dataclasses.fields(kind)}
         unknown = sorted(set(value) - set(fields))
         if unknown:
-            raise InputError(f"{where} has unknown fields {', '.join(unknown)}: it was written by another version")
-        return kind(**{name: _build(fields[name].type, item, f"{where}.{name}") for name, item in value.items()})  # type: ignore
+            raise InputError(
+                f"{where} has unknown fields {', '.join(unknown)}: it was written by another "
+                "version"
+            )
+        return kind(
+            **{
+                name: _build(fields[name].type, item, f"{where}.{name}")
+                for name, item in value.items()
+            }
+        )  # type: ignore
     arguments = get_args(kind)
     if value is None or not arguments:
         return value
@@ -57,8 +65,14 @@ def differences(old: Config, new: Config) -> list[str]:
 
     def flat(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for name, item in value.items() for k, v in flat(f"{prefix}.{name}".lstrip("."), item).items()}
+            return {
+                k: v
+                for name, item in value.items()
+                for k, v in flat(f"{prefix}.{name}".lstrip("."), item).items()
+            }
         return {prefix: value}
 
     a, b = flat("", dataclasses.asdict(old)), flat("", dataclasses.asdict(new))
-    return [f"{k}: {a.get(k)} → {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    return [
+        f"{k}: {a.get(k)} → {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
+    ]

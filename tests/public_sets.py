@@ -57,10 +57,7 @@ SUBJECTS = pa.schema(
         "collection": pa.string(),
         "quality_assessment": pa.struct({name: pa.int64() for name in SCORES}),
         "description": pa.struct(
-            {
-                name: pa.string()
-                for name in ("item", "description_0", "description_1", "category")
-            }
+            {name: pa.string() for name in ("item", "description_0", "description_1", "category")}
         ),
     }
 )
@@ -142,9 +139,7 @@ def write_webdataset(folder, shards):
 def sample_files(number, references=1, caption="a mug {}"):
     """The files of one WebDataset sample."""
     files = [(f"{number:04d}.target.png", picture(number))]
-    files += [
-        (f"{number:04d}.reference{i}.png", picture(number, 1 + i)) for i in range(references)
-    ]
+    files += [(f"{number:04d}.reference{i}.png", picture(number, 1 + i)) for i in range(references)]
     return [*files, (f"{number:04d}.txt", caption.format(number).encode())]
 
 

@@ -96,7 +96,8 @@ def describe(text: str, options: Options, config: Config) -> tuple[Description, 
 
 
 def spread(rows: Examples) -> list[int]:
-    """The examples to show: over all of a list, near the beginning where parts are read in order."""
+    """The examples to show: over all of a list, near the beginning where parts are read in
+    order."""
     count = min(SHOWN, len(rows))
     if parts_of(rows) is None:
         return [index * len(rows) // count for index in range(count)]
@@ -152,7 +153,8 @@ def disk(count: int, examples: Sequence[Example], text: int, config: Config) -> 
     kept = {"all": config.aggregator.layers[-1] + 1, "read": len(config.aggregator.reads)}
     return {
         f"{name} {which}": int(
-            count * (of_latents + layers * (text + image / len(examples)) * _token_bytes(name, width))
+            count
+            * (of_latents + layers * (text + image / len(examples)) * _token_bytes(name, width))
         )
         for name in CODECS
         for which, layers in kept.items()
@@ -170,7 +172,8 @@ CELL, LINES = 160, 5
 
 
 def contact_sheet(shown: Sequence[tuple[str, Example | str]]) -> Image.Image:
-    """Four columns; each cell has a first reference, the target and the caption, or what is wrong."""
+    """Four columns; each cell has a first reference, the target and the caption, or what is
+    wrong."""
     columns, font = 4, ImageFont.load_default(10)
     height = CELL + 13 * (LINES + 1) + 6
     rows = -(-len(shown) // columns)
@@ -180,7 +183,10 @@ def contact_sheet(shown: Sequence[tuple[str, Example | str]]) -> Image.Image:
         x, y = place % columns * (2 * CELL + 8), place // columns * height
         said = example
         if isinstance(example, Example):
-            for offset, image in ((0, next(iter(example.references), None)), (CELL, example.target)):
+            for offset, image in (
+                (0, next(iter(example.references), None)),
+                (CELL, example.target),
+            ):
                 if image is not None:
                     sheet.paste(ImageOps.contain(image, (CELL, CELL)), (x + offset, y))
             said = example.prompt

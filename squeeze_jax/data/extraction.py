@@ -27,23 +27,26 @@ from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
 
 MOST_ROWS, MOST_BYTES = 1024, 2 * 2**30
-"""Of a shard: rows, and about how large it may become (a record alone: its format's limit). A killed extraction repeats one
-shard."""
+"""Of a shard: rows, and about how large it may become (a record alone: its format's limit). A
+killed extraction repeats one shard."""
 TEXT, IMAGE = 64, 256
 """Tokens of a row that this reckons with: of its prompt, and of each tile of a reference."""
 
 
 def rows_of_shard(config: Config, layers: int, references: int = 1) -> int:
-    """Rows of a shard of records that keep that many hidden states: 1,024, fewer where records are large.
+    """Rows of a shard of records that keep that many hidden states: 1,024, fewer where records are
+    large.
 
-    references: most of a row. Raises InputError where a record would be larger than its format allows.
+    references: most of a row. Raises InputError where a record would be larger than its format
+    allows.
     """
     tiles = config.data.max_tiles + (config.data.max_tiles > 1)
     tokens = TEXT + IMAGE * tiles * max(1, references)
     row = layers * tokens * config.aggregator.width * (1 if config.data.codec == "int8" else 2)
     if row >= MOST_BYTES:
         raise InputError(
-            f"a record of {references} references in up to {tiles} tiles would take {row / 2**30:.1f} GiB, more than 2; "
+            f"a record of {references} references in up to {tiles} tiles would take "
+            f"{row / 2**30:.1f} GiB, more than 2; "
             "lower data.max_tiles, or set data.keep read or data.codec int8"
         )
     return max(1, min(MOST_ROWS, MOST_BYTES // row))
@@ -180,4 +183,6 @@ def extract_features(
 
 
 def progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )

@@ -1,4 +1,5 @@
-"""The frozen encoders as extraction and sampling use them: prompts and pictures in, hidden states and latents out."""
+"""The frozen encoders as extraction and sampling use them: prompts and pictures in, hidden states
+and latents out."""
 
 import hashlib
 from collections.abc import Callable
@@ -35,9 +36,13 @@ class FeatureExtractor:
 
     @classmethod
     def of(cls, config: Config) -> "FeatureExtractor":
-        """A config's encoders. Raises InputError where they do not fit its transformer and aggregator."""
+        """A config's encoders. Raises InputError where they do not fit its transformer and
+        aggregator."""
         model, data = config.model, config.data
-        folders = [encoder_folder(model.autoencoder, "autoencoder"), encoder_folder(model.mllm, "mllm")]
+        folders = [
+            encoder_folder(model.autoencoder, "autoencoder"),
+            encoder_folder(model.mllm, "mllm"),
+        ]
         reader: MLLM
         if model.mllm_source == "transformers":
             reader = TransformersMLLM.load(
@@ -54,18 +59,31 @@ class FeatureExtractor:
         autoencoder = load_autoencoder(folders[0], jnp.float32)
         of_latents = autoencoder.config
         for name, ours, theirs, folder in (
-            ("model.latent_pixels", model.latent_pixels, of_latents.downsampling, model.autoencoder),
-            ("model.dit.in_channels", model.dit.in_channels, 4 * of_latents.latent_channels, model.autoencoder),
+            (
+                "model.latent_pixels",
+                model.latent_pixels,
+                of_latents.downsampling,
+                model.autoencoder,
+            ),
+            (
+                "model.dit.in_channels",
+                model.dit.in_channels,
+                4 * of_latents.latent_channels,
+                model.autoencoder,
+            ),
             ("aggregator.width", config.aggregator.width, reader.width, model.mllm),
         ):
             if ours != theirs:
-                raise InputError(f"{name} is {ours}, but {folder!r} makes it {theirs}; change one of them")
+                raise InputError(
+                    f"{name} is {ours}, but {folder!r} makes it {theirs}; change one of them"
+                )
         if config.aggregator.layers[-1] > reader.layers:
             raise InputError(
                 f"aggregator.layers asks for hidden state {config.aggregator.layers[-1]}; "
                 f"{model.mllm!r} has 0 to {reader.layers}"
             )
-        # What decides the features: digests of both folders' weights, and how the MLLM is spoken to.
+        # What decides the features: digests of both folders' weights, and how the MLLM is spoken
+        # to.
         digests = {name: digest(folder) for name, folder in zip(("autoencoder", "mllm"), folders)}
         return cls(reader, autoencoder, reader.settings | digests)
 
@@ -81,12 +99,17 @@ class FeatureExtractor:
         return self._reader
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
-        """Hidden states of prompts with their references, padded. Raises InputError for an empty or too long prompt."""
+        """Hidden states of prompts with their references, padded. Raises InputError for an empty or
+        too long prompt."""
         return self.reader.read(prompts, images)
 
-    def hidden_states(self, prompts: list[str], images: list[list[Image.Image]]) -> list["EncodedPrompt"]:
+    def hidden_states(
+        self, prompts: list[str], images: list[list[Image.Image]]
+    ) -> list["EncodedPrompt"]:
         """The same, one unpadded result a sample: what a feature record keeps."""
-        from squeeze_jax.data.record_writer import EncodedPrompt  # brings TFDS along, which sampling has no use for
+        from squeeze_jax.data.record_writer import (
+            EncodedPrompt,
+        )  # brings TFDS along, which sampling has no use for
 
         states = jax.tree.map(np.asarray, self.read(prompts, images))
         return [
@@ -104,13 +127,17 @@ class FeatureExtractor:
         return list(np.asarray(self._encode(np.stack(images))))
 
     def decode(self, latents: np.ndarray | jax.Array) -> np.ndarray:
-        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones in tiles."""
+        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones in
+        tiles."""
         return self.decode_later(latents)()
 
     def decode_later(self, latents: np.ndarray | jax.Array) -> Callable[[], np.ndarray]:
-        """`decode` in two: what is returned waits for the pictures, and until then the caller may have others drawn."""
+        """`decode` in two: what is returned waits for the pictures, and until then the caller may
+        have others drawn."""
         if max(latents.shape[1:3]) > TILE:
-            return lambda: decode_tiles(lambda part: np.asarray(self._decode(part)), np.asarray(latents))
+            return lambda: decode_tiles(
+                lambda part: np.asarray(self._decode(part)), np.asarray(latents)
+            )
         pictures = self._decode(latents)
         return lambda: np.asarray(pictures)
 
@@ -118,7 +145,11 @@ class FeatureExtractor:
 def digest(folder: Path) -> str:
     """SHA-256 (16 hex digits) over a folder's JSON and safetensors files, or over the one file."""
     sha = hashlib.sha256()
-    files = [folder] if folder.is_file() else sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    files = (
+        [folder]
+        if folder.is_file()
+        else sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    )
     for file in files:
         with file.open("rb") as stream:
             sha.update(hashlib.file_digest(stream, "sha256").digest())

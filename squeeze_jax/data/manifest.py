@@ -1,9 +1,10 @@
 """The manifest: a JSON list of examples as UNO writes it, with paths relative to the file.
 
-    [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "cat_on_sofa.png"}, …]
+    [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "sofa.png"}, …]
 
-`image_paths` may be empty (text only) and `image_tgt_path` left out where nothing is learned from it. Further keys are
-ignored if they are named `critter` or begin with `x_`; any other is taken for a misspelling.
+`image_paths` may be empty (text only) and `image_tgt_path` left out where nothing is learned from
+it. Further keys are ignored if they are named `critter` or begin with `x_`; any other is taken for
+a misspelling.
 """
 
 import hashlib
@@ -43,9 +44,11 @@ class Manifest(NamedTuple):
     path: Path
     rows: list[Row]
     warnings: list[str]
-    """What is allowed but probably not meant, and rows that were skipped; for the command to print."""
+    """What is allowed but probably not meant, and rows that were skipped; for the command to
+    print."""
     digest: str
-    """SHA-256 of the file and of its pictures' sizes in bytes: a picture that was replaced is another data set."""
+    """SHA-256 of the file and of its pictures' sizes in bytes: a picture that was replaced is
+    another data set."""
     looked_at: int
     """Rows that were validated, good and bad."""
 
@@ -60,9 +63,9 @@ def read_manifest(
 ) -> Manifest:
     """Reads and validates a manifest before anything is made of it.
 
-    need_targets: training learns from targets; sampling and evaluation do without. check_images: decodes every picture
-    once, since a truncated file opens without complaint. skip_bad: leaves bad rows out, each with a warning.
-    limit: looks at no more rows once so many are good.
+    need_targets: training learns from targets; sampling and evaluation do without. check_images:
+    decodes every picture once, since a truncated file opens without complaint. skip_bad: leaves bad
+    rows out, each with a warning. limit: looks at no more rows once so many are good.
     Raises InputError that lists every bad row with its number, the file or value, and the remedy.
     """
     path = Path(path)
@@ -117,7 +120,8 @@ def check_rows(
         same = (row.prompt, row.references, row.target)
         if same in seen:
             warnings.append(
-                f"row {number}: the same as row {seen[same]}; the last rows are held out of training"
+                f"row {number}: the same as row {seen[same]}; the last rows are held out of "
+                "training"
             )
         seen.setdefault(same, number)
         if row.target is not None and any(_same_bytes(r, row.target) for r in row.references):
@@ -155,12 +159,16 @@ def _rows(path: Path, content: bytes) -> list[Any]:
     try:
         values = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise InputError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
         hint = "correct it there"
         if error.msg == "Extra data":
             hint = "write one JSON list, not one object a line, or name the file .jsonl"
-        raise InputError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}; {hint}") from error
+        raise InputError(
+            f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}; {hint}"
+        ) from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply; a manifest is a JSON list of rows") from error
     except ValueError as error:  # a number of thousands of digits
@@ -212,7 +220,9 @@ def _row(number: int, value: Any, folder: Path, need_target: bool) -> tuple[Row 
         return None, bad
     extra = {key: content for key, content in value.items() if key not in FIELDS}
     pictures = found[: len(references)]
-    return Row(number, prompt, tuple(pictures), found[-1] if target is not None else None, extra), bad
+    return Row(
+        number, prompt, tuple(pictures), found[-1] if target is not None else None, extra
+    ), bad
 
 
 def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:
@@ -223,7 +233,9 @@ def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:
             continue
         near = get_close_matches(key, FIELDS, n=1)
         meant.update(near)
-        remedy = f'did you mean "{near[0]}"?' if near else "start the names of your own fields with x_"
+        remedy = (
+            f'did you mean "{near[0]}"?' if near else "start the names of your own fields with x_"
+        )
         bad.append(f'unknown field "{key}"; {remedy}')
     return meant, bad
 
@@ -231,11 +243,18 @@ def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:
 def _resolve(folder: Path, name: Any) -> tuple[Path | None, str]:
     """The file that a path names, or what is wrong with it."""
     if not isinstance(name, str) or not name:
-        return None, f"is {_kind(name) if not isinstance(name, str) else 'empty'}; write the path of a picture"
+        return (
+            None,
+            f"is {_kind(name) if not isinstance(name, str) else 'empty'}; write the path of a "
+            "picture",
+        )
     try:
         resolved = (folder / name).resolve()
         if not resolved.is_relative_to(folder.resolve()):
-            return None, f'"{name}" leads out of the manifest\'s folder {folder}; move the picture into it'
+            return (
+                None,
+                f'"{name}" leads out of the manifest\'s folder {folder}; move the picture into it',
+            )
         if not resolved.is_file():
             return None, f'"{name}": no such file in {folder}; paths are relative to the manifest'
     except (OSError, ValueError) as error:  # a null byte, a name that is too long, a loop of links
@@ -262,5 +281,11 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a truth value",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")

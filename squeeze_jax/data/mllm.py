@@ -1,7 +1,9 @@
-"""What reads a prompt and its references: InternVL here, or any model of transformers as PyTorch runs it.
+"""What reads a prompt and its references: InternVL here, or any model of transformers as PyTorch
+runs it.
 
-A reader gives every hidden state of a frozen multimodal LLM, text and image tokens apart. Which one is a choice of the
-config (`model.mllm_source`); records, aggregator and sampler do not know the difference.
+A reader gives every hidden state of a frozen multimodal LLM, text and image tokens apart. Which one
+is a choice of the config (`model.mllm_source`); records, aggregator and sampler do not know the
+difference.
 """
 
 from collections.abc import Sequence
@@ -54,11 +56,13 @@ class MLLM(Protocol):
         ...
 
     def check(self, prompt: str, references: int) -> None:
-        """Raises InputError, before anything is read, for a prompt that `read` would refuse with so many references."""
+        """Raises InputError, before anything is read, for a prompt that `read` would refuse with so
+        many references."""
         ...
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
-        """Hidden states of prompts, each with its references; InputError for an empty or too long prompt."""
+        """Hidden states of prompts, each with its references; InputError for an empty or too long
+        prompt."""
         ...
 
 
@@ -92,7 +96,9 @@ class InternVLMLLM:
     @property
     def settings(self) -> dict[str, Any]:
         # One tile is left out: records from before there was a choice go on being continued.
-        return {"system_text": self.system_text} | ({"max_tiles": self.max_tiles} if self.max_tiles > 1 else {})
+        return {"system_text": self.system_text} | (
+            {"max_tiles": self.max_tiles} if self.max_tiles > 1 else {}
+        )
 
     def check(self, prompt: str, references: int) -> None:
         """A picture's tiles, however many, stand between one pair of text tokens."""
@@ -100,9 +106,7 @@ class InternVLMLLM:
 
     def _ids(self, prompt: str, images: Sequence[int]) -> list[int]:
         most = self.max_text_tokens
-        return build_input(
-            self.tokenizer, prompt, images, self.system_text, max_text_tokens=most
-        )
+        return build_input(self.tokenizer, prompt, images, self.system_text, max_text_tokens=most)
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states padded to buckets of static shape."""
@@ -120,21 +124,29 @@ class InternVLMLLM:
             pixels[place] = tile
         return self.program(self.state, ids, pixels, mask)
 
-    def _states(self, state: Any, ids: jax.Array, pixels: jax.Array, mask: jax.Array) -> HiddenStates:
+    def _states(
+        self, state: Any, ids: jax.Array, pixels: jax.Array, mask: jax.Array
+    ) -> HiddenStates:
         """All hidden states, text and image tokens apart: both lengths follow from the shapes."""
         mllm: InternVL = nnx.merge(self.graph, state)
         hidden = mllm(ids, pixels if pixels.shape[0] else None, mask)
         image = mllm.config.image_tokens * (pixels.shape[0] // ids.shape[0])
         return split_hidden_states(
-            hidden, ids, mask, mllm.config.image_token_id, text_length=ids.shape[1] - image, image_length=image
+            hidden,
+            ids,
+            mask,
+            mllm.config.image_token_id,
+            text_length=ids.shape[1] - image,
+            image_length=image,
         )
 
 
 class TransformersMLLM:
-    """Any image-text-to-text model of transformers, with its own processor and chat template, run by PyTorch.
+    """Any image-text-to-text model of transformers, with its own processor and chat template, run
+    by PyTorch.
 
-    What the template puts around the prompt is the model's own, without the header of an answer. Image tokens are the
-    positions of the model's image token.
+    What the template puts around the prompt is the model's own, without the header of an answer.
+    Image tokens are the positions of the model's image token.
     """
 
     def __init__(
@@ -144,12 +156,16 @@ class TransformersMLLM:
         system_text: str | None = None,
         max_text_tokens: int = MAX_TEXT_TOKENS,
     ) -> None:
-        """Around a processor and a model in memory. Raises InputError where the model's config names no image token."""
+        """Around a processor and a model in memory. Raises InputError where the model's config
+        names no image token."""
         names = ("image_token_id", "image_token_index")
-        token = next((t for name in names if (t := getattr(model.config, name, None)) is not None), None)
+        token = next(
+            (t for name in names if (t := getattr(model.config, name, None)) is not None), None
+        )
         if token is None:
             raise InputError(
-                f"the config of {type(model).__name__} names no image_token_id, so image tokens cannot be told from text"
+                f"the config of {type(model).__name__} names no image_token_id, so image tokens "
+                "cannot be told from text"
             )
         self.image_token = int(token)
         self.processor, self.model, self.system_text = processor, model.eval(), system_text
@@ -164,7 +180,8 @@ class TransformersMLLM:
         dtype: str,
         max_text_tokens: int = MAX_TEXT_TOKENS,
     ) -> "TransformersMLLM":
-        """From a folder, in `dtype`, on the GPU where PyTorch sees one. Raises InputError where that cannot be."""
+        """From a folder, in `dtype`, on the GPU where PyTorch sees one. Raises InputError where
+        that cannot be."""
         try:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -201,12 +218,19 @@ class TransformersMLLM:
         self._conversation(prompt, [])
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
-        """Hidden states; InputError also where a prompt spells one of the tokenizer's special tokens."""
+        """Hidden states; InputError also where a prompt spells one of the tokenizer's special
+        tokens."""
         import torch
 
-        conversations = [self._conversation(prompt, row) for prompt, row in zip(prompts, images, strict=True)]
+        conversations = [
+            self._conversation(prompt, row) for prompt, row in zip(prompts, images, strict=True)
+        ]
         inputs = self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
         )
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy().astype(bool)
         is_image = (ids == self.image_token) & mask
@@ -233,7 +257,10 @@ class TransformersMLLM:
         check_prompt(prompt)
         for said in (prompt, self.system_text or ""):
             if token := next((token for token in self.added if token in said), None):
-                raise InputError(f"the text {said!r} spells {token!r}, a special token of this model; leave it out")
+                raise InputError(
+                    f"the text {said!r} spells {token!r}, a special token of this model; leave "
+                    "it out"
+                )
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         turns = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
         if self.system_text is None:
@@ -242,16 +269,19 @@ class TransformersMLLM:
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, config: InternVLConfig) -> None:
-    """Raises InputError where tokenizer and model cannot belong together: a picture would be lost without a word."""
+    """Raises InputError where tokenizer and model cannot belong together: a picture would be lost
+    without a word."""
     image, most = tokenizer.token_to_id(IMAGE), tokenizer.get_vocab_size() - 1
     if image is not None and image != config.image_token_id:
         raise InputError(
-            f"{folder}: tokenizer.json gives {IMAGE} the id {image}, config.json {config.image_token_id}; "
+            f"{folder}: tokenizer.json gives {IMAGE} the id {image}, config.json "
+            f"{config.image_token_id}; "
             "they are not of one model"
         )
     if most >= config.text.vocab_size:
         raise InputError(
-            f"{folder}: tokenizer.json has ids up to {most}, the model embeds {config.text.vocab_size} tokens; "
+            f"{folder}: tokenizer.json has ids up to {most}, the model embeds "
+            f"{config.text.vocab_size} tokens; "
             "they are not of one model"
         )
 

@@ -95,8 +95,8 @@ class Slice(NamedTuple):
 def slices(count: int, parts: Sequence[int] | None, most: int) -> list[Slice]:
     """The shards of `count` rows, in order, whoever makes them.
 
-    parts: rows that only one process reads, in order (`sources.contract.parts_of`); a shard has rows
-    of one of them. None: shards take turns. most: rows of a shard.
+    parts: rows that only one process reads, in order (`sources.contract.parts_of`); a shard has
+    rows of one of them. None: shards take turns. most: rows of a shard.
     """
     made: list[Slice] = []
     start = 0

@@ -327,7 +327,8 @@ class FeatureSource:
             shard = int(np.searchsorted(np.cumsum(counts), index, side="right"))
             path = shard_path(self.folder, shard, len(counts))
             raise InputError(
-                f"{path}: record {index} cannot be read ({error}); delete this file and run the same "
+                f"{path}: record {index} cannot be read ({error}); delete this file and run the "
+                "same "
                 "extract command again"
             ) from error
 

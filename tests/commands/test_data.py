@@ -46,9 +46,15 @@ def make(kind, folder):
         for other in (0, 1):
             content = picture(i, other) if i < 3 else b"cut"
             (folder / f"{i}_{other}.png").write_bytes(content)
-        rows.append({"prompt": f"a mug {i}", "image_paths": [f"{i}_1.png"], "image_tgt_path": f"{i}_0.png"})
+        rows.append(
+            {"prompt": f"a mug {i}", "image_paths": [f"{i}_1.png"], "image_tgt_path": f"{i}_0.png"}
+        )
     if kind == "folder":
-        keys = {"prompt": "text", "image_paths": "reference_file_names", "image_tgt_path": "file_name"}
+        keys = {
+            "prompt": "text",
+            "image_paths": "reference_file_names",
+            "image_tgt_path": "file_name",
+        }
         rows = [{keys[key]: value for key, value in row.items()} for row in rows]
     name = {"folder": "metadata.jsonl", "jsonl": "pairs.jsonl", "json": "pairs.json"}[kind]
     lines = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
@@ -97,14 +103,19 @@ def test_each_source_is_described(tmp_path, kind, capsys):
         least = "score below 5" if kind == "subjects200k" else "score below 3.5"
         assert value["dropped"] == {least: 2, "score unknown": 2}
     assert len(value["unreadable"]) == (2 if pairs else 1)
-    assert value["sizes"] == {what: {"64x64": 6 if pairs else 3} for what in ("target", "reference")}
+    assert value["sizes"] == {
+        what: {"64x64": 6 if pairs else 3} for what in ("target", "reference")
+    }
     assert value["captions"]["too_long"] == 0
     assert 5 < value["captions"]["tokens"]["median"] < 60
     assert value["disk"]["bf16 all"] > value["disk"]["int8 all"] >= value["disk"]["int8 read"] > 0
     with Image.open(sheet) as image:
         assert image.convert("RGB").getpixel((160 + 40, 40)) == colour(0, kind == "uno1m")
     capsys.readouterr()
-    assert data.main(["describe", source, "--sheet", str(sheet), "--limit", "2", "--json", str(found)]) == 0
+    assert (
+        data.main(["describe", source, "--sheet", str(sheet), "--limit", "2", "--json", str(found)])
+        == 0
+    )
     assert json.loads(found.read_text())["kept"] == 2
 
 

@@ -1,4 +1,5 @@
-"""The limit of text tokens: a choice, noted where it matters; longer captions are refused or cut."""
+"""The limit of text tokens: a choice, noted where it matters; longer captions are refused or
+cut."""
 
 import dataclasses
 import json
@@ -45,14 +46,17 @@ def long_captions(tmp_path):
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "b.png")
     prompts = ["short", SENTENCE * 15, SENTENCE * 10, "also short"]
     rows = [
-        {"prompt": prompt, "image_paths": ["a.png"], "image_tgt_path": "b.png"} for prompt in prompts
+        {"prompt": prompt, "image_paths": ["a.png"], "image_tgt_path": "b.png"}
+        for prompt in prompts
     ]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     return with_data(load_preset(CONFIGS / "demo.py"), source=str(tmp_path / "pairs.json"))
 
 
 def with_data(config, **changes):
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, critters=None, **changes))
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, critters=None, **changes)
+    )
 
 
 def prompts_in(folder):

@@ -1,7 +1,8 @@
 """Pictures out of a compressed archive, read once from its beginning to its end and not unpacked.
 
 Pictures that come before they are asked for wait in memory, above `MOST_WAITING` bytes in a
-temporary file. So it costs little where the archive has the order of the labels, and works where not.
+temporary file. So it costs little where the archive has the order of the labels, and works where
+not.
 """
 
 import gzip
@@ -37,12 +38,8 @@ class ArchivePictures:
         self.ended = False
         with _NamingDamage(path), ExitStack() as files:
             self.file = files.enter_context(gzip.open(path))
-            self.tar = files.enter_context(
-                tarfile.open(fileobj=self.file, mode="r|", bufsize=READ)
-            )
-            self.waiting = Waiting(
-                files.enter_context(tempfile.SpooledTemporaryFile(MOST_WAITING))
-            )
+            self.tar = files.enter_context(tarfile.open(fileobj=self.file, mode="r|", bufsize=READ))
+            self.waiting = Waiting(files.enter_context(tempfile.SpooledTemporaryFile(MOST_WAITING)))
             self.files = files.pop_all()
 
     def read(self, key: Key, name: str) -> Image.Image:
@@ -107,9 +104,9 @@ class _NamingDamage:
             ) from None
 
 
-
 class Waiting:
-    """Pictures that came before their turn, in a file in memory or, above `MOST_WAITING`, on disk."""
+    """Pictures that came before their turn, in a file in memory or, above `MOST_WAITING`, on
+    disk."""
 
     def __init__(self, file: "tempfile.SpooledTemporaryFile[bytes]") -> None:
         self.file = file

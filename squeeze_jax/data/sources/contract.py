@@ -140,8 +140,10 @@ class Report:
     def refuse_bad(self, name: str) -> None:
         """Raises InputError that lists the bad examples, if there are any."""
         if self.bad:
-            head = f"{name}: {self.bad:,} of {self.examples:,} examples cannot be used; correct them, or"
-            raise InputError("\n  ".join([f"{head} leave them out with --skip-bad:", *self.listed()]))
+            head = f"{name}: {self.bad:,} of {self.examples:,} examples cannot be used; correct"
+            raise InputError(
+                "\n  ".join([f"{head} them, or leave them out with --skip-bad:", *self.listed()])
+            )
 
     def listed(self) -> list[str]:
         """The problems that are known, and how many more there are."""
@@ -169,7 +171,8 @@ def refuse_scores(options: Options, kind: str) -> None:
     """Raises InputError where a filter by score is asked of a source that has none."""
     if options.min_score is not None:
         raise InputError(
-            f"min_score {options.min_score:g}: {kind} has no scores; it is for uno1m and subjects200k"
+            f"min_score {options.min_score:g}: {kind} has no scores; it is for uno1m and "
+            "subjects200k"
         )
 
 

@@ -2,9 +2,9 @@
 
     {"file_name": "sofa.png", "reference_file_name": "cat.png", "text": "a cat on a sofa"}
 
-The target is `file_name`, the caption `text`, `prompt` or `caption`. References are all columns that
-begin with `reference` and end in `file_name` (one path) or `file_names` (a list, not in CSV), in the
-order of the columns. Other columns are ignored. Paths begin at the folder.
+The target is `file_name`, the caption `text`, `prompt` or `caption`. References are all columns
+that begin with `reference` and end in `file_name` (one path) or `file_names` (a list, not in CSV),
+in the order of the columns. Other columns are ignored. Paths begin at the folder.
 """
 
 import csv
@@ -54,7 +54,9 @@ def parse_table(path: Path, content: bytes) -> Iterator[tuple[int, object]]:
             cells = {name: cell for name, cell in row.items() if name and cell}
             yield count, Unreadable("has more cells than the header") if None in row else cells
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise InputError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except csv.Error as error:
         raise InputError(f"{path}: not a CSV table ({error}); correct it there") from error
     if not count:
@@ -62,7 +64,8 @@ def parse_table(path: Path, content: bytes) -> Iterator[tuple[int, object]]:
 
 
 def as_manifest_row(value: object) -> object:
-    """The row as a JSON list writes it (`data/manifest.py`), which then says what is wrong with it."""
+    """The row as a JSON list writes it (`data/manifest.py`), which then says what is wrong with
+    it."""
     if not isinstance(value, dict):
         return value
     if "file_name" not in value:

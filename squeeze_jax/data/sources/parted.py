@@ -1,7 +1,8 @@
 """Examples of a source in parts: archives or row groups, each read in order from its beginning.
 
-Only counts are kept of all parts, and the labels of one part at a time, so memory does not grow with
-the set. Parts are what processes share out: nobody reads an archive of which another makes records.
+Only counts are kept of all parts, and the labels of one part at a time, so memory does not grow
+with the set. Parts are what processes share out: nobody reads an archive of which another makes
+records.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -198,9 +199,7 @@ class _OpenPart:
         return Example(entry.prompt, references, self.decoded[entry.target])
 
 
-def open_parts(
-    kind: str, parts: Sequence[Part], options: Options, directions: int = 1
-) -> Opened:
+def open_parts(kind: str, parts: Sequence[Part], options: Options, directions: int = 1) -> Opened:
     """Reads the labels of all parts once: which examples pass, how many each part has.
 
     directions: entries, kept or left out, that each row of the source makes.

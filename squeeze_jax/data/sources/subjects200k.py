@@ -1,7 +1,7 @@
 """`subjects200k:DIR`: Subjects200K's parquet shards as they are downloaded.
 
-A row is a composite of two pictures of one subject, and each of the two is a target with the other as
-its reference. A row group is a part: it is read on its own.
+A row is a composite of two pictures of one subject, and each of the two is a target with the other
+as its reference. A row group is a part: it is read on its own.
 """
 
 import io
@@ -39,7 +39,9 @@ BUFFER = 4 * 2**20
 def open_rows(path: Path, options: Options) -> Opened:
     files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if not files:
-        raise InputError(f"{path}: no *.parquet in it or in its folder data; give the download's folder")
+        raise InputError(
+            f"{path}: no *.parquet in it or in its folder data; give the download's folder"
+        )
     least = threshold(options, ADVISED)
     parts = [part for file in files for part in row_groups(file, least)]
     return open_parts("subjects200k", parts, options, directions=2)
@@ -63,7 +65,9 @@ def open_file(file: Path) -> Any:
         return parquet().ParquetFile(file, buffer_size=BUFFER)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{file}: not a whole parquet file ({reason}); download it again") from None
+        raise InputError(
+            f"{file}: not a whole parquet file ({reason}); download it again"
+        ) from None
 
 
 def row_groups(file: Path, least: float) -> Iterator["RowGroup"]:

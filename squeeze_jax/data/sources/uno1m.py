@@ -33,16 +33,21 @@ SIDES = ("img_path1", "img_path2")
 
 
 def open_rows(path: Path, options: Options) -> Opened:
-    labels = {number: file for file in path.glob("labels/split*.json") if (number := split_of(file))}
+    labels = {
+        number: file for file in path.glob("labels/split*.json") if (number := split_of(file))
+    }
     if not labels:
-        raise InputError(f"{path}: no labels/split1.json, …; give the folder that holds labels and images")
+        raise InputError(
+            f"{path}: no labels/split1.json, …; give the folder that holds labels and images"
+        )
     least, parts, without = threshold(options, ADVISED), [], []
     for number in sorted(labels):
         split = Split(labels[number], path / "images", f"split{number}", least)
         (parts if split.has_pictures() else without).append(split)
     if not parts:
         raise InputError(
-            f"{path}: neither images/{without[0].name}.tar.gz nor a folder images/{without[0].name}; "
+            f"{path}: neither images/{without[0].name}.tar.gz nor a folder "
+            f"images/{without[0].name}; "
             "download at least one archive whose labels are there"
         )
     opened = open_parts("uno1m", parts, options, directions=2)
@@ -121,9 +126,13 @@ class Split:
                 where = f"it must name a picture of {self.name}"
                 return Left("no path", f"{name}: {side} is {values.get(side)!r}; {where}")
         if pictures[0] == pictures[1]:
-            return Left("one picture", f"{name}: both pictures are {pictures[0]}; that teaches copying")
+            return Left(
+                "one picture", f"{name}: both pictures are {pictures[0]}; that teaches copying"
+            )
         if seen.intersection(pictures):
-            return Left("row twice", f"{name}: a picture of it is in an earlier row, too; leave it out")
+            return Left(
+                "row twice", f"{name}: a picture of it is in an earlier row, too; leave it out"
+            )
         return None
 
     def open(self, wanted: Sequence[Key]) -> "Folder | ArchivePictures":

@@ -88,7 +88,9 @@ class Shard:
         return ShardPictures(self.path)
 
 
-def entry_of(name: str, row: int, files: dict[str, Place], shard: io.BufferedReader) -> Entry | Left:
+def entry_of(
+    name: str, row: int, files: dict[str, Place], shard: io.BufferedReader
+) -> Entry | Left:
     """The example that files of one key make."""
     pictures = {found[1].lower(): files[end] for end in files if (found := PICTURE.fullmatch(end))}
     target = pictures.pop("target", None)
