@@ -6,7 +6,7 @@
 The first makes sets of photograph-like pictures (smooth noise; two of 793 x 1024 pixels a row as
 PNG, Subjects200K's composites as JPEG) and reads every example; `decoding` opens the same bytes
 from memory. The second makes UNO-1M of tiny pictures in splits of 10,000 rows, reads all labels and
-captions and the pictures of four splits, each in a process of its own.
+captions and the pictures of two splits, each in a process of its own.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SPLIT, READ = 10_000, 4
+SPLIT, READ = 10_000, 2
 """Rows of a split of UNO-1M, and splits whose pictures the second part reads."""
 
 
@@ -43,12 +43,12 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def label(split: int, row: int) -> dict[str, object]:
-    """A row of UNO-1M with captions of 60 words."""
+def label(row: int) -> dict[str, object]:
+    """A row of UNO-1M with captions of 60 words, of any split."""
     said = f"{row} " + "the mug stands on a table near the window " * 7
     return {
-        "img_path1": f"split{split}/object{row}_a.png",
-        "img_path2": f"split{split}/object{row}_b.png",
+        "img_path1": f"object{row}_a.png",
+        "img_path2": f"object{row}_b.png",
         "caption": {"img_path1": said, "img_path2": said, "subject": ["mug"], "judgment": "same"},
         "vlm_filter_cot": {"score_part": {"shape": 4.0, "colour": 4.0}, "score_final": 4.0},
     }
@@ -58,7 +58,7 @@ def write_uno(folder: Path, pictures: list[bytes], order: np.ndarray) -> None:
     """One split whose archive has the pictures in this order."""
     for name in ("labels", "images"):
         (folder / name).mkdir(parents=True)
-    rows = [label(1, row) for row in range(len(pictures) // 2)]
+    rows = [label(row) for row in range(len(pictures) // 2)]
     (folder / "labels" / "split1.json").write_text(json.dumps(rows))
     names = [str(row[side]) for row in rows for side in ("img_path1", "img_path2")]
     path = folder / "images" / "split1.tar.gz"
@@ -194,11 +194,11 @@ def memory_of(rows: int) -> None:
         with tarfile.open(first, "w:gz", compresslevel=1) as tar:
             for place in np.random.default_rng(0).permutation(2 * SPLIT):
                 add(tar, f"split1/object{place // 2}_{'ab'[place % 2]}.png", file.getvalue())
-        for split in range(1, splits + 1):
-            labels = [label(split, row) for row in range(SPLIT)]
-            (folder / "labels" / f"split{split}.json").write_text(json.dumps(labels))
-            if split > 1:  # the same pictures, of which only the names count
-                os.link(first, folder / "images" / f"split{split}.tar.gz")
+        labels = folder / "labels" / "split1.json"
+        labels.write_text(json.dumps([label(row) for row in range(SPLIT)]))
+        for split in range(2, splits + 1):
+            os.link(first, folder / "images" / f"split{split}.tar.gz")
+            os.link(labels, folder / "labels" / f"split{split}.json")
         queue = context.Queue()
         process = context.Process(target=peak, args=(folder, queue))
         process.start()

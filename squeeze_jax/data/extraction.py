@@ -34,11 +34,10 @@ TEXT, IMAGE = 64, 256
 
 
 def rows_of_shard(config: Config, layers: int, references: int = 1) -> int:
-    """Rows of a shard of records that keep that many hidden states: 1,024, fewer where records are
-    large.
+    """Rows of a shard of records that keep that many hidden states.
 
-    references: most of a row. Raises InputError where a record would be larger than its format
-    allows.
+    1,024, fewer where records are large. references: most of a row.
+    Raises InputError where a record would be larger than its format allows.
     """
     tiles = config.data.max_tiles + (config.data.max_tiles > 1)
     tokens = TEXT + IMAGE * tiles * max(1, references)
@@ -93,8 +92,7 @@ class Readable:
 def text_settings(data: DataConfig) -> dict[str, Any]:
     """What a folder notes of how captions are limited."""
     noted: dict[str, Any] = {"max_text_tokens": data.max_text_tokens}
-    # Only where it is not the default, as all that came after the first folders.
-    return noted | ({"long_captions": data.long_captions} if data.long_captions == "cut" else {})
+    return noted | ({"long_captions": "cut"} if data.long_captions == "cut" else {})
 
 
 def is_extracted(config: Config, sources: dict[str, Examples], out: epath.Path) -> bool:

@@ -109,11 +109,16 @@ def slices(count: int, parts: Sequence[int] | None, most: int) -> list[Slice]:
 
 
 def own_slices(
-    rows: "Rows", parts: Sequence[int] | None, most: int, shard: tuple[int, int]
+    rows: Rows, parts: Sequence[int] | None, most: int, shard: tuple[int, int]
 ) -> list[tuple[int, Slice]]:
-    """The numbers and rows of the shards that process i of n makes; `shard` is (i, n)."""
-    all_slices = slices(len(rows), parts, most)
-    return [one for one in enumerate(all_slices) if one[1].turn % shard[1] == shard[0]]
+    """The numbers and rows of the shards that process i of n makes; `shard` is (i, n).
+
+    Raises InputError for an impossible share.
+    """
+    i, n = shard
+    if not 0 <= i < n:
+        raise InputError(f"shard {i}/{n}: the first number must be from 0 to {n - 1}")
+    return [one for one in enumerate(slices(len(rows), parts, most)) if one[1].turn % n == i]
 
 
 def extract(
@@ -148,9 +153,7 @@ def extract(
     Returns the metadata, or None while other parts are missing.
     Raises InputError where `out_dir` holds an extraction of other rows or other settings.
     """
-    part, turns = shard
-    if not 0 <= part < turns:
-        raise InputError(f"shard {part}/{turns}: the first number must be from 0 to {turns - 1}")
+    own = own_slices(rows, parts, examples_per_shard, shard)
     if len(rows) == 0:
         raise InputError("nothing to extract: there are no rows")
     folder = epath.Path(out_dir)
@@ -167,7 +170,7 @@ def extract(
     shards = len(slices(len(rows), parts, examples_per_shard))
     sizes = list(buckets) or [target_size]
     done = 0
-    for number, (first, last, _) in own_slices(rows, parts, examples_per_shard, shard):
+    for number, (first, last, _) in own:
         if shard_summary(folder, number, shards) is None:
             batches = _batches(rows, range(first, last), batch, skip)
             records = _records(batches, encoders, sizes, reference_long_side, batch, layers)

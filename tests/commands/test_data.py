@@ -136,6 +136,24 @@ def test_the_disk_that_is_told_is_the_disk_that_is_taken(tmp_path):
     assert told == pytest.approx(sum(taken) / 2, rel=0.02)
 
 
+@pytest.mark.parametrize("share", ["0/0", "2/2", "one"])
+def test_an_impossible_share_is_refused_before_anything_is_read(tmp_path, share, capsys):
+    source, out = make("webdataset", tmp_path / "set"), tmp_path / "out"
+    words = [source, "--out", str(out), "--config", DEMO, "--shard", share, "--skip-bad"]
+    assert extract.main(words) == 2
+    assert "shard" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_extract_takes_fields_of_the_preset(tmp_path, capsys):
+    source = make("jsonl", tmp_path / "set")
+    words = [source, "--out", str(tmp_path / "out"), "--config", DEMO, "--skip-bad"]
+    assert extract.main([*words, "--data.codec", "int8", "--data.max-text-tokens", "16"]) == 2
+    assert "none of the rows could be used" in capsys.readouterr().err
+    assert extract.main([*words, "--data.codec", "int8", "--data.long-captions", "cut"]) == 2
+    assert "holds an extraction with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["describ", "a.json"]])
 def test_data_names_its_command(words, capsys):
     assert data.main(words) == 2

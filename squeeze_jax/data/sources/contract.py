@@ -55,10 +55,10 @@ class Examples(Protocol):
 
 
 @runtime_checkable
-class Rows(Examples, Protocol):
+class SourceRows(Examples, Protocol):
     """Examples of a source, which can be cut in two."""
 
-    def between(self, first: int, last: int, source: str) -> "Rows":
+    def between(self, first: int, last: int, source: str) -> "SourceRows":
         """Those from `first` up to, not including, `last`."""
         ...
 
@@ -161,7 +161,7 @@ class Report:
 class Opened(NamedTuple):
     """A source's examples, those that pass, and what it found."""
 
-    rows: Rows
+    rows: SourceRows
     report: Report
     held_out_first: bool
     """Whether validation takes the first rows, which are read soonest, or the last."""
