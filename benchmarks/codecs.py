@@ -23,7 +23,8 @@ from flax import nnx
 
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.data.codec import CODECS, dequantise, outliers, quantise
-from squeeze_jax.data.records import FeatureRecord, FeatureSource, write_metadata, write_shard
+from squeeze_jax.data.record_format import FeatureRecord
+from squeeze_jax.data.records import FeatureSource, write_metadata, write_shard
 from squeeze_jax.evaluation.grids import sample_examples
 from squeeze_jax.miniature.scores import paired_difference, render, score_settings
 from squeeze_jax.miniature.source import CritterRows

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import tyro
 
 from squeeze_jax.config_checks import Checked, above_zero, between
+from squeeze_jax.config_data import CrittersConfig as CrittersConfig
+from squeeze_jax.config_data import DataConfig
 from squeeze_jax.diffusion.flow import TimeSampling, no_shift
 from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.diffusion.stages import MAX_TAU, ConditionDropout
@@ -59,100 +61,6 @@ class ModelConfig(Checked):
                 f"model.dtype and model.frozen_dtype must each be one of {', '.join(kinds)}; "
                 "the latter may be int8, too"
             )
-
-
-@dataclass(frozen=True)
-class CrittersConfig:
-    """The procedural demo data: drawn, not loaded."""
-
-    train: int = 60_000
-    """Pairs to draw for training."""
-    held_out: int = 512
-    """Pairs of subjects that training never sees, for validation and scores."""
-    size: int = 64
-    """Side of the drawn pictures in pixels."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class DataConfig(Checked):
-    """Where examples come from and how large they are."""
-
-    manifest: str | None = None
-    """JSON list of `prompt`, `image_paths`, `image_tgt_path`; or `critters` below; or ready `features`."""
-    critters: CrittersConfig | None = None
-    features: str | None = None
-    """Folder of feature records (train and held-out below it); None: extracted into the work folder."""
-    height: int = 512
-    width: int = 512
-    """Target size in pixels, multiples of 16 (our decision: 512 x 512)."""
-    buckets: tuple[tuple[int, int], ...] = ()
-    """Several target sizes (height, width) to train on instead: a target gets the one nearest in aspect ratio, and a batch
-    holds one number of target tokens and of references. `height` and `width` stay what sampling draws by default."""
-    reference_long_side: int = 512
-    """References keep their aspect ratio and are at most this long (our decision)."""
-    held_out: int = 16
-    """Rows of a manifest kept for validation: the last ones, at most a tenth of it."""
-    skip_bad: bool = False
-    """Leaves rows of a manifest out that cannot be used, and lists them, instead of refusing it."""
-    batch_per_chip: int = 1
-    """Examples a step on each device; the global batch is this times the mesh's data and fsdp axes (devices along the
-    tensor axis share examples)."""
-    codec: Literal["bf16", "int8"] = "bf16"
-    """How records keep hidden states: `int8` halves them (our decision: docs/data.md has the error it makes)."""
-    online: bool = False
-    """Runs the frozen encoders inside the training program instead of extracting records first: more work a step (the MLLM
-    and the autoencoder), nothing on disk. References must all have one size after resizing."""
-    keep: Literal["all", "read"] = "all"
-    """Which hidden states records keep: all of the MLLM's, or only those that this config's aggregator reads."""
-    extract_batch: int = 8
-    """Examples that go through the frozen encoders at once."""
-    workers: int = 0
-    """Reading processes; 0 reads in threads of the main process."""
-    system_text: str | None = None
-    """System turn of the MLLM's chat; None leaves it out, as the published `-hf` files do (our decision)."""
-    max_tiles: int = 1
-    """Most tiles of a reference that InternVL sees, 1 to 12 (published option; one tile is our decision)."""
-
-    @property
-    def tiles_per_reference(self) -> int:
-        """Most tiles that the MLLM sees of a reference: the whole picture is one more of several."""
-        return self.max_tiles + (self.max_tiles > 1)
-
-    def _problems(self) -> Iterator[str]:
-        for name in ("height", "width", "reference_long_side"):
-            value = getattr(self, name)
-            if value < 16 or value % 16:
-                why = "(8x autoencoder, 2x2 patches)"
-                yield f"data.{name} {value} must be a positive multiple of 16 {why}"
-        for height, width in self.buckets:
-            if min(height, width) <= 0 or height % 16 or width % 16:
-                size = f"{height}x{width}"
-                yield f"data.buckets has {size}; both sides must be positive multiples of 16"
-        if len(set(self.buckets)) != len(self.buckets):
-            yield "data.buckets names a size twice"
-        if self.held_out < 1:
-            yield f"data.held_out is {self.held_out}; it must be at least 1"
-        for name, why in (
-            ("features", "it reads no records"),
-            ("buckets", "it has one size"),
-            ("workers", "it reads in threads"),
-        ):
-            if self.online and getattr(self, name):
-                yield f"data.online and data.{name} are both set; leave one out: on-line, {why}"
-        if self.critters is not None:
-            if self.buckets:
-                sizes = "pictures of several sizes"
-                yield f"data.buckets is for {sizes}; data.critters are all drawn at one"
-            if self.manifest is not None:
-                yield "data.critters and data.manifest are both set; choose one source of examples"
-            if self.critters.size != self.height:
-                yield (
-                    f"data.critters.size {self.critters.size} must equal data.height "
-                    f"{self.height}: they are drawn at that size"
-                )
-        yield from between(1, 12, "data", self, "max_tiles")
-        yield from above_zero("data", self, "batch_per_chip", "extract_batch")
 
 
 @dataclass(frozen=True)
@@ -357,6 +265,11 @@ class Config(Checked):
             yield (
                 "data.online runs our InternVL in the program; "
                 "set model.mllm_source internvl, or extract records"
+            )
+        if data.long_captions == "cut" and model.mllm_source != "internvl":
+            yield (
+                "data.long_captions cut counts tokens as our InternVL reads them; "
+                "set model.mllm_source internvl, or long_captions refuse"
             )
         profile, last = self.log.profile, self.total_steps
         if profile is not None and not 1 <= profile[0] <= profile[1] <= last:

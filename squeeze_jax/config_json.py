@@ -7,6 +7,9 @@ from typing import Any, get_args
 from squeeze_jax.config import RENAMED, Config
 from squeeze_jax.errors import InputError
 
+MEANT = {"max_text_tokens": 128}
+"""What a missing field of `data` meant before there was a choice, where that is not its default."""
+
 
 def to_json(config: Config) -> str:
     """The resolved config as JSON, fields in order."""
@@ -14,11 +17,14 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`. A missing field has its default, and one with an old name of
-    `config.RENAMED` is read under its new one. Raises InputError for what is no config.
+    """The inverse of `to_json`. A missing field has its default, or what it `MEANT`; one with an old
+    name of `config.RENAMED` is read under its new one. Raises InputError for what is no config.
     """
     try:
-        return _build(Config, json.loads(text), "config")
+        value = json.loads(text)
+        if isinstance(value, dict) and isinstance(data := value.get("data", {}), dict):
+            value["data"] = MEANT | data
+        return _build(Config, value, "config")
     except (TypeError, json.JSONDecodeError) as error:
         raise InputError(f"not a config ({error})") from error
 
@@ -32,8 +38,16 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         value = _with_new_names(value, where)
         unknown = sorted(set(value) - set(fields))
         if unknown:
-            raise InputError(f"{where} has unknown fields {', '.join(unknown)}: it was written by another version")
-        return kind(**{name: _build(fields[name].type, item, f"{where}.{name}") for name, item in value.items()})  # type: ignore
+            raise InputError(
+                f"{where} has unknown fields {', '.join(unknown)}: it was written by another "
+                "version"
+            )
+        return kind(
+            **{
+                name: _build(fields[name].type, item, f"{where}.{name}")
+                for name, item in value.items()
+            }
+        )  # type: ignore
     arguments = get_args(kind)
     if value is None or not arguments:
         return value
@@ -66,8 +80,14 @@ def differences(old: Config, new: Config) -> list[str]:
 
     def flat(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for name, item in value.items() for k, v in flat(f"{prefix}.{name}".lstrip("."), item).items()}
+            return {
+                k: v
+                for name, item in value.items()
+                for k, v in flat(f"{prefix}.{name}".lstrip("."), item).items()
+            }
         return {prefix: value}
 
     a, b = flat("", dataclasses.asdict(old)), flat("", dataclasses.asdict(new))
-    return [f"{k}: {a.get(k)} → {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    return [
+        f"{k}: {a.get(k)} → {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
+    ]

@@ -41,7 +41,7 @@ RULES: dict[str, Rule] = {
     **_rows("free", "free", "model.dit_weights model.autoencoder model.mllm"),
     # Where things lie and what is written and shown.
     **_rows("free", "free", """
-        data.features data.workers data.batch_per_chip data.extract_batch
+        data.features data.workers data.batch_per_chip data.extract_batch data.max_text_tokens
         optimizer.accumulate
         training.validate_every training.sample_every
         sampling.steps sampling.tau1 sampling.tau2 sampling.tau_tokens sampling.cfg_scale
@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     # without a word.
     **_rows("ask", "free", """
         name
+        data.source data.min_score data.limit data.long_captions lora.init_gain
         data.manifest data.critters.train data.critters.held_out data.critters.size
         data.critters.seed data.height data.width data.buckets data.reference_long_side
         data.held_out data.skip_bad data.codec data.online data.keep
@@ -82,6 +83,7 @@ RULES: dict[str, Rule] = {
         model.dit.rope_axes model.dit.guidance model.dit.reference_attention
         aggregator.kind aggregator.layers aggregator.width aggregator.out_width aggregator.heads
         aggregator.mlp_width aggregator.layer_blocks aggregator.refiner_blocks
+        aggregator.norm_eps
         lora.rank lora.target lora.qkv
     """),
     # The adapters' scale goes into their weights; a run keeps its place in the stream of draws.

@@ -1,4 +1,4 @@
-"""`extract`: a manifest to feature records."""
+"""`extract`: a source of examples to feature records."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -13,28 +13,41 @@ from squeeze_jax.commands.run import guarded, setup
 
 @dataclass(frozen=True)
 class Extract:
-    """Runs the frozen encoders over a manifest and writes feature records; started again, it continues."""
+    """Runs the frozen encoders over a source and writes feature records; started again, it goes on.
 
-    manifest: Annotated[Path, tyro.conf.Positional]
-    """JSON list of rows with `prompt`, `image_paths`, `image_tgt_path`, relative to the file."""
+    Any field of the preset can be overridden, as in train (`--data.long-captions cut`).
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """FILE.json, FILE.jsonl, folder:DIR, subjects200k:DIR, uno1m:DIR or webdataset:DIR
+    (docs/data.md)."""
     out: epath.Path
     """Folder for the records, also gs://bucket/…: train and held_out below it."""
     config: Path
     """Preset whose encoders and sizes to use."""
     shard: str = "0/1"
     """i/n: this process does every n-th shard from i."""
+    min_score: float | None = None
+    """Leave pairs out that were scored lower (UNO-1M: score_final; Subjects200K: any of three)."""
+    limit: int | None = None
+    """Take only so many of the first examples that pass."""
     skip_bad: bool = False
-    """Leave rows out that cannot be used, and list them, instead of refusing the manifest."""
+    """Leave rows out that cannot be used, and list them, instead of refusing the source."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(Extract, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax extract")
-    return guarded(lambda: run(given))
+    given, overrides = tyro.cli(
+        Extract,
+        args=sys.argv[1:] if arguments is None else arguments,
+        prog="squeeze_jax extract",
+        return_unknown_args=True,
+    )
+    return guarded(lambda: run(given, overrides))
 
 
-def run(given: Extract) -> None:
+def run(given: Extract, overrides: list[str]) -> None:
     setup()
-    from squeeze_jax.config import load_preset
+    from squeeze_jax.config import load_preset, override
     from squeeze_jax.data.extraction import extract_features
     from squeeze_jax.errors import InputError
 
@@ -42,10 +55,19 @@ def run(given: Extract) -> None:
         part, parts = (int(number) for number in given.shard.split("/"))
     except ValueError:
         raise InputError(f"--shard {given.shard!r} must be i/n, such as 0/4") from None
-    config = load_preset(given.config)
-    data = replace(
-        config.data, manifest=str(given.manifest), critters=None, skip_bad=given.skip_bad or config.data.skip_bad
+    config = override(load_preset(given.config), overrides, "squeeze_jax extract")
+    data = config.data
+    config = replace(
+        config,
+        data=replace(
+            data,
+            source=given.source,
+            manifest=None,
+            critters=None,
+            min_score=data.min_score if given.min_score is None else given.min_score,
+            limit=given.limit or data.limit,
+            skip_bad=given.skip_bad or data.skip_bad,
+        ),
     )
-    config = replace(config, data=data)
     extract_features(config, given.out, shard=(part, parts))
     print(f"records: {given.out}")

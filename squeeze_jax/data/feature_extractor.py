@@ -1,4 +1,5 @@
-"""The frozen encoders as extraction and sampling use them: prompts and pictures in, hidden states and latents out."""
+"""The frozen encoders as extraction and sampling use them: prompts and pictures in, hidden states
+and latents out."""
 
 import hashlib
 from collections.abc import Callable
@@ -58,9 +59,16 @@ class FeatureExtractor:
 
         def load_reader() -> MLLM:
             if model.mllm_source == "transformers":
-                return TransformersMLLM.load(folders[1], data.system_text, model.dtype)
+                return TransformersMLLM.load(
+                    folders[1], data.system_text, model.dtype, data.max_text_tokens
+                )
             return InternVLMLLM(
-                folders[1], data.system_text, data.max_tiles, DTYPES[model.dtype], mesh=mesh
+                folders[1],
+                data.system_text,
+                data.max_tiles,
+                DTYPES[model.dtype],
+                data.max_text_tokens,
+                mesh=mesh,
             )
 
         reader = load_reader()
@@ -72,13 +80,16 @@ class FeatureExtractor:
             ("aggregator.width", config.aggregator.width, reader.width, model.mllm),
         ):
             if ours != theirs:
-                raise InputError(f"{name} is {ours}, but {folder!r} makes it {theirs}; change one of them")
+                raise InputError(
+                    f"{name} is {ours}, but {folder!r} makes it {theirs}; change one of them"
+                )
         if config.aggregator.layers[-1] > reader.layers:
             raise InputError(
                 f"aggregator.layers asks for hidden state {config.aggregator.layers[-1]}; "
                 f"{model.mllm!r} has 0 to {reader.layers}"
             )
-        # What decides the features: digests of both folders' weights, and how the MLLM is spoken to.
+        # What decides the features: digests of both folders' weights, and how the MLLM is spoken
+        # to.
         digests = {name: digest(folder) for name, folder in zip(("autoencoder", "mllm"), folders)}
         encoders = cls(load_reader, autoencoder, reader.settings | digests, mesh)
         encoders._reader = reader
@@ -96,12 +107,17 @@ class FeatureExtractor:
         return self._reader
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
-        """Hidden states of prompts with their references, padded. Raises InputError for an empty or too long prompt."""
+        """Hidden states of prompts with their references, padded. Raises InputError for an empty or
+        too long prompt."""
         return self.reader.read(prompts, images)
 
-    def hidden_states(self, prompts: list[str], images: list[list[Image.Image]]) -> list["EncodedPrompt"]:
+    def hidden_states(
+        self, prompts: list[str], images: list[list[Image.Image]]
+    ) -> list["EncodedPrompt"]:
         """The same, one unpadded result a sample: what a feature record keeps."""
-        from squeeze_jax.data.record_writer import EncodedPrompt  # brings TFDS along, which sampling has no use for
+        from squeeze_jax.data.record_writer import (
+            EncodedPrompt,
+        )  # brings TFDS along, which sampling has no use for
 
         states = jax.tree.map(np.asarray, self.read(prompts, images))
         return [
@@ -119,13 +135,17 @@ class FeatureExtractor:
         return list(to_host(self._encode(np.stack(images))))
 
     def decode(self, latents: np.ndarray | jax.Array) -> np.ndarray:
-        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones in tiles."""
+        """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones in
+        tiles."""
         return self.decode_later(latents)()
 
     def decode_later(self, latents: np.ndarray | jax.Array) -> Callable[[], np.ndarray]:
-        """`decode` in two: what is returned waits for the pictures, and until then the caller may have others drawn."""
+        """`decode` in two: what is returned waits for the pictures, and until then the caller may
+        have others drawn."""
         if max(latents.shape[1:3]) > TILE:
-            return lambda: decode_tiles(lambda part: to_host(self._decode(part)), np.asarray(latents))
+            return lambda: decode_tiles(
+                lambda part: to_host(self._decode(part)), np.asarray(latents)
+            )
         pictures = self._decode(latents)
         return lambda: to_host(pictures)
 
@@ -133,7 +153,11 @@ class FeatureExtractor:
 def digest(folder: Path) -> str:
     """SHA-256 (16 hex digits) over a folder's JSON and safetensors files, or over the one file."""
     sha = hashlib.sha256()
-    files = [folder] if folder.is_file() else sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    files = (
+        [folder]
+        if folder.is_file()
+        else sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    )
     for file in files:
         with file.open("rb") as stream:
             sha.update(hashlib.file_digest(stream, "sha256").digest())

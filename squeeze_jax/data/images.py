@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,29 @@ MULTIPLE = 16
 def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in a file, fully decoded, upright and RGB (see `to_rgb`).
 
-    Raises InputError naming the file where it is missing, unreadable, truncated or larger than `max_pixels`.
+    Raises InputError naming the file where it is missing, unreadable, truncated or larger than
+    `max_pixels`.
     """
     path = Path(path)
     if not path.is_file():
         found = "a folder, not a picture" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}; give the path of a picture")
+    with path.open("rb") as file:
+        return decode_image(file, str(path), max_pixels)
+
+
+def decode_image(file: BufferedIOBase, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in an open file, as `load_image`; `name` is what messages call it."""
     try:
-        # Pillow warns of large pictures (here an error with a limit of ours) and of junk in EXIF (which harms nobody).
-        with warnings.catch_warnings(), path.open("rb") as file:
+        # Pillow warns of large pictures (here an error with a limit of ours) and of junk in EXIF
+        # (which harms nobody).
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            with Image.open(file) as image:  # pyright: ignore[reportArgumentType]
                 if image.width * image.height > max_pixels:
                     raise InputError(
-                        f"{path}: {image.width}x{image.height} pixels are more than the limit of {max_pixels}; "
+                        f"{name}: {image.width}x{image.height} pixels are more than the limit of "
+                        f"{max_pixels}; "
                         "scale the picture down"
                     )
                 image.load()
@@ -49,27 +59,38 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except InputError:
         raise
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than the limit of {max_pixels} pixels; scale the picture down") from None
+        raise InputError(
+            f"{name}: more than the limit of {max_pixels} pixels; scale the picture down"
+        ) from None
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture, or of an unknown format; replace or re-save the file") from None
-    except Exception as error:  # decoders raise many kinds (OSError, SyntaxError, struct.error …) on broken files
-        reason = str(error).replace(str(path), "the file") or type(error).__name__
-        raise InputError(f"{path}: cannot be read as a picture ({reason}); replace or re-save the file") from error
+        raise InputError(
+            f"{name}: not a picture, or of an unknown format; replace or re-save the file"
+        ) from None
+    except (
+        Exception
+    ) as error:  # decoders raise many kinds (OSError, SyntaxError, struct.error …) on broken files
+        reason = str(error).replace(name, "the file") or type(error).__name__
+        raise InputError(
+            f"{name}: cannot be read as a picture ({reason}); replace or re-save the file"
+        ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An upright 8-bit RGB picture of any Pillow picture.
 
-    The orientation in EXIF is applied; of an animation the first frame is taken; transparency (RGBA, LA, a palette's
-    or a colour key) is laid on white; 16-bit grey is scaled from 0 .. 65535, so a ramp stays a ramp; CMYK, YCbCr and
-    grey are converted as Pillow does. Colour profiles are not applied. Raises InputError for floating-point
-    pictures and for values above 65535, whose range nobody knows.
+    The orientation in EXIF is applied; of an animation the first frame is taken; transparency
+    (RGBA, LA, a palette's or a colour key) is laid on white; 16-bit grey is scaled from 0 .. 65535,
+    so a ramp stays a ramp; CMYK, YCbCr and grey are converted as Pillow does. Colour profiles are
+    not applied. Raises InputError for floating-point pictures and for values above 65535, whose
+    range nobody knows.
     """
     if getattr(image, "is_animated", False):
         image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise InputError("a picture of floating-point values has no known range; save it with 8 or 16 bits")
+        raise InputError(
+            "a picture of floating-point values has no known range; save it with 8 or 16 bits"
+        )
     if image.mode == "I" and np.asarray(image).max(initial=0) > 65535:
         raise InputError("a picture of 32-bit values has no known range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # `convert` would clip at 255 and turn the ramp white
@@ -93,20 +114,30 @@ def to_uint8(array: Float[Any, "*B height width 3"]) -> UInt8[np.ndarray, "*B he
     return np.rint(np.clip(scaled, 0.0, 255.0)).astype(np.uint8)
 
 
-def resize_for_target(image: Image.Image, height: int, width: int) -> Float32[np.ndarray, "height width 3"]:
-    """Scaled until it covers height x width, the middle of it cut out: what the model learns to draw has one size."""
+def resize_for_target(
+    image: Image.Image, height: int, width: int
+) -> Float32[np.ndarray, "height width 3"]:
+    """Scaled until it covers height x width, the middle of it cut out: what the model learns to
+    draw has one size."""
     scale = max(height / image.height, width / image.width)
     cut_width, cut_height = width / scale, height / scale
     left, top = (image.width - cut_width) / 2, (image.height - cut_height) / 2
     # Rounding may put an edge a hair outside, which Pillow refuses.
-    box = (max(left, 0), max(top, 0), min(left + cut_width, image.width), min(top + cut_height, image.height))
+    box = (
+        max(left, 0),
+        max(top, 0),
+        min(left + cut_width, image.width),
+        min(top + cut_height, image.height),
+    )
     return to_float(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) whose aspect ratio is nearest a picture's, in logarithms, so that least is cut away.
+    """The (height, width) whose aspect ratio is nearest a picture's, in logarithms, so that least
+    is cut away.
 
-    Of several with that ratio, the largest that need not enlarge the picture, else the smallest (our decision).
+    Of several with that ratio, the largest that need not enlarge the picture, else the smallest
+    (our decision).
     """
 
     def order(size: tuple[int, int]) -> tuple[float, bool, int]:
@@ -117,7 +148,9 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
     return min(sizes, key=order)
 
 
-def reference_size(height: int, width: int, long_side: int, multiple: int = MULTIPLE) -> tuple[int, int]:
+def reference_size(
+    height: int, width: int, long_side: int, multiple: int = MULTIPLE
+) -> tuple[int, int]:
     """Height and width that `resize_for_reference` gives a picture."""
     scale = min(1.0, long_side / max(height, width))
     most = long_side // multiple * multiple
@@ -131,10 +164,12 @@ def reference_size(height: int, width: int, long_side: int, multiple: int = MULT
 def resize_for_reference(
     image: Image.Image, long_side: int, multiple: int = MULTIPLE
 ) -> Float32[np.ndarray, "height width 3"]:
-    """The whole picture at its own aspect ratio, nothing cut away: long side at most `long_side`, never enlarged.
+    """The whole picture at its own aspect ratio, nothing cut away: long side at most `long_side`,
+    never enlarged.
 
-    Each side is rounded to the nearest multiple, at least one; that stretches the picture by at most half a multiple
-    a side (8 pixels of 16), more only where the short side is below one multiple.
+    Each side is rounded to the nearest multiple, at least one; that stretches the picture by at
+    most half a multiple a side (8 pixels of 16), more only where the short side is below one
+    multiple.
     """
     height, width = reference_size(image.height, image.width, long_side, multiple)
     return to_float(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -143,14 +178,20 @@ def resize_for_reference(
 def parse_size(text: str) -> tuple[int, int]:
     """`512x768` (height x width) or `512` (a square) as (height, width).
 
-    Raises InputError, with the nearest size that works, unless both are multiples of 16 and positive.
+    Raises InputError, with the nearest size that works, unless both are multiples of 16 and
+    positive.
     """
     found = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX×]\s*(\d{1,6})\s*)?", text)
     if found is None:
-        raise InputError(f"size {text!r} is not understood; write HEIGHTxWIDTH in pixels, for instance 512x768, or 512")
+        raise InputError(
+            f"size {text!r} is not understood; write HEIGHTxWIDTH in pixels, for instance "
+            "512x768, or 512"
+        )
     height, width = int(found[1]), int(found[2] or found[1])
     if height % MULTIPLE or width % MULTIPLE or not (height and width):
-        near = [max(MULTIPLE, (side + MULTIPLE // 2) // MULTIPLE * MULTIPLE) for side in (height, width)]
+        near = [
+            max(MULTIPLE, (side + MULTIPLE // 2) // MULTIPLE * MULTIPLE) for side in (height, width)
+        ]
         raise InputError(
             f"size {height}x{width} (height x width): both must be multiples of {MULTIPLE}; "
             f"the nearest size is {near[0]}x{near[1]}"
@@ -159,7 +200,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def save_png(path: str | Path, array: Any, text: Mapping[str, Any]) -> None:
-    """Writes a picture ([height, width, 3], uint8 or float in [-1, 1]) as PNG with `text` embedded as PNG text.
+    """Writes a picture ([height, width, 3], uint8 or float in [-1, 1]) as PNG with `text` embedded
+    as PNG text.
 
     Values of `text` that are not strings are written as JSON. The file appears whole or not at all.
     Raises InputError where the path does not end in .png or cannot be written.
@@ -171,7 +213,9 @@ def save_png(path: str | Path, array: Any, text: Mapping[str, Any]) -> None:
     picture = Image.fromarray(array if array.dtype == np.uint8 else to_uint8(array))
     info = PngInfo()
     for key, value in text.items():
-        info.add_text(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        info.add_text(
+            key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        )
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,4 +225,6 @@ def save_png(path: str | Path, array: Any, text: Mapping[str, Any]) -> None:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error

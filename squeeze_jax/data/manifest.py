@@ -1,14 +1,15 @@
 """The manifest: a JSON list of examples as UNO writes it, with paths relative to the file.
 
-    [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "cat_on_sofa.png"}, …]
+    [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "sofa.png"}, …]
 
-`image_paths` may be empty (text only) and `image_tgt_path` left out where nothing is learned from it. Further keys are
-ignored if they are named `critter` or begin with `x_`; any other is taken for a misspelling.
+`image_paths` may be empty (text only) and `image_tgt_path` left out where nothing is learned from
+it. Further keys are ignored if they are named `critter` or begin with `x_`; any other is taken for
+a misspelling.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,57 +32,111 @@ class Row(NamedTuple):
     """The keys `critter` and `x_…`."""
 
 
+class Unreadable(NamedTuple):
+    """Stands for a row that could not be parsed."""
+
+    problem: str
+
+
 class Manifest(NamedTuple):
     """A validated manifest."""
 
     path: Path
     rows: list[Row]
     warnings: list[str]
-    """What is allowed but probably not meant, and rows that were skipped; for the command to print."""
+    """What is allowed but probably not meant, and rows that were skipped; for the command to
+    print."""
     digest: str
-    """SHA-256 of the file and of its pictures' sizes in bytes: a picture that was replaced is another data set."""
+    """SHA-256 of the file and of its pictures' sizes in bytes: a picture that was replaced is
+    another data set."""
+    looked_at: int
+    """Rows that were validated, good and bad."""
 
 
 def read_manifest(
-    path: str | Path, *, need_targets: bool, check_images: bool = True, skip_bad: bool = False
+    path: str | Path,
+    *,
+    need_targets: bool,
+    check_images: bool = True,
+    skip_bad: bool = False,
+    limit: int | None = None,
 ) -> Manifest:
     """Reads and validates a manifest before anything is made of it.
 
-    need_targets: training learns from targets; sampling and evaluation do without. check_images: decodes every picture
-    once, since a truncated file opens without complaint. skip_bad: leaves bad rows out, each with a warning.
+    need_targets: training learns from targets; sampling and evaluation do without. check_images:
+    decodes every picture once, since a truncated file opens without complaint. skip_bad: leaves bad
+    rows out, each with a warning. limit: looks at no more rows once so many are good.
     Raises InputError that lists every bad row with its number, the file or value, and the remedy.
     """
     path = Path(path)
-    content = _content(path)
+    content = read_text_file(path, "give the path of a manifest (a JSON list)")
+    values = enumerate(_rows(path, content), 1)
+    return check_rows(
+        path,
+        path.parent,
+        values,
+        content,
+        need_targets=need_targets,
+        check_images=check_images,
+        skip_bad=skip_bad,
+        limit=limit,
+    )
+
+
+def check_rows(
+    path: Path,
+    folder: Path,
+    values: Iterable[tuple[int, object]],
+    content: bytes,
+    *,
+    need_targets: bool,
+    check_images: bool,
+    skip_bad: bool,
+    limit: int | None = None,
+) -> Manifest:
+    """Validates rows that a file lists as `read_manifest` does, whatever its format.
+
+    path: the file, for messages. folder: where their paths begin. values: each row with the number
+    that messages give it; `Unreadable` for one that could not be parsed. content: of the file.
+    """
     rows: list[Row] = []
     warnings: list[str] = []
     problems: list[str] = []
     decoded: dict[Path, str | None] = {}
     seen: dict[Any, int] = {}
-    values = _rows(path, content)
-    for number, value in enumerate(values, 1):
-        row, bad = _row(number, value, path.parent, need_targets)
+    bad_rows = count = 0
+    for number, value in values:
+        if len(rows) == limit:
+            break
+        count += 1
+        row, bad = _row(number, value, folder, need_targets)
         if row is not None and check_images:
             bad = [*bad, *_undecodable(row, decoded)]
         if bad or row is None:
+            bad_rows += 1
             problems += [f"row {number}: {problem}" for problem in bad]
             continue
         rows.append(row)
         same = (row.prompt, row.references, row.target)
         if same in seen:
-            warnings.append(f"row {number}: the same as row {seen[same]}; the last rows are held out of training")
+            warnings.append(
+                f"row {number}: the same as row {seen[same]}; the last rows are held out of "
+                "training"
+            )
         seen.setdefault(same, number)
         if row.target is not None and any(_same_bytes(r, row.target) for r in row.references):
             warnings.append(
-                f"row {number}: reference and target are the same picture ({row.target.name}); such pairs teach copying"
+                f"row {number}: reference and target are the same picture ({row.target.name}); "
+                "such pairs teach copying"
             )
     if problems and not (skip_bad and rows):
-        count = len(values) - len(rows)
-        raise InputError("\n  ".join([f"{path}: {count} of {len(values)} rows cannot be used:", *problems]))
+        raise InputError(
+            "\n  ".join([f"{path}: {bad_rows} of {count} rows cannot be used:", *problems])
+        )
     if problems:
-        warnings.append(f"skipped {len(values) - len(rows)} of {len(values)} rows")
+        warnings.append(f"skipped {bad_rows} of {count} rows")
         warnings += [f"skipped {problem}" for problem in problems]
-    return Manifest(path, rows, warnings, _digest(content, rows))
+    return Manifest(path, rows, warnings, _digest(content, rows), count)
 
 
 def _digest(content: bytes, rows: list[Row]) -> str:
@@ -92,10 +147,11 @@ def _digest(content: bytes, rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def _content(path: Path) -> bytes:
+def read_text_file(path: Path, wanted: str) -> bytes:
+    """The bytes of a file; `wanted` ends the sentence where it is none."""
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {found}; give the path of a manifest (a JSON list)")
+        raise InputError(f"{path}: {found}; {wanted}")
     return path.read_bytes()
 
 
@@ -103,10 +159,16 @@ def _rows(path: Path, content: bytes) -> list[Any]:
     try:
         values = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise InputError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
-        hint = "write one JSON list, not one object a line" if error.msg == "Extra data" else "correct it there"
-        raise InputError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}; {hint}") from error
+        hint = "correct it there"
+        if error.msg == "Extra data":
+            hint = "write one JSON list, not one object a line, or name the file .jsonl"
+        raise InputError(
+            f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}; {hint}"
+        ) from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply; a manifest is a JSON list of rows") from error
     except ValueError as error:  # a number of thousands of digits
@@ -120,6 +182,8 @@ def _rows(path: Path, content: bytes) -> list[Any]:
 
 def _row(number: int, value: Any, folder: Path, need_target: bool) -> tuple[Row | None, list[str]]:
     """The row, as far as its paths can be used, and everything that is wrong with it."""
+    if isinstance(value, Unreadable):
+        return None, [value.problem]
     if not isinstance(value, dict):
         return None, [f"is {_kind(value)}; write an object with {', '.join(FIELDS)}"]
     meant, bad = _unknown_fields(value)
@@ -156,7 +220,9 @@ def _row(number: int, value: Any, folder: Path, need_target: bool) -> tuple[Row 
         return None, bad
     extra = {key: content for key, content in value.items() if key not in FIELDS}
     pictures = found[: len(references)]
-    return Row(number, prompt, tuple(pictures), found[-1] if target is not None else None, extra), bad
+    return Row(
+        number, prompt, tuple(pictures), found[-1] if target is not None else None, extra
+    ), bad
 
 
 def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:
@@ -167,7 +233,9 @@ def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:
             continue
         near = get_close_matches(key, FIELDS, n=1)
         meant.update(near)
-        remedy = f'did you mean "{near[0]}"?' if near else "start the names of your own fields with x_"
+        remedy = (
+            f'did you mean "{near[0]}"?' if near else "start the names of your own fields with x_"
+        )
         bad.append(f'unknown field "{key}"; {remedy}')
     return meant, bad
 
@@ -175,11 +243,18 @@ def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:
 def _resolve(folder: Path, name: Any) -> tuple[Path | None, str]:
     """The file that a path names, or what is wrong with it."""
     if not isinstance(name, str) or not name:
-        return None, f"is {_kind(name) if not isinstance(name, str) else 'empty'}; write the path of a picture"
+        return (
+            None,
+            f"is {_kind(name) if not isinstance(name, str) else 'empty'}; write the path of a "
+            "picture",
+        )
     try:
         resolved = (folder / name).resolve()
         if not resolved.is_relative_to(folder.resolve()):
-            return None, f'"{name}" leads out of the manifest\'s folder {folder}; move the picture into it'
+            return (
+                None,
+                f'"{name}" leads out of the manifest\'s folder {folder}; move the picture into it',
+            )
         if not resolved.is_file():
             return None, f'"{name}": no such file in {folder}; paths are relative to the manifest'
     except (OSError, ValueError) as error:  # a null byte, a name that is too long, a loop of links
@@ -206,5 +281,11 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a truth value",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")

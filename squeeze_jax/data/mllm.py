@@ -1,7 +1,9 @@
-"""What reads a prompt and its references: InternVL here, or any model of transformers as PyTorch runs it.
+"""What reads a prompt and its references: InternVL here, or any model of transformers as PyTorch
+runs it.
 
-A reader gives every hidden state of a frozen multimodal LLM, text and image tokens apart. Which one is a choice of the
-config (`model.mllm_source`); records, aggregator and sampler do not know the difference.
+A reader gives every hidden state of a frozen multimodal LLM, text and image tokens apart. Which one
+is a choice of the config (`model.mllm_source`); records, aggregator and sampler do not know the
+difference.
 """
 
 from collections.abc import Sequence
@@ -18,9 +20,9 @@ from PIL import Image
 
 from squeeze_jax.array_types import DType
 from squeeze_jax.batch import HiddenStates
+from squeeze_jax.config_data import MAX_TEXT_TOKENS
 from squeeze_jax.data.chat import (
     IMAGE,
-    MAX_TEXT_TOKENS,
     build_input,
     check_prompt,
     check_text_length,
@@ -58,11 +60,13 @@ class MLLM(Protocol):
         ...
 
     def check(self, prompt: str, references: int) -> None:
-        """Raises InputError, before anything is read, for a prompt that `read` would refuse with so many references."""
+        """Raises InputError, before anything is read, for a prompt that `read` would refuse with so
+        many references."""
         ...
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
-        """Hidden states of prompts, each with its references; InputError for an empty or too long prompt."""
+        """Hidden states of prompts, each with its references; InputError for an empty or too long
+        prompt."""
         ...
 
 
@@ -75,6 +79,7 @@ class InternVLMLLM:
         system_text: str | None,
         max_tiles: int,
         dtype: DType,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
         *,
         mesh: Mesh | None = None,
     ) -> None:
@@ -83,6 +88,7 @@ class InternVLMLLM:
         self.mllm.head = None  # it predicts words, which nobody asks for
         self.tokenizer = load_tokenizer(folder)
         self.system_text, self.max_tiles = system_text, max_tiles
+        self.max_text_tokens = max_text_tokens
         check_vocabulary(folder, self.tokenizer, self.mllm.config)
         self.graph, self.state = nnx.split(self.mllm)
         # No bound method: memory is free as soon as nobody holds this object.
@@ -100,11 +106,17 @@ class InternVLMLLM:
     @property
     def settings(self) -> dict[str, Any]:
         # One tile is left out: records from before there was a choice go on being continued.
-        return {"system_text": self.system_text} | ({"max_tiles": self.max_tiles} if self.max_tiles > 1 else {})
+        return {"system_text": self.system_text} | (
+            {"max_tiles": self.max_tiles} if self.max_tiles > 1 else {}
+        )
 
     def check(self, prompt: str, references: int) -> None:
         """A picture's tiles, however many, stand between one pair of text tokens."""
-        build_input(self.tokenizer, prompt, [self.mllm.config.image_tokens] * references, self.system_text)
+        self._ids(prompt, [self.mllm.config.image_tokens] * references)
+
+    def _ids(self, prompt: str, images: Sequence[int]) -> list[int]:
+        most = self.max_text_tokens
+        return build_input(self.tokenizer, prompt, images, self.system_text, max_text_tokens=most)
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
         """Hidden states padded to buckets of static shape."""
@@ -112,12 +124,10 @@ class InternVLMLLM:
         size, per_tile = config.vision.image_size, config.image_tokens
         tiles = [[image_tiles(image, size, self.max_tiles) for image in row] for row in images]
         counts = [[per_tile * len(of_image) for of_image in row] for row in tiles]
-        sequences = [
-            build_input(self.tokenizer, prompt, row, self.system_text)
-            for prompt, row in zip(prompts, counts, strict=True)
-        ]
+        sequences = [self._ids(prompt, row) for prompt, row in zip(prompts, counts, strict=True)]
         most = max(map(sum, counts))
-        text = bucket(max(len(ids) - sum(row) for ids, row in zip(sequences, counts)))
+        longest = max(len(ids) - sum(row) for ids, row in zip(sequences, counts))
+        text = bucket(longest, self.max_text_tokens)
         ids, mask = pad_inputs(sequences, text + most)
         pixels = np.zeros((len(prompts) * most // per_tile, size, size, 3), np.float32)
         for place, tile in enumerate(chain.from_iterable(chain.from_iterable(tiles))):
@@ -144,27 +154,46 @@ def _read_states(
 
 
 class TransformersMLLM:
-    """Any image-text-to-text model of transformers, with its own processor and chat template, run by PyTorch.
+    """Any image-text-to-text model of transformers, with its own processor and chat template, run
+    by PyTorch.
 
-    What the template puts around the prompt is the model's own, without the header of an answer. Image tokens are the
-    positions of the model's image token.
+    What the template puts around the prompt is the model's own, without the header of an answer.
+    Image tokens are the positions of the model's image token.
     """
 
-    def __init__(self, processor: Any, model: Any, system_text: str | None = None) -> None:
-        """Around a processor and a model in memory. Raises InputError where the model's config names no image token."""
+    def __init__(
+        self,
+        processor: Any,
+        model: Any,
+        system_text: str | None = None,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
+    ) -> None:
+        """Around a processor and a model in memory. Raises InputError where the model's config
+        names no image token."""
         names = ("image_token_id", "image_token_index")
-        token = next((t for name in names if (t := getattr(model.config, name, None)) is not None), None)
+        token = next(
+            (t for name in names if (t := getattr(model.config, name, None)) is not None), None
+        )
         if token is None:
             raise InputError(
-                f"the config of {type(model).__name__} names no image_token_id, so image tokens cannot be told from text"
+                f"the config of {type(model).__name__} names no image_token_id, so image tokens "
+                "cannot be told from text"
             )
         self.image_token = int(token)
         self.processor, self.model, self.system_text = processor, model.eval(), system_text
+        self.max_text_tokens = max_text_tokens
         self.added = sorted(processor.tokenizer.get_added_vocab(), key=len, reverse=True)
 
     @classmethod
-    def load(cls, folder: Path, system_text: str | None, dtype: str) -> "TransformersMLLM":
-        """From a folder, in `dtype`, on the GPU where PyTorch sees one. Raises InputError where that cannot be."""
+    def load(
+        cls,
+        folder: Path,
+        system_text: str | None,
+        dtype: str,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
+    ) -> "TransformersMLLM":
+        """From a folder, in `dtype`, on the GPU where PyTorch sees one. Raises InputError where
+        that cannot be."""
         try:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -181,7 +210,8 @@ class TransformersMLLM:
         except Exception as error:  # many kinds, from its many model classes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{folder}: transformers cannot load it ({reason})") from error
-        return cls(processor, model.to("cuda" if torch.cuda.is_available() else "cpu"), system_text)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(processor, model, system_text, max_text_tokens)
 
     @property
     def width(self) -> int:
@@ -200,17 +230,24 @@ class TransformersMLLM:
         self._conversation(prompt, [])
 
     def read(self, prompts: list[str], images: list[list[Image.Image]]) -> HiddenStates:
-        """Hidden states; InputError also where a prompt spells one of the tokenizer's special tokens."""
+        """Hidden states; InputError also where a prompt spells one of the tokenizer's special
+        tokens."""
         import torch
 
-        conversations = [self._conversation(prompt, row) for prompt, row in zip(prompts, images, strict=True)]
+        conversations = [
+            self._conversation(prompt, row) for prompt, row in zip(prompts, images, strict=True)
+        ]
         inputs = self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
         )
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy().astype(bool)
         is_image = (ids == self.image_token) & mask
         text, image = (mask & ~is_image).sum(axis=1), is_image.sum(axis=1)
-        check_text_length(int(text.max()), MAX_TEXT_TOKENS)
+        check_text_length(int(text.max()), self.max_text_tokens)
         device = self.model.device
         moved = {
             name: value.to(device, self.model.dtype if value.is_floating_point() else value.dtype)
@@ -220,14 +257,22 @@ class TransformersMLLM:
             states = self.model(**moved, output_hidden_states=True, use_cache=False).hidden_states
         hidden = torch.stack(states, dim=1).float().cpu().numpy()
         return split_hidden_states(
-            hidden, ids, mask, self.image_token, text_length=bucket(int(text.max())), image_length=int(image.max())
+            hidden,
+            ids,
+            mask,
+            self.image_token,
+            text_length=bucket(int(text.max()), self.max_text_tokens),
+            image_length=int(image.max()),
         )
 
     def _conversation(self, prompt: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         check_prompt(prompt)
         for said in (prompt, self.system_text or ""):
             if token := next((token for token in self.added if token in said), None):
-                raise InputError(f"the text {said!r} spells {token!r}, a special token of this model; leave it out")
+                raise InputError(
+                    f"the text {said!r} spells {token!r}, a special token of this model; leave "
+                    "it out"
+                )
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         turns = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
         if self.system_text is None:
@@ -236,20 +281,23 @@ class TransformersMLLM:
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, config: InternVLConfig) -> None:
-    """Raises InputError where tokenizer and model cannot belong together: a picture would be lost without a word."""
+    """Raises InputError where tokenizer and model cannot belong together: a picture would be lost
+    without a word."""
     image, most = tokenizer.token_to_id(IMAGE), tokenizer.get_vocab_size() - 1
     if image is not None and image != config.image_token_id:
         raise InputError(
-            f"{folder}: tokenizer.json gives {IMAGE} the id {image}, config.json {config.image_token_id}; "
+            f"{folder}: tokenizer.json gives {IMAGE} the id {image}, config.json "
+            f"{config.image_token_id}; "
             "they are not of one model"
         )
     if most >= config.text.vocab_size:
         raise InputError(
-            f"{folder}: tokenizer.json has ids up to {most}, the model embeds {config.text.vocab_size} tokens; "
+            f"{folder}: tokenizer.json has ids up to {most}, the model embeds "
+            f"{config.text.vocab_size} tokens; "
             "they are not of one model"
         )
 
 
-def bucket(text_tokens: int) -> int:
-    """Text tokens to pad to."""
-    return min(-(-text_tokens // TEXT_BUCKET) * TEXT_BUCKET, MAX_TEXT_TOKENS)
+def bucket(text_tokens: int, most: int) -> int:
+    """Text tokens to pad to, of at most `most`."""
+    return min(-(-text_tokens // TEXT_BUCKET) * TEXT_BUCKET, most)

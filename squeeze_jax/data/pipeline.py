@@ -1,8 +1,10 @@
-"""Feature records to training batches: shuffled for ever, shared out over processes, padded, prefetched (Grain).
+"""Feature records to training batches: shuffled for ever, shared out over processes, padded,
+prefetched (Grain).
 
-Which records make up a global batch is a function of (seed, batch number) alone, so an iterator's state is one number,
-and one process, two or eight make the same batches: each reads the rows that lie on its devices. Where targets are of
-several sizes, every batch comes from one bucket (`buckets.py`).
+Which records make up a global batch is a function of (seed, batch number) alone, so an iterator's
+state is one number, and one process, two or eight make the same batches: each reads the rows that
+lie on its devices. Where targets are of several sizes, every batch comes from one bucket
+(`buckets.py`).
 """
 
 import json
@@ -17,8 +19,17 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from squeeze_jax.data.buckets import Bucket, BucketSchedule, Padding, make_buckets, permutation, shapes, waste
-from squeeze_jax.data.records import FeatureRecord, FeatureSource, ShardSummary
+from squeeze_jax.data.buckets import (
+    Bucket,
+    BucketSchedule,
+    Padding,
+    make_buckets,
+    permutation,
+    shapes,
+    waste,
+)
+from squeeze_jax.data.record_format import FeatureRecord
+from squeeze_jax.data.records import FeatureSource, ShardSummary
 from squeeze_jax.diffusion.latents import (
     PATCH,
     ReferencePositions,
@@ -41,11 +52,12 @@ def collate(
     with_grid: bool = False,
     positions_of: ReferencePositions = reference_positions,
 ) -> Arrays:
-    """Records with equally many target tokens as arrays padded to these lengths, whatever each record's own are.
+    """Records with equally many target tokens as arrays padded to these lengths, whatever each
+    record's own are.
 
-    with_grid: each target's rows and columns are told, since they may differ. Every array has the leading axis B; hidden
-    states are kept as the bits of bf16 in uint16 (`to_batch` names them), because workers hand arrays over in shared
-    memory, which knows NumPy's types only.
+    with_grid: each target's rows and columns are told, since they may differ. Every array has the
+    leading axis B; hidden states are kept as the bits of bf16 in uint16 (`to_batch` names them),
+    because workers hand arrays over in shared memory, which knows NumPy's types only.
     """
     count, (m, _, c) = len(records), records[0].text.shape
     lt, li, r = padding
@@ -94,7 +106,9 @@ def to_batch(arrays: Arrays) -> "TrainingBatch":
             image_positions=arrays["image_positions"],
         ),
         references=References(
-            tokens=arrays["references"], mask=arrays["reference_mask"], positions=arrays["reference_positions"]
+            tokens=arrays["references"],
+            mask=arrays["reference_mask"],
+            positions=arrays["reference_positions"],
         ),
         index=arrays["index"],
         grid=arrays.get("grid"),
@@ -119,8 +133,8 @@ class Order:
     def __getitem__(self, index: int) -> Numbers:
         bucket, batch = self.turns(int(index))
         records = self.records[bucket]
-        # Epochs run into each other. Processes share out the rows of a shuffled batch: slicing the records after a shuffle
-        # instead would hand a process other records in every epoch.
+        # Epochs run into each other. Processes share out the rows of a shuffled batch: slicing the
+        # records after a shuffle instead would hand a process other records in every epoch.
         epochs, places = np.divmod(batch * self.batch + self.rows, len(records))
         orders = [permutation(len(records), self.seed, bucket, epoch) for epoch in epochs.tolist()]
         return bucket, records[[order[place] for order, place in zip(orders, places)]]
@@ -165,7 +179,8 @@ class BatchIterator:
         self._workers = workers
         self._drawn = 0
         self._running: list[grain.DatasetIterator] = []
-        # Also at the interpreter's exit: Grain's iterators complain when they outlive Grain's modules.
+        # Also at the interpreter's exit: Grain's iterators complain when they outlive Grain's
+        # modules.
         weakref.finalize(self, _end, self._running)
 
     @property
@@ -200,7 +215,9 @@ class BatchIterator:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # Grain asks for flags that only absl.app would parse
                 flags.FLAGS.mark_as_parsed()
-            options = grain.multiprocessing.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
+            options = grain.multiprocessing.MultiprocessingOptions(
+                num_workers=self._workers, per_worker_buffer_size=1
+            )
             dataset = dataset.mp_prefetch(options)
         return iter(dataset)
 
@@ -211,18 +228,25 @@ class BatchIterator:
     def set_state(self, state: bytes) -> None:
         """Continues after the batch at which `state` was taken.
 
-        Raises InputError where the state belongs to another data set, seed or batch size, since records would then be
-        left out or repeated.
+        Raises InputError where the state belongs to another data set, seed or batch size, since
+        records would then be left out or repeated.
         """
         try:
             there = json.loads(state)
             drawn = there.pop("batches")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not the state of a data iterator: {state[:80]!r}") from error
-        differing = [key for key in self._identity | there if there.get(key) != self._identity.get(key)]
+        differing = [
+            key for key in self._identity | there if there.get(key) != self._identity.get(key)
+        ]
         if differing:
-            listed = ", ".join(f"{key} was {there.get(key)!r}, is {self._identity.get(key)!r}" for key in differing)
-            raise InputError(f"the data iterator cannot be restored: {listed}; restore with what it was saved with")
+            listed = ", ".join(
+                f"{key} was {there.get(key)!r}, is {self._identity.get(key)!r}" for key in differing
+            )
+            raise InputError(
+                f"the data iterator cannot be restored: {listed}; restore with what it was saved "
+                "with"
+            )
         self.close()
         self._drawn = drawn
 
@@ -254,11 +278,12 @@ def make_dataset(
 ) -> BatchIterator:
     """Batches of `batch` records from a folder of feature records, reshuffled every epoch.
 
-    Epochs run into each other, so every batch is full however few records there are. rows: those of every batch that this
-    process reads (0 .. batch − 1, in order); None: all. prefetch: batches made ahead, each by a thread. workers: processes
-    that make them instead; they are spawned, so the main script needs `if __name__ == "__main__"`. layers: the hidden
-    states that batches hold, of those that the records do; None: all of these. positions_of: where
-    reference tokens stand, by the backbone's config; FLUX.1's way by default.
+    Epochs run into each other, so every batch is full however few records there are. rows: those of
+    every batch that this process reads (0 .. batch − 1, in order); None: all. prefetch: batches
+    made ahead, each by a thread. workers: processes that make them instead; they are spawned, so
+    the main script needs `if __name__ == "__main__"`. layers: the hidden states that batches hold,
+    of those that the records do; None: all of these. positions_of: where reference
+    tokens stand, by the backbone's config; FLUX.1's way by default.
     Raises InputError where the folder is unfinished or damaged, or lacks hidden states.
     """
     source = FeatureSource(feature_dir, layers)
@@ -276,7 +301,9 @@ def make_dataset(
         "batch": batch,
     }
     batches = grain.MapDataset.source(order).map(read)
-    return BatchIterator(batches, identity, prefetch, workers, buckets, to_batch, describe(source, buckets))
+    return BatchIterator(
+        batches, identity, prefetch, workers, buckets, to_batch, describe(source, buckets)
+    )
 
 
 def describe(source: FeatureSource, buckets: Sequence[Bucket]) -> str:

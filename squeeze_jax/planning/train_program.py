@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding
 from squeeze_jax.batch import HiddenStates, RawBatch, References, TrainingBatch
 from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.config import Config, StageConfig, global_batch
-from squeeze_jax.data.chat import MAX_TEXT_TOKENS
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_configs
 from squeeze_jax.planning.chips import Chip, chip_of
@@ -131,7 +130,7 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
     tiles = config.data.tiles_per_reference
     return TrainingBatch(
         shape(height * width, channels),
-        HiddenStates(*tokens(MAX_TEXT_TOKENS), *tokens(references * tiles * IMAGE_TOKENS)),
+        HiddenStates(*tokens(config.data.max_text_tokens), *tokens(references * tiles * IMAGE_TOKENS)),
         References(shape(length, channels), shape(length, dtype=jnp.bool_), shape(length, axes, dtype=jnp.int32)),
         shape(dtype=jnp.int32),
     )
@@ -143,7 +142,8 @@ def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
         return abstract_batch(config, rows, references)
     data, mllm = config.data, encoder_configs(config)[1]
     tiles = references * data.tiles_per_reference
-    length, side, tile = MAX_TEXT_TOKENS + tiles * mllm.image_tokens, data.reference_long_side, mllm.vision.image_size
+    length = data.max_text_tokens + tiles * mllm.image_tokens
+    side, tile = data.reference_long_side, mllm.vision.image_size
 
     def shape(*sizes: int, dtype: Any = jnp.uint8) -> Any:
         return jax.ShapeDtypeStruct((rows, *sizes), dtype)

@@ -106,7 +106,7 @@ def test_too_long_a_prompt_is_refused_before_pictures_come_in(tokenizer):
     # Image tokens do not count, and are never cut.
     ids = build_input(tokenizer, PROMPT, [5000], max_text_tokens=len(fits) + 3)
     assert ids.count(tokenizer.token_to_id(IMAGE)) == 5000
-    with pytest.raises(InputError, match="the limit is 128"):
+    with pytest.raises(InputError, match="the limit is 256"):
         build_input(tokenizer, "critter " * 500)
 
 

@@ -83,24 +83,41 @@ class Slow(FakeEncoders):
         time.sleep(0.02)
         print("batch", flush=True)
         return super().latents(images)
-extract(some_examples(40), Slow(), {out!r}, target_size=(64, 64), reference_long_side=64, examples_per_shard=4, batch=2,
-        shard={shard!r})
+sys.stdin.readline()
+extract(
+    some_examples(40), Slow(), {out!r}, target_size=(64, 64), reference_long_side=64,
+    examples_per_shard=4, batch=2, shard={shard!r},
+)
 """
 
 
-@pytest.mark.parametrize("shares", [[(0, 2), (1, 2)], [(0, 1), (0, 1)]], ids=["shared out", "the same twice"])
-def test_processes_at_once_one_killed_and_restarted_equal_one_uninterrupted(tmp_path, request, shares):
-    def start(shard):
-        code = SLOW.format(tests=str(request.config.rootpath / "tests"), out=str(tmp_path / "a"), shard=shard)
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    "shares", [[(0, 2), (1, 2)], [(0, 1), (0, 1)]], ids=["shared out", "the same twice"]
+)
+def test_processes_at_once_one_killed_and_restarted_equal_one_uninterrupted(
+    tmp_path, request, shares
+):
+    tests, out = str(request.config.rootpath / "tests"), str(tmp_path / "a")
 
-    one, two = map(start, shares)
+    def start(shard):
+        code = SLOW.format(tests=tests, out=out, shard=shard)
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+
+    def go(process):
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+    # All three are up before any begins, so that the last two work at once on a busy machine too.
+    one, again, two = start(shares[0]), *map(start, shares)
+    go(one)
     for _ in range(8):
         one.stdout.readline()
     one.kill()
     one.communicate()
     assert not (tmp_path / "a" / METADATA_FILE).exists()
-    again = start(shares[0])
+    go(again)
+    go(two)
     said = again.communicate(timeout=120)[0], two.communicate(timeout=120)[0]
     assert again.returncode == two.returncode == 0
     assert all("batch" in lines for lines in said), "both worked"

@@ -15,19 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from squeeze_jax.data.codec import CODECS
-from squeeze_jax.data.record_writer import extract
-from squeeze_jax.data.records import (
-    METADATA_FILE,
+from squeeze_jax.data.record_format import (
     FeatureRecord,
-    FeatureSource,
     decode,
     encode,
-    read_metadata,
     record_features,
     record_shape,
     serialise,
-    write_shard,
 )
+from squeeze_jax.data.record_writer import extract
+from squeeze_jax.data.records import METADATA_FILE, FeatureSource, read_metadata, write_shard
 from squeeze_jax.errors import InputError
 
 
@@ -75,7 +72,9 @@ SIDE = st.integers(1, 4).map(lambda n: 2 * n)
 def test_a_record_survives_tfds(prompt, text, image, references, name, width, rows):
     codec, record = CODECS[name], some_record(prompt, text, image, references, width)
     features = record_features(record_shape(record), codec)
-    back = decode(features.deserialize_example_np(serialise(features, encode(record, codec))), 7, codec, rows)
+    back = decode(
+        features.deserialize_example_np(serialise(features, encode(record, codec))), 7, codec, rows
+    )
     assert back.number == 7
     there_and_back = (codec.decode(codec.encode(states)) for states in (record.text, record.image))
     expected = record._replace(**dict(zip(("text", "image"), there_and_back)))
@@ -122,7 +121,9 @@ def test_plain_tfds_reads_the_folder(folder):
     source = tfds.builder_from_directory(folder).as_data_source(split="train")
     assert len(source) == 10
     assert source[3]["prompt"] == b"number 3"
-    assert source[3]["reference_sizes"].tolist() == [list(r.shape[:2]) for r in FeatureSource(folder)[3].references]
+    assert source[3]["reference_sizes"].tolist() == [
+        list(r.shape[:2]) for r in FeatureSource(folder)[3].references
+    ]
 
 
 def test_the_metadata_tells_the_largest_sizes(folder):
@@ -150,7 +151,9 @@ def test_a_truncated_shard_is_named(folder, keep):
     path = shard(folder, 1)
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
-    with pytest.raises(InputError, match=r"00001-of-00003: the shard is damaged .*same extract command"):
+    with pytest.raises(
+        InputError, match=r"00001-of-00003: the shard is damaged .*same extract command"
+    ):
         FeatureSource(folder)
 
 
@@ -170,7 +173,10 @@ def test_a_flipped_byte_inside_a_record_is_reported_on_reading(folder):
     content = bytearray(shard(folder, 0).read_bytes())
     content[300] ^= 255
     shard(folder, 0).write_bytes(content)
-    with pytest.raises(InputError, match=r"-00000-of-00003: record . cannot be read .*delete this file and run the same"):
+    with pytest.raises(
+        InputError,
+        match=r"-00000-of-00003: record . cannot be read .*delete this file and run the same",
+    ):
         [source[i] for i in range(4)]
     shard(folder, 0).unlink()
     extract_ten(folder)
@@ -224,9 +230,12 @@ def test_folders_from_before_there_was_a_choice_are_read(folder):
 
 def test_reading_records_imports_neither_jax_nor_tensorflow(folder):
     code = (
-        "import sys; from squeeze_jax.data.records import FeatureSource; import squeeze_jax.diffusion.latents\n"
+        "import sys; from squeeze_jax.data.records import FeatureSource; import "
+        "squeeze_jax.diffusion.latents\n"
         f"assert len(FeatureSource({str(folder)!r})[3].references) == 3\n"
         "print([name for name in ('jax', 'tensorflow', 'torch', 'flax') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -174,6 +174,7 @@ def test_settings_are_those_of_the_config(theirs):
         "reference_long_side": 320,
         "system_text": "be brief",
         "max_tiles": 3,
+        "max_text_tokens": 200,
     }
     sampling = {
         "steps": 7,

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 LORA = "pytorch_lora_weights.safetensors"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
-MAX_TEXT_TOKENS = 128
+MAX_TEXT_TOKENS = 128  # of folders whose config does not say
 MULTIPLE = 16  # pixels: sides of references and pictures
 MAX_TAU = 1.1  # no step has t >= tau above 1
 
@@ -239,10 +239,10 @@ class SqueezePipeline(DiffusionPipeline):
             ids += [*text(said), special("<img>"), *tokens, special("</img>")]
             said = "\n"
         ids += [*text(said + prompt), special("<|im_end|>"), *text("\n")]
-        if len(ids) - sum(images) > MAX_TEXT_TOKENS:
-            most = f"{MAX_TEXT_TOKENS} tokens"
+        most = self.settings.get("max_text_tokens", MAX_TEXT_TOKENS)
+        if len(ids) - sum(images) > most:
             raise ValueError(
-                f"the prompt is too long: with its template more than {most}; shorten it"
+                f"the prompt is too long: with its template more than {most} tokens; shorten it"
             )
         return ids
 
@@ -283,6 +283,7 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """Of a training run's config: what sampling has to know."""
     names = ("height", "width", "reference_long_side", "system_text", "max_tiles")
     told = {name: config["data"][name] for name in names}
+    told["max_text_tokens"] = config["data"].get("max_text_tokens", MAX_TEXT_TOKENS)
     told["guidance"] = config["diffusion"]["guidance"]
     # Else the transformer has never seen any.
     told["references"] = any(stage["references"] for stage in config["training"]["stages"])
