@@ -1,8 +1,10 @@
 """FLUX.1's diffusion transformer with a context stream, target tokens and reference tokens.
 
-The context (aggregated MLLM tokens) and the image stream (target tokens, then reference tokens) meet in the attention
-of double-stream blocks and flow as one sequence through single-stream blocks. Module names are FLUX.1's own.
-Source: the published FLUX.1 architecture; references follow UNO (arXiv 2504.02160).
+The context (aggregated MLLM tokens) and the image stream (target tokens, then reference tokens)
+meet in the attention of double-stream blocks, and go as one sequence through single-stream blocks
+(`dit_blocks.py`). A forward is `velocity`: `embed_inputs`, `apply_blocks`, `predict_velocity`.
+Module names are FLUX.1's own. Source: the published FLUX.1 architecture; references follow UNO
+(arXiv 2504.02160).
 """
 
 from collections.abc import Sequence
@@ -48,7 +50,8 @@ class DiTConfig:
     context_width: int = 4096
     """Width of a context token (the aggregator's output takes the place of the T5 features)."""
     pooled_width: int = 768
-    """Width of the pooled text vector; this system feeds zeros (docs/decisions.md, "Entry to the backbone")."""
+    """Width of the pooled text vector; this system feeds zeros (docs/decisions.md, "Entry to the
+    backbone")."""
     heads: int = 24
     head_width: int = 128
     num_double_blocks: int = 19
@@ -59,8 +62,9 @@ class DiTConfig:
     guidance: bool = True
     """Whether the model takes the distilled guidance value (dev: yes, schnell: no)."""
     reference_attention: ReferenceAttention = "joint"
-    """`joint`: every token sees every token (UNO). `cached`: reference tokens see each other alone and are modulated at
-    t = 0, so that their keys and values are the same in every step of sampling. Chosen before training (our decision)."""
+    """`joint`: every token sees every token (UNO). `cached`: reference tokens see reference
+    tokens alone and are modulated at t = 0, so that their keys and values are the same in every
+    sampling step. A model is trained for one of the two (our decision)."""
 
     @property
     def width(self) -> int:
@@ -131,9 +135,9 @@ class DiT(nnx.Module):
     ) -> Float[Array, "B N c"]:
         """The velocity of noisy `target` tokens at time `t`, with references of known sizes.
 
-        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the distilled guidance
-        value as a user gives it (3.5, say), needed where the model takes one. `pooled=None` means zeros. The context
-        may have length 0.
+        `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the
+        distilled guidance value as a user gives it (3.5, say), needed where the model takes one.
+        `pooled=None` means zeros. The context may have length 0.
         """
         packed = join_references(target_grid, references) if references else None
         shown: References | CachedReferences | None = packed
@@ -152,7 +156,9 @@ class DiT(nnx.Module):
         guidance: Float[Array, " B"] | None = None,
         pooled: Float[Array, "B P"] | None = None,
     ) -> Float[Array, "B C"]:
-        """Sums the embeddings of time, guidance and pooled vector in float32: the input of every block's modulation."""
+        """The conditioning vector, which every block's modulation reads: embedded time, guidance
+        and pooled vector, summed in float32.
+        """
         if (guidance is None) == self.config.guidance:
             raise ValueError(
                 "this transformer takes a guidance value: pass guidance=[B]"
@@ -167,7 +173,9 @@ class DiT(nnx.Module):
         return temb + self.vector_in(pooled)
 
     def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation:
-        """Computes the modulation of every block, for programs that know their times beforehand: samplers."""
+        """Computes the modulation of every block, for samplers, which know their times
+        beforehand.
+        """
         _, double = scan_blocks(
             self.double_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None
         )
@@ -179,7 +187,9 @@ class DiT(nnx.Module):
     def cache_references(
         self, references: References, temb: Float[Array, "B C"]
     ) -> CachedReferences:
-        """Computes keys and values of reference tokens, which attend to each other alone; `temb` is that of t = 0."""
+        """Computes keys and values of reference tokens, which attend to reference tokens alone.
+        `temb` is that of t = 0.
+        """
         inputs = BlockInputs(temb, self._rope(references.positions, 0), references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
         (_, img), double = self._scan("double", (img[:, :0], img), inputs, return_kv=True)
@@ -200,10 +210,10 @@ class DiT(nnx.Module):
     ) -> Float[Array, "B N c"]:
         """Predicts the velocity: the one forward of training, sampling and verification.
 
-        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of one number of
-        tokens may hold portraits and landscapes. `temb` is the conditioning vector of each sample's time, or what
-        `make_modulation` computed of one for all. `references_full` says that no reference token is padding, so
-        that no mask is needed.
+        `target_grid` is (rows, columns) of tokens, one for all samples or one for each: portraits
+        and landscapes with equally many tokens share a batch. `temb` is each sample's
+        conditioning vector, or what `make_modulation` made of one time for all. `references_full`
+        says that no reference token is padding, so that no mask is needed.
         """
         # The target's tokens stand first in the image stream.
         streams, inputs = self.embed_inputs(
@@ -229,7 +239,10 @@ class DiT(nnx.Module):
         *,
         references_full: bool = False,
     ) -> tuple[Streams, BlockInputs]:
-        """Projects context and image tokens to the transformer's width, and collects what every block reads."""
+        """Projects context and image tokens to the transformer's width, and collects what every
+        block reads.
+        """
+        # Tokens of the image stream and their positions: the target's, then references'.
         batch, length = target.shape[0], target.shape[1]
         positions = target_positions(target_grid, length)
         tokens, image_mask, cached_kv = target, None, None
@@ -239,6 +252,7 @@ class DiT(nnx.Module):
             tokens = jnp.concatenate([target, references.tokens.astype(target.dtype)], axis=1)
             positions = jnp.broadcast_to(positions, (batch, length, 2))
             positions = jnp.concatenate([positions, references.positions], axis=1)
+        # The mask of all keys, which None stands for where every one counts.
         if references is not None and not references_full:
             image_mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
         num_keys = tokens.shape[1] + (0 if cached_kv is None else cached_kv.mask.shape[1])
@@ -252,7 +266,9 @@ class DiT(nnx.Module):
     def apply_blocks(
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
     ) -> Streams:
-        """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then single blocks."""
+        """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then
+        single blocks.
+        """
         double, single = self.config.num_double_blocks, self.config.num_single_blocks
         stop = double + single if stop is None else stop
         if start < double:
@@ -288,12 +304,14 @@ class DiT(nnx.Module):
         *,
         return_kv: bool = False,
     ) -> tuple[Hidden, KeysValues | None]:
-        """Runs the blocks of a kind, all or those in `block_range`, on both streams or on the joint one.
+        """Runs the blocks of a kind, all or those in `block_range`, on both streams or on the
+        joint one.
 
         `return_kv` also returns every block's keys and values.
         """
         temb, rope, mask, cached_kv = inputs
-        # Per block, with a leading axis of depth: its modulation where that is known, its cached keys.
+        # Per block, with a leading axis of depth: its modulation where that is known, its cached
+        # keys.
         known = getattr(temb, kind) if isinstance(temb, Modulation) else None
         cached = None if cached_kv is None else getattr(cached_kv, kind)
 
@@ -320,6 +338,8 @@ class DiT(nnx.Module):
         )
 
     def _rope(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
-        """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""
+        """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row,
+        column).
+        """
         positions = jnp.pad(positions, ((0, 0), (context_length, 0), (1, 0)))
         return rotation(positions, self.config.rope_axes)

@@ -1,4 +1,5 @@
-"""The frozen encoders as part of a program: raw pictures and token ids in, what a feature record would hold out."""
+"""The frozen encoders as part of a program: from raw pictures and token ids to what a feature
+record holds."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -23,7 +24,10 @@ class Encoders(nnx.Module):
         self.mllm, self.autoencoder = mllm, autoencoder
 
     def __call__(self, raw: RawBatch, layers: tuple[int, ...]) -> TrainingBatch:
-        """The batch that records of the same examples would give, with these hidden states; bf16 as there."""
+        """The batch that records of the same examples would give, with the hidden states of
+        `layers` in bfloat16.
+        """
+        # Pictures to latents: targets, and all references of all samples at once.
         targets = self.latents(raw.target)
         count = raw.references.shape[1]
         each = self.latents(raw.references.reshape(-1, *raw.references.shape[2:]))
