@@ -160,7 +160,6 @@ def errors() -> None:
         levels = 127.5 * np.abs(np.asarray(drawn) - np.asarray(exact))
         grey = f"{levels.mean():.3f}, at most {levels.max():.1f}"
         print(f"| {name} | {off(found, latents):.1e} | {grey} |", flush=True)
-        print(f"| {name} | {off(found, latents):.1e} | {levels.mean():.3f}, {levels.max():.1f} |", flush=True)
 
 
 def cost() -> None:

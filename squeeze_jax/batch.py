@@ -1,6 +1,7 @@
 """What flows through the system: one NamedTuple a thing, with axes, dtype and range of every field.
 
-Letters are those of `array_types`. Padding stands at the end of an axis, is masked out, and never changes a result.
+Letters are those of `array_types`. Padding stands at the end of an axis, is masked out, and never
+changes a result.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,8 @@ class TrainingBatch(NamedTuple):
     index: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """The record's index in the data set."""
     grid: Int[Array, "B 2"] | None = None
-    """Rows and columns of each target's tokens, where targets are of several sizes; None: the config's."""
+    """Rows and columns of each target's tokens, where targets are of several sizes; None: the
+    config's."""
 
     def features(self, encode: "Callable[[RawBatch], TrainingBatch]") -> "TrainingBatch":
         """The batch itself: it holds features already."""
@@ -70,7 +72,8 @@ class RawBatch(NamedTuple):
     """Token ids of the MLLM's sequence, image tokens among them; padding at the end."""
     valid: Bool[Array, "B T"]
     tiles: UInt8[Array, "B tiles size size 3"]
-    """What the MLLM sees of the references, sample by sample; unused places at the end of a sample's."""
+    """What the MLLM sees of the references, sample by sample; unused places at the end of a
+    sample's."""
     index: Int[Array, " B"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """The example's number."""
 

@@ -50,7 +50,8 @@ class ModelConfig(Checked):
     frozen_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """What frozen weights are kept in; `int8` (extra `quantize`): the blocks' kernels, each output channel with a scale."""
     dtype: Precision = "bfloat16"
-    """What activations are computed in; norms, softmax, modulation, rotary phases and loss are float32 always."""
+    """What activations are computed in; norms, softmax, modulation, rotary phases, scales and loss are float32
+    always (docs/decisions.md, "Float32 and bfloat16")."""
 
     def _problems(self) -> Iterator[str]:
         if self.latent_pixels not in (1, 2, 4, 8):

@@ -1,7 +1,7 @@
-"""Mesh axes, and the tables that say how matrices, parameters and activations lie on them.
+"""The mesh's axes, and tables of how matrices, parameters and activations are sharded over them.
 
-Axes: `data` (copies of the model, other examples), `fsdp` (parameters in slices, other examples), `tensor` (slices of
-every matrix product). Batches are split over data and fsdp together.
+Axes: `data` (copies of the model, other examples), `fsdp` (parameters in slices, other examples),
+`tensor` (slices of every matrix product). Batches are split over data and fsdp together.
 """
 
 import math
@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 
-# What `tensor` cuts of a matrix [in, out] → spec of its axes.
+# Axis of a matrix [in, out] that `tensor` splits → spec of its axes.
 TensorAxis = Literal["out", "in", "nothing"]
 MATRICES: dict[TensorAxis, PartitionSpec] = {
     "out": PartitionSpec("fsdp", "tensor"),
@@ -31,7 +31,8 @@ MATRICES: dict[TensorAxis, PartitionSpec] = {
     "nothing": PartitionSpec("fsdp", None),
 }
 
-# Pattern of a parameter's dotted path → spec of its last axes (a stack's leading depth axis is never split).
+# Pattern of a parameter's dotted path → spec of its last axes (a stack's leading depth axis is
+# never split).
 PARAMETERS: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.adapter\..*\.down", MATRICES["nothing"]),
     (r".*\.adapter\..*\.up", MATRICES["out"]),
@@ -72,7 +73,9 @@ def current_mesh() -> AbstractMesh | None:
 
 @contextmanager
 def trace_for_platform(platform: str) -> Iterator[None]:
-    """Traces as if for another platform: `cpu` for plain products in place of kernels, which hide what they compute."""
+    """Traces as if for another platform: with `cpu`, products stand in the trace where there
+    would be opaque kernels.
+    """
     token = _as_on.set(platform)
     try:
         yield
@@ -96,13 +99,14 @@ OPTIONS = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_tpu_scoped_vmem_limit_kib": "16384",
 }
-"""Options of the TPU compiler: matrices are gathered while products of other ones run (as MaxText sets them), without which
-every gather is waited for; and the fast memory of a kernel is what v4 to v5p have by default. v6e's default is twice that,
-which doubles the time to compile and by the compiler's own estimate gains nothing."""
+"""Options of the TPU compiler. The first ones gather matrices while other products run, as in
+MaxText; without them the chip waits for every gather. The last one is the fast memory that a
+kernel may use, at the default of v4 to v5p. The default of v6e is twice that, which doubles the
+time to compile and, by the compiler's estimate, gains nothing."""
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
-    """What `jax.jit` tells the compiler of programs on this mesh."""
+    """The compiler's options for programs on this mesh, as `jax.jit` takes them."""
     tpus = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "tpu"
     return dict(OPTIONS) if tpus else None
 
@@ -119,11 +123,13 @@ def constrain(x: jax.Array, kind: Activation) -> jax.Array:
 
 
 def all_gather_fsdp(matrix: jax.Array, tensor_axis: TensorAxis) -> jax.Array:
-    """A matrix [in, out] as a product wants it on the current mesh: whole over fsdp, cut by tensor as the table says.
+    """Gathers a matrix [in, out] over fsdp for a product on the current mesh; `tensor` splits it
+    as the table says.
 
-    Its gradient goes back in slices. Never left to the partitioner, which with a matrix cut by fsdp and tensor gives
-    some products the rows of other examples (seen in JAX 0.10.2 and 0.12.0 where data > 1 and fsdp = tensor > 1), and
-    might send activations where weights are smaller.
+    The gradient is scattered back into slices. This is never left to the partitioner. With a
+    matrix that both fsdp and tensor split, it gave some products the rows of other examples (seen
+    in JAX 0.10.2 and 0.12.0 where data > 1 and fsdp = tensor > 1), and it may send activations
+    where sending the smaller weights would do.
     """
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
@@ -135,7 +141,7 @@ def all_gather_fsdp(matrix: jax.Array, tensor_axis: TensorAxis) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _moved(x: jax.Array, there: PartitionSpec, back: PartitionSpec) -> jax.Array:
-    """`x` laid out anew, and its gradient in a layout of its own."""
+    """`x` in the sharding `there`; its gradient gets the sharding `back`."""
     return jax.lax.with_sharding_constraint(x, there)
 
 
@@ -167,19 +173,22 @@ def make_mesh(
     devices: Sequence[Any] | None = None,
     heads: int = 0,
 ) -> Mesh:
-    """A mesh over all devices (`jax.devices()` unless given); one axis may be -1 and takes what the others leave.
+    """A mesh over all devices (`jax.devices()` unless given); one axis may be -1 and takes what
+    the others leave.
 
-    Neighbours on the mesh are neighbours on the chips' network, the tensor axis closest. Several TPU slices are joined
-    over `data` alone, whose traffic is the least. `heads` (0: unknown) are the transformer's, which tensor has to divide:
-    otherwise every chip of a group would compute the attention of all heads (our decision). Other sizes that an axis
-    does not divide stay whole. Raises InputError with the nearest meshes that work.
+    Neighbours on the mesh are neighbours on the chips' network, the tensor axis closest. Several
+    TPU slices are joined over `data` alone, whose traffic is the least. `tensor` has to divide
+    `heads`, the transformer's (0: unknown): otherwise every chip of a group would compute the
+    attention of all heads (our decision). Other sizes that an axis does not divide are not split.
+    Raises InputError with the nearest meshes that work.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data, fsdp, tensor)
     wanted = format_mesh(sizes)
     if sum(size == -1 for size in sizes) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(
-            f"a mesh of {wanted}: sizes are at least 1, and one of them may be -1 (all that is left)"
+            f"a mesh of {wanted}: sizes are at least 1, "
+            "and one of them may be -1 (all that is left)"
         )
     known = math.prod(size for size in sizes if size != -1)
     sizes = tuple(max(1, len(devices) // known) if size == -1 else size for size in sizes)
@@ -197,7 +206,8 @@ def arrange_devices(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     """Devices as an array [data, fsdp, tensor], as `make_mesh` describes it."""
     slices = _slices(devices)
     within = (sizes[0] // slices, *sizes[1:])
-    # Splitting a physical axis is JAX's last resort, without which 2 x 8 on a torus of 4 x 4 has no answer.
+    # Splitting a physical axis is JAX's last resort, without which 2 x 8 on a torus of 4 x 4 has
+    # no answer.
     if slices > 1:
         return mesh_utils.create_hybrid_device_mesh(
             within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
@@ -218,9 +228,11 @@ def _slices(devices: Sequence[Any]) -> int:
 def nearest_meshes(
     devices: int, wanted: Sequence[int], *, slices: int = 1, heads: int = 0, most: int | None = 3
 ) -> list[tuple[int, int, int]]:
-    """The (data, fsdp, tensor) over so many devices that `make_mesh` takes, nearest first; `most` None: all of them.
+    """The (data, fsdp, tensor) over so many devices that `make_mesh` takes, nearest first; `most`
+    None: all of them.
 
-    Near is where the axes' sizes have to be multiplied by least; of equals the smaller tensor axis, then data axis.
+    The distance is the sum of |log(size / wanted size)| over the axes; of equals, the one with
+    the smaller tensor axis comes first, then the one with the smaller data axis.
     """
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     every = ((data, devices // (data * tensor), tensor) for tensor in divisors for data in divisors)

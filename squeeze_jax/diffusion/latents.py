@@ -1,6 +1,8 @@
-"""Latents as tokens: 2x2 patches in diffusers' channel order, and the tokens' places on the rotary grid (UNO).
+"""Latents as tokens: 2x2 patches in diffusers' channel order, and the tokens' places on the
+rotary grid (UNO).
 
-Everything here is shape arithmetic and takes NumPy and JAX arrays alike (the data workers use it without JAX).
+Everything here is shape arithmetic and takes NumPy and JAX arrays alike (the data workers use it
+without JAX).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 PATCH = 2
-"""Latents that a token covers in each direction; with FLUX.1's autoencoder a token covers 16 x 16 pixels."""
+"""Latents that a token covers in each direction; with FLUX.1's autoencoder a token covers 16 x 16
+pixels."""
 
 REFERENCE_TIME = 10
 """How far apart FLUX.2 puts target and references on its rotary t axis."""
@@ -26,8 +29,8 @@ ReferencePositions = Callable[[Grid, Sequence[Grid]], np.ndarray]
 def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:
     """Latents [*B, h, w, c] to tokens [*B, (h/2)(w/2), 4c], row by row.
 
-    A token's channels are ordered (channel, dy, dx), as diffusers packs them, so that weights load unchanged.
-    Raises ValueError where h or w is odd.
+    A token's channels are ordered (channel, dy, dx), as diffusers packs them, so that weights
+    load unchanged. Raises ValueError where h or w is odd.
     """
     *batch, height, width, channels = latents.shape
     if height % PATCH or width % PATCH:
@@ -39,7 +42,9 @@ def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:
 
 
 def unpack(tokens: Float[Any, "*B N patch"], grid: Grid) -> Float[Any, "*B height width c"]:
-    """The inverse of `pack` for a grid of (rows, columns) tokens: [*B, N, 4c] to [*B, 2 rows, 2 columns, c]."""
+    """The inverse of `pack` for a grid of (rows, columns) tokens: [*B, N, 4c] to [*B, 2 rows, 2
+    columns, c].
+    """
     rows, columns = grid
     *batch, count, width = tokens.shape
     if count != rows * columns:
@@ -62,9 +67,11 @@ def grid_positions(rows: int, columns: int, origin: Grid = (0, 0)) -> Int32[np.n
 
 
 def reference_origins(target_grid: Grid, reference_grids: Sequence[Grid]) -> list[Grid]:
-    """Where each reference's grid begins: diagonally past the target and past all references before it (UNO).
+    """Where each reference's grid begins: diagonally past the target and all references before it
+    (UNO).
 
-    A 4x4 target and a 2x3 reference put the references at (4, 4) and (6, 7): no two pictures share a row or a column.
+    A 4x4 target and a 2x3 reference put the references at (4, 4) and (6, 7): no two pictures
+    share a row or a column.
     """
     row, column = target_grid
     origins = []
@@ -77,7 +84,9 @@ def reference_origins(target_grid: Grid, reference_grids: Sequence[Grid]) -> lis
 def reference_positions(
     target_grid: Grid, reference_grids: Sequence[Grid]
 ) -> Int32[np.ndarray, "R 2"]:
-    """`grid_positions` of all references in a row, each from its origin of `reference_origins`."""
+    """`grid_positions` of all references one behind the other, each from its origin of
+    `reference_origins`.
+    """
     origins = reference_origins(target_grid, reference_grids)
     parts = [
         grid_positions(*grid, origin) for grid, origin in zip(reference_grids, origins, strict=True)

@@ -1,4 +1,5 @@
-"""Scaled dot-product attention behind one function: a kernel where there is one for the platform, else plain products."""
+"""Scaled dot-product attention: one function that takes a kernel of the platform, or plain matrix
+products."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +8,12 @@ from jax.ad_checkpoint import checkpoint_name
 from squeeze_jax.array_types import Array, Bool, Float
 from squeeze_jax.sharding import platform
 
-# Large and finite: a row that may attend to nothing becomes a mean over everything, never NaN, in any dtype.
+# Large, but finite in every dtype: a query that may attend to nothing gets a mean over all
+# values, never NaN.
 MASKED = -1e30
 QUERIES = 256
-"""Queries of a block where sequences are long: on two cores the fastest or near it (`benchmarks/attention.py`)."""
+"""Queries that a CPU takes at a time from a long sequence (our decision:
+`benchmarks/attention.py` compares sizes)."""
 
 
 def attention(
@@ -24,11 +27,14 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """softmax(q·kᵀ / sqrt(D))·v with the softmax in float32.
 
-    `mask` is True where a query may attend: one row of keys for the whole sample [B, S], or one per query
-    [B, T, S]. Fewer key/value heads than query heads (H a multiple of K) are shared by neighbouring query heads.
-    A query that may attend to nothing gives a finite, meaningless value: mask it out further on. `name` is the
-    `checkpoint_name` of the result, or of what a kernel keeps for its backward pass. `precision` is that of
-    the two products; where it is given no kernel is used, since kernels choose their own.
+    `mask` is True where a query may attend: one row of keys for all queries of a sample [B, S],
+    or one row per query [B, T, S]. Where there are fewer key and value heads than query heads (H
+    is a multiple of K), neighbouring query heads share them. A query that may attend to nothing
+    gives a finite value without meaning: the caller masks it out.
+
+    `name` is the `checkpoint_name` of the result, or of what a kernel keeps for its backward
+    pass. `precision` is that of the two products. Kernels choose their own, so with a `precision`
+    plain products are taken.
     """
     if precision is not None:
         mixed = plain_attention(query, key, value, mask, precision)
@@ -49,9 +55,9 @@ def attention(
 
 
 def heads_first(x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
-    """`x` itself; on TPU laid out head by head, as the kernel reads it.
+    """Returns `x` itself; on TPU its memory is laid out head by head, as the kernel reads it.
 
-    Without it the compiler turns the array round only after norms and rotation, in float32 and several times.
+    Otherwise the compiler transposes after norms and rotation: in float32, and several times.
     """
     if platform() != "tpu":
         return x
@@ -65,21 +71,23 @@ def plain_attention(
     mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "B T H D"]:
-    """`attention` as matrix products, on CPUs for long sequences a block of queries after the other.
+    """`attention` as matrix products.
 
-    The scores of a block stay in the caches, where those of all queries would go to memory and back.
+    On CPUs a long sequence goes one block of queries after the other: the scores of a block fit
+    into the caches, those of all queries do not.
     """
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
-    # Heads beside the batch first: products over neighbouring memory, which CPUs do several times faster.
+    # Heads go next to the batch axis, so that each product reads neighbouring memory: several
+    # times faster on CPUs.
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     allowed = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     count = query.shape[2] // QUERIES
-    if count < 4 or platform() != "cpu":  # short: nothing to gain
+    if count < 4 or platform() != "cpu":  # a short sequence gains nothing from blocks
         return _mixed(query, key, value, allowed, precision).swapaxes(1, 2)
 
-    many = count * QUERIES
+    many = count * QUERIES  # queries in whole blocks; what is left follows at the end
 
     def blocks(x: Array) -> jax.Array:
         """[B, h, many, _] as [count, B, h, QUERIES, _]."""

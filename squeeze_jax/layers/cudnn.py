@@ -1,4 +1,5 @@
-"""Attention on NVIDIA GPUs: cuDNN's flash attention as JAX offers it, cut over the mesh like the TPU's kernel."""
+"""Attention on NVIDIA GPUs: cuDNN's flash attention, which runs on each device's part of the mesh
+as the TPU's kernel does."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.sharding import ROWS, current_mesh, drop_indivisible
 
 LEAST = 64
-"""Tokens below which products of whole arrays do as well (our decision): an aggregator's attention over layers."""
+"""Fewest tokens that the kernel is used for (our decision). An aggregator's attention over layers
+has fewer; plain products are as fast there."""
 
 
 def suits(query: jax.Array, key: jax.Array) -> bool:
-    """Whether cuDNN has it: half precision, heads of at most 128 channels."""
+    """Whether cuDNN has a kernel: it wants half precision and heads of at most 128 channels."""
     half, many = (
         query.dtype in (jnp.bfloat16, jnp.float16),
         min(query.shape[1], key.shape[1]) >= LEAST,
@@ -22,7 +24,9 @@ def suits(query: jax.Array, key: jax.Array) -> bool:
 
 @jax.custom_vjp
 def reordered(x: Float[Array, "B S K D"], order: Int[Array, "B S"]) -> Float[Array, "B S K D"]:
-    """Tokens in another order, each once: their gradient is a gather, too, where JAX would add up into places."""
+    """Puts tokens in another order, a permutation. Its gradient is a gather too; JAX's own would
+    be a scatter.
+    """
     return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
 
 
@@ -39,11 +43,12 @@ def cudnn_attention(
     value: Float[Array, "B S K D"],
     mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q·kᵀ / sqrt(D))·v; never holds [H, T, S], but a mask of rows costs [T, S] for each example.
+    """softmax(q·kᵀ / sqrt(D))·v. It never holds [H, T, S]; a mask [B, T, S] costs [T, S] for each
+    example.
 
-    Where a mask is the same for all queries, the keys that count are moved to the front, and the kernel is told how many
-    they are: it skips the others, where a mask would be one more array to read. Lengths are made even, since JAX offers
-    no gradient of odd ones.
+    Where the mask is the same for all queries [B, S], the unmasked keys are moved to the front
+    and the kernel is given their number: it skips the rest and has no mask to read. Odd lengths
+    are padded to even ones, since JAX has no gradient of this kernel for odd ones.
     """
     tokens, keys = query.shape[1], key.shape[1]
     if keys % 2 and mask is None:

@@ -1,8 +1,9 @@
-"""Frozen blocks in 8 bits a weight: half of bfloat16's memory, for chips that have little.
+"""Frozen blocks in 8 bits a weight: half the memory of bfloat16, for chips that have little.
 
-Each output channel has a scale of its own: kernel ≈ int8 · scale. Rounding is qwix's, Google's quantisation library for
-JAX; activations keep their dtype. Only the kernels of stacks are quantised, which are nearly all of a transformer; the few
-layers around them, norms and biases stay as they are (our decision).
+Each output channel has a scale of its own: kernel ≈ int8 · scale. qwix, Google's quantisation
+library for JAX, does the rounding. Activations keep their dtype. Only kernels of stacked blocks
+are quantised: they are nearly all of a transformer. The layers around the stacks, norms and
+biases stay as they are (our decision).
 """
 
 from typing import Any
@@ -17,9 +18,11 @@ from squeeze_jax.layers.lora import linears
 
 
 def quantise(model: nnx.Module) -> nnx.Module:
-    """The model, with the kernel of every stacked linear layer replaced by int8 values and `kernel_scale` [depth, out].
+    """Replaces the kernel of every stacked linear layer by int8 values and `kernel_scale` [depth,
+    out], in place.
 
-    Those that are int8 already, and on a mesh all where they lie, stay. Raises InputError where qwix is not installed.
+    Kernels that are int8 already stay as they are. On a mesh, values stay on their devices.
+    Raises InputError where qwix is not installed.
     """
     for _, linear in linears(model):
         kernel = linear.kernel[...]

@@ -14,21 +14,23 @@ from squeeze_jax.sharding import TensorAxis, all_gather_fsdp
 FLOAT32 = jax.lax.Precision.HIGHEST
 """The `precision` of products that are float32 on every device.
 
-JAX's default multiplies float32 operands in bfloat16 on TPU, and in TF32 on newer GPUs; on CPUs there is
-no difference. Source: docs/decisions.md, "Float32 and bfloat16".
+JAX's default multiplies float32 operands in bfloat16 on TPU, and in TF32 on newer GPUs; on CPUs
+there is no difference. Source: docs/decisions.md, "Float32 and bfloat16".
 """
 
 PRODUCT = "product"
-"""The `checkpoint_name` tag of what a backward pass would have to multiply matrices for, were it not kept."""
+"""The `checkpoint_name` tag of a product's result: a backward pass that does not keep it has to
+multiply again."""
 
 
 class Linear(nnx.Module):
     """y = x·kernel + bias (+ the adapter's delta).
 
-    `kernel` is [in, out]: the transpose of PyTorch's `weight`. Initial values: normal with standard deviation
-    in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed in, `param_dtype` what is stored.
-    `tensor_axis` is the axis of the kernel that a mesh's tensor axis splits: `in` where the inputs come in slices (after
-    attention, or as the second layer of a feed-forward), and as `sharding.PARAMETERS` has it for the layer's name.
+    `kernel` is [in, out]: the transpose of PyTorch's `weight`. Initial values: normal with
+    standard deviation in^-1/2 times `gain`, zero bias. `dtype` is what the product is computed
+    in, `param_dtype` what is stored. `tensor_axis` is the axis of the kernel that a mesh's tensor
+    axis splits: `in` where the inputs come in slices (after attention, or as the second layer of
+    a feed-forward). It has to agree with what `sharding.PARAMETERS` says for the layer's name.
     `precision` matters for a `dtype` of float32: None takes JAX's default, `FLOAT32` is exact.
     """
 
@@ -77,5 +79,9 @@ class Linear(nnx.Module):
 
 
 def silu(x: jax.Array) -> jax.Array:
-    """x · sigmoid(x). `jax.nn.silu` is compiled apart, which changes the last bit of gradients of runs to be resumed."""
+    """x · sigmoid(x).
+
+    `jax.nn.silu` is compiled as a function of its own, which changes the last bit of gradients,
+    and so would not continue earlier runs exactly.
+    """
     return x * jax.nn.sigmoid(x)

@@ -1,8 +1,9 @@
 """Low-rank adapters on the transformer's linear layers (LoRA, arXiv 2106.09685).
 
-An adapter adds scale · (x·down)·up to chosen output channels of a `Linear`, scale = alpha / rank. `up` starts at zero,
-so a fresh adapter has exactly no effect. Inside a stack of blocks the adapter is stacked too, and the base is left
-where it is: adapters are parameters of their own kind (`LoRAParam`), so filters tell them from the base.
+An adapter adds scale · (x·down)·up to chosen output channels of a `Linear`, scale = alpha / rank.
+`up` starts at zero, so a fresh adapter has exactly no effect. In a stack of blocks the adapter is
+stacked too. Adapters are parameters of their own kind (`LoRAParam`), by which filters tell them
+from the base.
 """
 
 import re
@@ -34,12 +35,14 @@ class LoRAParam(nnx.Param):
 
 
 class LoRAScale(nnx.Variable):
-    """alpha / rank, one a layer of the stack; never trained."""
+    """alpha / rank: one value for each layer of a stack, never trained."""
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which linear layers carry an adapter; the defaults are the paper's rank with UNO's placement."""
+    """Which linear layers carry an adapter; the defaults are the paper's rank with UNO's
+    placement.
+    """
 
     rank: int = 512
     alpha: float | None = None
@@ -47,7 +50,8 @@ class LoRAConfig:
     target: str = UNO
     """Regular expression that a layer's dotted path must match from start to end."""
     qkv: QKVLayout = "shared"
-    """`shared`: one down-projection for q, k and v together; `separate`: one each, as PEFT files have them."""
+    """`shared`: one down-projection for q, k and v together; `separate`: one each, as PEFT files
+    have them."""
     init_gain: float = 1.0
     """`down` starts normal with standard deviation init_gain · in^-1/2, `up` at zero (our decision:
     docs/decisions.md, "LoRA initialisation")."""
@@ -74,7 +78,9 @@ class LoRAConfig:
 
 
 class LowRank(nnx.Module):
-    """scale · (x·down)·up for output channels start .. start + size. Leaves may have a leading depth axis."""
+    """scale · (x·down)·up for output channels start .. start + size. Leaves may have a leading
+    depth axis.
+    """
 
     def __init__(self, down: jax.Array, up: jax.Array, scale: jax.Array, start: int) -> None:
         self.down, self.up, self.scale = LoRAParam(down), LoRAParam(up), LoRAScale(scale)
@@ -141,7 +147,8 @@ def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
 def add_lora(
     model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs, param_dtype: DType = jnp.float32
 ) -> list[str]:
-    """Attaches fresh adapters to every linear layer that `config.target` matches; returns their paths.
+    """Attaches fresh adapters to every linear layer that `config.target` matches; returns their
+    paths.
 
     `down` is normal with standard deviation `config.init_gain` · in^-1/2, `up` is zero. Raises
     ValueError if nothing matches or a layer already carries an adapter.
@@ -178,7 +185,8 @@ def add_lora(
 def qkv_ranges(path: str, fan_in: int, fan_out: int, layout: QKVLayout) -> list[tuple[int, int]]:
     """(start, size) of the output channels that each low-rank part covers.
 
-    In a single block's `linear1`, whose rows are q, k, v and the feed-forward's, only q, k and v are adapted (UNO).
+    In a single block's `linear1`, whose rows are q, k, v and the feed-forward's, only q, k and v
+    are adapted (UNO).
     """
     if path.endswith("_attn.qkv") or path.endswith("single_blocks.linear1"):
         return [(0, 3 * fan_in)] if layout == "shared" else [(i * fan_in, fan_in) for i in range(3)]
@@ -192,10 +200,12 @@ def remove_lora(model: nnx.Module) -> None:
 
 
 def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
-    """Adds every adapter's delta to its kernel, in float32 and rounded once, and takes the adapters off.
+    """Adds every adapter's delta to its kernel, in float32 and rounded once, and takes the
+    adapters off.
 
-    Returns the kernels as they were, by path: `unmerge_lora` puts these back bit for bit (subtracting the delta again
-    would drift in bfloat16). Raises ValueError for an int8 base, which cannot take a delta.
+    Returns the kernels as they were, by path: `unmerge_lora` puts these back bit for bit
+    (subtracting the delta again would drift in bfloat16). Raises ValueError for an int8 base,
+    which cannot take a delta.
     """
     before = {}
     for path, linear in linears(model):

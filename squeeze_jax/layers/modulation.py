@@ -1,4 +1,5 @@
-"""What the noise level does to a transformer: embeddings of scalars, and shift, scale and gate (AdaLN)."""
+"""How a transformer is told the noise level: embeddings of scalars, and shift, scale and gate
+(AdaLN)."""
 
 from functools import partial
 from typing import Any
@@ -16,10 +17,12 @@ NORM_EPS = 1e-6  # FLUX.1: every LayerNorm and q/k RMSNorm
 
 
 def sinusoidal(x: Float[Array, " B"], width: int = 256) -> Float[Array, "B {width}"]:
-    """cos then sin of 1000·x·10000^(−i/(width/2)), in float32. `x` is a time or guidance value as the user gives it."""
+    """cos then sin of 1000·x·10000^(−i/(width/2)), in float32. `x` is a time or guidance value as
+    the user gives it.
+    """
     half = width // 2
-    # The exponent is rounded to float32 before exp, as the published model does: phases reach 1000 radians, where the
-    # rounding of a frequency is visible.
+    # The exponent is rounded to float32 before exp, as in the published model. Phases reach 1000
+    # radians, where the rounding of a frequency shows.
     exponent = np.float32(-np.log(10_000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angles = 1000.0 * x.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -51,7 +54,9 @@ class Embedder(nnx.Module):
 
 
 class AdaLN(nnx.Module):
-    """`count` vectors a sample from the conditioning vector: lin(silu(vec)), in float32; zero at the start."""
+    """`count` vectors a sample from the conditioning vector: lin(silu(vec)), in float32; zero at
+    the start.
+    """
 
     def __init__(
         self, width: int, count: int, *, use_bias: bool = True, param_dtype: DType, rngs: nnx.Rngs

@@ -8,7 +8,9 @@ from squeeze_jax.array_types import Array, DType, Float
 
 
 def per_channel(vector: Array, like: Array) -> Array:
-    """A vector [C] shaped to act on the last axis of `like`; rank promotion is explicit throughout."""
+    """A vector [C] with axes of size 1 in front, as many as `like` needs: nothing is broadcast
+    implicitly.
+    """
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
@@ -46,7 +48,9 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) · scale; with `zero_centred` the multiplier is 1 + scale (Krea 2's convention)."""
+    """x / sqrt(mean(x²) + eps) · scale; with `zero_centred` the multiplier is 1 + scale (Krea 2's
+    convention).
+    """
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""Rotary position embedding over several axes, as FLUX.1 uses it (neighbouring channels form a pair)."""
+"""Rotary position embedding over several axes, as FLUX.1 uses it (neighbouring channels form a
+pair)."""
 
 from collections.abc import Sequence
 
@@ -10,16 +11,18 @@ from squeeze_jax.layers.linear import FLOAT32
 from squeeze_jax.sharding import platform
 
 Rotation = tuple[Float[Array, "#B S 1 D"], Float[Array, "#B S 1 D"]]
-"""Cosine and sine of every token's angles, float32, each angle twice in a row."""
+"""Cosine and sine of every token's angles in float32; each angle stands twice, for both channels
+of a pair."""
 
 
 def rotation(
     positions: Int[Array, "#B S A"], axes: Sequence[int], theta: float = 10_000.0
 ) -> Rotation:
-    """Angles of tokens at integer `positions` on A axes; axis a rotates `axes[a]` channels, sum(axes) = D.
+    """Angles of tokens at integer `positions` on A axes; axis a rotates `axes[a]` channels,
+    sum(axes) = D.
 
-    Channel pair i of an axis of width n turns by position · theta^(−2i/n). Phases are float32 whatever the
-    activations' dtype, so that neighbouring positions stay apart in bfloat16.
+    Channel pair i of an axis of width n turns by position · theta^(−2i/n). Phases are float32
+    whatever the activations' dtype, so that neighbouring positions stay apart in bfloat16.
     """
     angles = []
     for axis, width in enumerate(axes):
@@ -40,8 +43,9 @@ def rotate(x: Float[Array, "B S H D"], by: Rotation) -> Float[Array, "B S H D"]:
 def _partner(x: Float[Array, "B S H D"]) -> Float[Array, "B S H D"]:
     """Channel pairs (a, b) as (−b, a), in float32.
 
-    On TPU by a product with ±1: moving a channel to its neighbour costs four passes through memory there, a product
-    none, and it is exact, for each sum has one term.
+    On TPU this is a product with a matrix of 0 and ±1. It is exact, since each sum has one term
+    other than 0, and saves the four passes through memory that moving channels to their
+    neighbours takes there.
     """
     if platform() == "tpu":
         swap = np.kron(

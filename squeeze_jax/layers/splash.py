@@ -1,7 +1,7 @@
-"""Attention on TPU: the splash kernel (Pallas), which never holds a [tokens, tokens] array, cut over the mesh.
+"""Attention on TPU: the splash kernel (Pallas), which never holds a [tokens, tokens] array.
 
-The partitioner cannot look into a kernel, so on a mesh it runs inside `shard_map`: rows over data and fsdp, heads over
-tensor. Block sizes are our decision: the largest that waste least on padding.
+The partitioner cannot look into a kernel, so on a mesh it runs inside `shard_map`: rows over data
+and fsdp, heads over tensor. Block sizes are our decision: large ones that need little padding.
 """
 
 from typing import Any
@@ -18,20 +18,26 @@ from squeeze_jax.layers.norm import scaled
 from squeeze_jax.sharding import ROWS, current_mesh, drop_indivisible
 
 BLOCKS = (1024, 768, 640, 512, 384, 256, 128)
-"""Tokens of a block, queries and keys alike; more than 1024 overflow a chip's scoped memory."""
+"""Sizes of a block in tokens, of queries or keys; a block of more than 1024 does not fit into a
+chip's scoped memory."""
 KEYS = 1536
-"""Most keys that the backward kernel holds: 2560 in four blocks of 640 overflow by a hair."""
+"""Most keys that the backward kernel holds at a time; 2560 (four blocks of 640) just do not fit
+into scoped memory."""
 LANES = 128
 
 
 def suits(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether the kernel is made for it: many tokens, as many key as query heads, wide ones; a mask of keys at most."""
+    """Whether the kernel takes these: at least 128 tokens, equal heads of a multiple of 128
+    channels, no mask per query.
+    """
     same = query.shape[2:] == key.shape[2:] and query.shape[-1] % LANES == 0
     return same and min(query.shape[1], key.shape[1]) >= LANES and (mask is None or mask.ndim == 2)
 
 
 def block_of(tokens: int) -> int:
-    """The block of least cost: padded tokens squared, and half as much again for a block of 256 (our decision)."""
+    """The block of least cost, which is the square of the padded length times 1 + 128 / block
+    (our decision): small blocks are slower.
+    """
     return min(BLOCKS, key=lambda block: (-(-tokens // block) * block) ** 2 * (1 + LANES / block))
 
 
@@ -42,8 +48,10 @@ def padded(tokens: int) -> int:
 
 
 def _keys_at_once(length: int, block: int) -> int:
-    """Keys that the backward kernel holds at a time: it writes a gradient of all queries for each such piece, which are
-    then summed, so as many whole blocks as fit into a chip's scoped memory.
+    """Keys that the backward kernel holds at a time: as many whole blocks as fit into a chip's
+    scoped memory.
+
+    For each such piece it writes a gradient of all queries; these gradients are summed afterwards.
     """
     blocks = length // block
     return block * max(
@@ -60,10 +68,15 @@ def splash_attention(
     name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q·kᵀ / sqrt(D))·v, in which masked keys are seen by none but, in a joint sequence (T = S), each other.
+    """softmax(q·kᵀ / sqrt(D))·v over the keys that the mask has as True.
 
-    `name` is the `checkpoint_name` of what a backward pass needs of the result, `name` + "_inputs" that of queries, keys
-    and values as the kernel takes them. `interpret` runs the kernel on a CPU.
+    The mask splits tokens into two segments, and tokens attend within their segment. Where
+    queries and keys are the same sequence (T = S), masked queries therefore attend to masked
+    keys: their outputs have no meaning.
+
+    `name` is the `checkpoint_name` of what a backward pass needs of the result, `name` +
+    "_inputs" that of queries, keys and values as the kernel takes them. `interpret` runs the
+    kernel on a CPU.
     """
     batch, tokens, _, width = query.shape
     rows, columns = block_of(tokens), block_of(key.shape[1])
@@ -83,7 +96,8 @@ def splash_attention(
         query, key, value = (checkpoint_name(x, f"{name}_inputs") for x in (query, key, value))
     sizes = splash.BlockSizes(
         block_q=rows, block_kv=columns, block_kv_compute=columns, block_q_dkv=rows,
-        block_kv_dkv=_keys_at_once(lengths[1], columns), block_kv_dkv_compute=columns, use_fused_bwd_kernel=True,
+        block_kv_dkv=_keys_at_once(lengths[1], columns), block_kv_dkv_compute=columns,
+        use_fused_bwd_kernel=True,
     )  # fmt: skip
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, *segments: jax.Array) -> jax.Array:
@@ -101,7 +115,7 @@ def splash_attention(
     if mesh is not None and mesh.size > 1:
         spec = drop_indivisible(PartitionSpec(ROWS, "tensor", None, None), query.shape, mesh)
         by_row = PartitionSpec(spec[0], None)
-        # The kernel says nothing of how its outputs vary over the mesh.
+        # The kernel does not declare how its outputs vary over the mesh, so that is not checked.
         whole = jax.shard_map(
             run,
             mesh=mesh,

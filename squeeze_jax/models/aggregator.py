@@ -1,9 +1,10 @@
-"""From all hidden states of the MLLM to the transformer's context: LAP, DLA, and the ablation's simpler ways.
+"""From all hidden states of the MLLM to the transformer's context: LAP, DLA, and the simpler ways
+of the ablation.
 
-Layerwise attention pooling (LAP, from UniFusion, arXiv 2510.12789) lets every token attend across the layer axis of its
-own stack of hidden states, then pools that axis to one vector. The Dual Layer Aggregator (DLA, arXiv 2605.26111) has one
-LAP for text tokens and one for image tokens. The inside follows Krea 2's `text_fusion`
-(docs/decisions.md, "Inside the aggregator").
+Layerwise attention pooling (LAP, from UniFusion, arXiv 2510.12789) lets every token attend across
+the layers of its own hidden states, then pools them to one vector. The Dual Layer Aggregator
+(DLA, arXiv 2605.26111) has one LAP for text tokens and one for image tokens. The blocks inside
+follow Krea 2's `text_fusion` (docs/decisions.md, "Inside the aggregator").
 """
 
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ class AggregatorConfig:
     """
 
     kind: Kind = "dla"
-    """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last hidden state;
-    `last_layer_vit`: the same, image tokens blended with the vision tower's features by one learned weight (the
-    weight is our decision: docs/decisions.md, "Inside the aggregator")."""
+    """`dla`: a LAP each for text and image tokens; `lap`: one for all; `last_layer`: the last
+    hidden state; `last_layer_vit`: the same, image tokens blended with the vision tower's
+    features by one learned weight (the weight is our decision: docs/decisions.md, "Inside the
+    aggregator")."""
     layers: tuple[int, ...] = tuple(range(29))
-    """Which hidden states the pooling sees, 0 = input embeddings; `last_layer` and `last_layer_vit` take the last one."""
+    """Which hidden states the pooling sees, 0 = input embeddings; `last_layer` and
+    `last_layer_vit` take the last one."""
     width: int = 3584
     """Width of the MLLM's hidden states."""
     out_width: int = 4096
@@ -49,7 +52,8 @@ class AggregatorConfig:
     refiner_blocks: int = 2
     """Attention blocks over the token axis after the join; they undo the MLLM's causal bias."""
     norm_eps: float = 1e-5
-    """What every RMSNorm adds to the mean square: Krea 2's (docs/decisions.md, "Inside the aggregator")."""
+    """What every RMSNorm adds to the mean square: Krea 2's (docs/decisions.md, "Inside the
+    aggregator")."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -107,12 +111,13 @@ class Aggregator(nnx.Module):
         self.out = Linear(config.width, config.out_width, tensor_axis="in", **kinds, rngs=rngs)
 
     def __call__(self, states: HiddenStates) -> Context:
-        """Context tokens [B, Lt + Li, out_width]; tokens of padding come last and are masked out.
+        """Context tokens [B, Lt + Li, out_width]; padding comes last and is masked out.
 
-        The states are all of the MLLM's, as sampling has them, or exactly those of `config.reads`, as training has them.
-        Raises ValueError where one that is needed is not there.
+        The states are all of the MLLM's (sampling), or exactly those of `config.reads`
+        (training). Raises ValueError where a layer that is read is missing.
         """
         text, image = self._pool(states)
+        # Join text and image tokens in the order of the MLLM's sequence, padding behind.
         mask = jnp.concatenate([states.text_mask, states.image_mask], axis=1)
         position = jnp.concatenate([states.text_positions, states.image_positions], axis=1)
         order = jnp.argsort(jnp.where(mask, position, jnp.iinfo(position.dtype).max), axis=1)
@@ -139,7 +144,8 @@ class Aggregator(nnx.Module):
 
     def _pool(self, states: HiddenStates) -> tuple[Float[Array, "B Lt C"], Float[Array, "B Li C"]]:
         reads, available = self.config.reads, states.text.shape[1]
-        # One of both at most is possible: as many as are read, and the last of them out of reach, cannot be all.
+        # As many states as are read: they are those of `reads`, or `reads` is all layers, which
+        # comes to the same.
         exact = available == len(reads)
         if not exact and reads[-1] >= available:
             raise ValueError(
@@ -165,7 +171,9 @@ class Aggregator(nnx.Module):
 
 
 class LayerPool(nnx.Module):
-    """LAP: attention across the layer axis of every token, then a learned, bias-free mix of the layers."""
+    """LAP: attention across the layer axis of every token, then a learned, bias-free mix of the
+    layers.
+    """
 
     def __init__(
         self,
@@ -184,7 +192,7 @@ class LayerPool(nnx.Module):
             if count
             else None
         )
-        # Starts as the mean over layers, so that no layer is preferred.
+        # The weights start equal, so that no layer is preferred.
         self.projector = nnx.Param(
             jnp.full((len(config.layers),), 1.0 / len(config.layers), param_dtype)
         )
@@ -202,7 +210,9 @@ class LayerPool(nnx.Module):
 
 
 class FusionBlock(nnx.Module):
-    """Pre-norm transformer block: q/k-normed attention with a sigmoid output gate, then SwiGLU; no biases."""
+    """Pre-norm transformer block: q/k-normed attention with a sigmoid output gate, then SwiGLU;
+    no biases.
+    """
 
     def __init__(
         self, config: AggregatorConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs

@@ -1,8 +1,9 @@
 """The autoencoder: AutoencoderKL as FLUX.1 uses it (diffusers 0.42.1), channels last.
 
-Pictures [B, height, width, 3] in [-1, 1] become latents [B, h, w, c] and back. Latents leave `encode` shifted and
-scaled, (z − shift_factor) · scaling_factor, so that they have about zero mean and unit variance; `decode` undoes it.
-There are no convolutions between the moments and the latents (`use_quant_conv` is false in FLUX's file).
+Pictures [B, height, width, 3] in [-1, 1] become latents [B, h, w, c] and back. Latents leave
+`encode` shifted and scaled, (z − shift_factor) · scaling_factor, so that they have about zero
+mean and unit variance; `decode` undoes it. There are no convolutions between the moments and the
+latents (`use_quant_conv` is false in FLUX's file).
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ NORM_EPS = 1e-6
 LOG_VARIANCE = (-30.0, 20.0)
 """diffusers' limits on the posterior's log variance."""
 ATTENTION_TOKENS = 4096
-"""Up to this many latents attend all at once (512 x 512 pixels: 64 MB of scores a picture in float32); more of them
-go one row of the grid after the other, so that 1024 x 1024 needs 8 MB at a time and not 1 GB (our decision)."""
+"""Up to this many latents attend all at once: 512 x 512 pixels, 64 MB of float32 scores for each
+picture. More than that go one row of the grid after the other, so that 1024 x 1024 takes 8 MB at
+a time, not 1 GB (our decision)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class AutoencoderConfig:
     in_channels: int = 3
     latent_channels: int = 16
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Width of each resolution, from the pictures' to the latents'; each step halves height and width."""
+    """Width of each resolution, from the pictures' to the latents'; each step halves height and
+    width."""
     layers_per_block: int = 2
     """Residual blocks a resolution in the encoder; the decoder has one more."""
     norm_groups: int = 32
@@ -85,14 +88,18 @@ class Autoencoder(nnx.Module):
     def posterior(
         self, images: Float[Array, "B height width 3"]
     ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
-        """Mean and log variance of q(z | image) as the encoder gives them: neither shifted nor scaled."""
+        """Mean and log variance of q(z | image) as the encoder gives them: neither shifted nor
+        scaled.
+        """
         self._check_size(images.shape[1], images.shape[2])
         moments = self.encoder(images).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE)
 
     def encode(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w C"]:
-        """The shifted and scaled mean of the posterior: what features and references are made of."""
+        """The shifted and scaled mean of the posterior: what features and references are made
+        of.
+        """
         return self.normalise(self.posterior(images)[0])
 
     def sample(self, images: Float[Array, "B height width 3"], key: Key) -> Float[Array, "B h w C"]:
@@ -125,9 +132,9 @@ class Autoencoder(nnx.Module):
         factor = self.config.downsampling
         if height % factor or width % factor or not height or not width:
             raise ValueError(
-                f"the autoencoder got pictures of {height} x {width} (height x width); both sides must be multiples of "
-                f"{factor}: resize them before encoding, for instance to {_nearest(height, factor)} x "
-                f"{_nearest(width, factor)}"
+                f"the autoencoder got pictures of {height} x {width} (height x width); both sides "
+                f"must be multiples of {factor}: resize them before encoding, for instance to "
+                f"{_nearest(height, factor)} x {_nearest(width, factor)}"
             )
 
 
@@ -232,7 +239,8 @@ class MidBlock(nnx.Module):
 class ResidualBlock(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes.
 
-    The second convolution starts at zero, so that a fresh autoencoder is almost linear and learns quickly (ours).
+    The second convolution starts at zero: a fresh autoencoder is almost linear and learns quickly
+    (our decision).
     """
 
     def __init__(
@@ -293,9 +301,11 @@ class SpatialAttention(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A convolution with bias; `kernel` is [h, w, in, out]. Initial values as `Linear`'s, zeros for a `gain` of 0.
+    """A convolution with bias; `kernel` is [h, w, in, out]. Initial values as `Linear`'s, zeros
+    for a `gain` of 0.
 
-    With stride 1 the size stays; with stride 2 it halves, padded below and on the right only, as the original does.
+    With stride 1 the size stays; with stride 2 it halves, padded below and on the right only, as
+    the original does.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""What the rest of the system knows of a diffusion transformer: the base class `Backbone` and what it exchanges.
+"""What the rest of the system knows of a diffusion transformer: the base class `Backbone` and
+the values it exchanges.
 
-Aggregator, sampler, trainer, planner and export use these names alone. `models/dit.py` (FLUX.1) is the
-first backbone; `tests/models/test_toy_backbone.py` has the smallest one that can be trained and sampled.
+Aggregator, sampler, trainer, planner and export use these names alone. `models/dit.py` (FLUX.1)
+is the first backbone; `tests/toy_backbone.py` is the smallest one that can be trained and
+sampled.
 """
 
 from collections.abc import Sequence
@@ -22,16 +24,19 @@ from squeeze_jax.layers.stack import ATTENTION
 from squeeze_jax.sharding import constrain
 
 Modulated = tuple[Float[Array, "*T 1 C"], ...]
-"""Shifts, scales and gates of a block at some times."""
+"""Shifts, scales and gates of one block, at T times."""
 KeysValues = tuple[Float[Array, "*depth _ _ H D"], Float[Array, "*depth _ _ H D"]]
-"""Rotated keys, and values, of tokens in a block [B, R, H, D]; with a leading axis: in every block of a stack."""
+"""Rotated keys, and values, of R tokens in a block [B, R, H, D]; with a leading axis [depth]
+those of a whole stack."""
 ReferenceAttention = Literal["joint", "cached"]
 Streams = tuple[Float[Array, "B L C"], Float[Array, "B T C"]]
 """Hidden states between blocks: of the context stream, and of the image stream."""
 
 
 class Modulation(NamedTuple):
-    """Shifts, scales and gates of all blocks at some noise levels, computed before a loop. All are float32."""
+    """Shifts, scales and gates of all blocks at T times, computed before a sampler's loop. All
+    are float32.
+    """
 
     double: Any
     """Of the double-stream blocks, every array with axes [depth, T, 1, C]."""
@@ -50,7 +55,9 @@ class Modulation(NamedTuple):
 
 
 class CachedReferences(NamedTuple):
-    """Keys and values of reference tokens in every block, for `reference_attention="cached"`: once a prompt."""
+    """Keys and values of reference tokens in every block (`reference_attention="cached"`),
+    computed once a prompt.
+    """
 
     double: KeysValues
     single: KeysValues
@@ -110,9 +117,10 @@ class Backbone(nnx.Module):
     """A diffusion transformer that predicts the velocity ε − x_0 of target tokens.
 
     The contract: `velocity` equals `embed_inputs`, then `apply_blocks` over all blocks, then
-    `predict_velocity`. Times are in [0, 1], 1 is noise. Masked context and reference tokens change nothing.
-    `embed_timestep` and `make_modulation` depend on times (and guidance) alone, so a sampler computes them
-    before its loop. References are `References` (joint attention) or what `cache_references` made of them.
+    `predict_velocity`. Times are in [0, 1], 1 is noise. Masked context and reference tokens
+    change nothing. `embed_timestep` and `make_modulation` depend on times (and guidance) alone,
+    so a sampler computes them before its loop. References are `References` (joint attention) or
+    what `cache_references` made of them.
     """
 
     config: BackboneConfig
@@ -167,7 +175,9 @@ class Backbone(nnx.Module):
         context_mask: Bool[Array, "B L"] | None = None,
         references: References | CachedReferences | None = None,
     ) -> tuple[Streams, BlockInputs]:
-        """The hidden states before block 0, and what all blocks read; the target's tokens stand first."""
+        """The hidden states before block 0, and what all blocks read; the target's tokens stand
+        first.
+        """
         raise NotImplementedError
 
     def apply_blocks(
@@ -207,7 +217,9 @@ class Backbone(nnx.Module):
 def target_positions(
     grid: tuple[int, int] | Int[Array, "B 2"], length: int
 ) -> Int[Array, "#B N 2"]:
-    """Row and column of the target's tokens, of one grid or of one a row of the batch, each with `length` tokens."""
+    """Row and column of the target's tokens; `grid` is one for all samples, or one for each, of
+    `length` tokens.
+    """
     if isinstance(grid, tuple):
         return jnp.asarray(grid_positions(grid[0], grid[1]))[None]
     index, columns = jnp.arange(length)[None], jnp.asarray(grid)[:, 1:]
@@ -266,7 +278,9 @@ def join_masks(
     image: Bool[Array, "B T"] | None,
     sizes: tuple[int, int, int],
 ) -> Bool[Array, "B S"] | None:
-    """One mask of the joint sequence; `sizes` are (batch, context tokens, image tokens). None where all count."""
+    """One mask of the joint sequence, None where all tokens count; `sizes` are (batch, context,
+    image tokens).
+    """
     if context is None and image is None:
         return None
     batch, *lengths = sizes
@@ -296,13 +310,15 @@ def joint_attention(
     mask: Bool[Array, "B keys"] | None,
     cached_kv: KeysValues | None,
 ) -> tuple[Float[Array, "B T C"], KeysValues]:
-    """Attends over the joint sequence (q, k, v [B, T, H, D]) and the cached keys, with rotary positions.
+    """Attends over the joint sequence (q, k, v [B, T, H, D]) and the cached keys, with rotary
+    positions.
 
     Returns the output with heads merged, and the keys and values of the joint sequence.
     """
     q, k, v = (constrain(x, "heads") for x in (rotate(q, rope), rotate(k, rope), v))
     kv = k, v
-    if cached_kv is not None:  # one row of the cache may serve several images of a prompt
+    # The cached keys follow; one row of them may serve several images of a prompt.
+    if cached_kv is not None:
         k, v = (
             jnp.concatenate(
                 [own, jnp.repeat(cached, q.shape[0] // cached.shape[0], axis=0)], axis=1

@@ -1,8 +1,10 @@
 """FLUX.1's diffusion transformer with a context stream, target tokens and reference tokens.
 
-The context (aggregated MLLM tokens) and the image stream (target tokens, then reference tokens) meet in the attention
-of double-stream blocks and flow as one sequence through single-stream blocks. Module names are FLUX.1's own.
-Source: the published FLUX.1 architecture; references follow UNO (arXiv 2504.02160).
+The context (aggregated MLLM tokens) and the image stream (target tokens, then reference tokens)
+meet in the attention of double-stream blocks, and go as one sequence through single-stream blocks
+(`dit_blocks.py`). A forward is `velocity`: `embed_inputs`, `apply_blocks`, `predict_velocity`.
+Module names are FLUX.1's own. Source: the published FLUX.1 architecture; references follow UNO
+(arXiv 2504.02160).
 """
 
 from collections.abc import Sequence
@@ -51,7 +53,8 @@ class DiTConfig:
     context_width: int = 4096
     """Width of a context token (the aggregator's output takes the place of the T5 features)."""
     pooled_width: int = 768
-    """Width of the pooled text vector; this system feeds zeros (docs/decisions.md, "Entry to the backbone")."""
+    """Width of the pooled text vector; this system feeds zeros (docs/decisions.md, "Entry to the
+    backbone")."""
     heads: int = 24
     head_width: int = 128
     num_double_blocks: int = 19
@@ -62,8 +65,9 @@ class DiTConfig:
     guidance: bool = True
     """Whether the model takes the distilled guidance value (dev: yes, schnell: no)."""
     reference_attention: ReferenceAttention = "joint"
-    """`joint`: every token sees every token (UNO). `cached`: reference tokens see each other alone and are modulated at
-    t = 0, so that their keys and values are the same in every step of sampling. Chosen before training (our decision)."""
+    """`joint`: every token sees every token (UNO). `cached`: reference tokens see reference
+    tokens alone and are modulated at t = 0, so that their keys and values are the same in every
+    sampling step. A model is trained for one of the two (our decision)."""
 
     @property
     def width(self) -> int:
@@ -136,7 +140,9 @@ class DiT(Backbone):
         guidance: Float[Array, " B"] | None = None,
         pooled: Float[Array, "B P"] | None = None,
     ) -> Float[Array, "B C"]:
-        """Sums the embeddings of time, guidance and pooled vector in float32: the input of every block's modulation."""
+        """The conditioning vector, which every block's modulation reads: embedded time, guidance
+        and pooled vector, summed in float32.
+        """
         if (guidance is None) == self.config.guidance:
             raise ValueError(
                 "this transformer takes a guidance value: pass guidance=[B]"
@@ -151,7 +157,9 @@ class DiT(Backbone):
         return temb + self.vector_in(pooled)
 
     def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation:
-        """Computes the modulation of every block, for programs that know their times beforehand: samplers."""
+        """Computes the modulation of every block, for samplers, which know their times
+        beforehand.
+        """
         _, double = scan_blocks(
             self.double_blocks, lambda block, carry, _: (carry, block.modulation(temb)), None
         )
@@ -163,7 +171,9 @@ class DiT(Backbone):
     def cache_references(
         self, references: References, temb: Float[Array, "B C"]
     ) -> CachedReferences:
-        """Computes keys and values of reference tokens, which attend to each other alone; `temb` is that of t = 0."""
+        """Computes keys and values of reference tokens, which attend to reference tokens alone.
+        `temb` is that of t = 0.
+        """
         inputs = BlockInputs(temb, self._rope(references.positions, 0), references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
         (_, img), double = self._scan("double", (img[:, :0], img), inputs, return_kv=True)
@@ -192,7 +202,9 @@ class DiT(Backbone):
     def apply_blocks(
         self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
     ) -> Streams:
-        """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then single blocks."""
+        """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then
+        single blocks.
+        """
         double, single = self.config.num_double_blocks, self.config.num_single_blocks
         stop = double + single if stop is None else stop
         if start < double:
@@ -228,12 +240,14 @@ class DiT(Backbone):
         *,
         return_kv: bool = False,
     ) -> tuple[Hidden, KeysValues | None]:
-        """Runs the blocks of a kind, all or those in `block_range`, on both streams or on the joint one.
+        """Runs the blocks of a kind, all or those in `block_range`, on both streams or on the
+        joint one.
 
         `return_kv` also returns every block's keys and values.
         """
         temb, rope, mask, cached_kv = inputs
-        # Per block, with a leading axis of depth: its modulation where that is known, its cached keys.
+        # Per block, with a leading axis of depth: its modulation where that is known, its cached
+        # keys.
         known = getattr(temb, kind) if isinstance(temb, Modulation) else None
         cached = None if cached_kv is None else getattr(cached_kv, kind)
 
@@ -260,6 +274,8 @@ class DiT(Backbone):
         )
 
     def _rope(self, positions: Int[Array, "#B _ 2"], context_length: int) -> Rotation:
-        """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row, column)."""
+        """Angles of the joint sequence: context tokens at (0, 0, 0), image tokens at (0, row,
+        column).
+        """
         positions = jnp.pad(positions, ((0, 0), (context_length, 0), (1, 0)))
         return rotation(positions, self.config.rope_axes)

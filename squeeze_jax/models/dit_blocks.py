@@ -37,7 +37,9 @@ class SelfAttention(nnx.Module):
 
 
 class QKNorm(nnx.Module):
-    """RMSNorm of each head's queries and keys, with one scale for all queries and one for all keys."""
+    """RMSNorm of each head's queries and keys, with one scale for all queries and one for all
+    keys.
+    """
 
     def __init__(self, head_width: int, *, param_dtype: DType) -> None:
         self.query_norm = RMSNorm(head_width, eps=NORM_EPS, param_dtype=param_dtype)
@@ -86,7 +88,9 @@ class DoubleBlock(nnx.Module):
         self.txt_mlp = MLP(width, mlp_width, **kinds)
 
     def modulation(self, vec: Float[Array, "T C"]) -> tuple[Modulated, Modulated]:
-        """Shift, scale and gate of attention, then of the feed-forward: of the image, of the context."""
+        """Shift, scale and gate of attention, then of the feed-forward: of the image, of the
+        context.
+        """
         return self.img_mod(vec), self.txt_mod(vec)
 
     def __call__(

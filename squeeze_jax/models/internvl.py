@@ -1,6 +1,6 @@
 """InternVL: a vision tower and a Qwen2 language model that read pictures and a prompt together.
 
-All that the system wants of it are its hidden states, every layer of them. Numbers are those of
+The system uses its hidden states, of every layer, and nothing else. They equal those of
 `InternVLForConditionalGeneration` of transformers 5.24 with `output_hidden_states=True`.
 """
 
@@ -48,11 +48,13 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads"
+                f"hidden_size {self.hidden_size} does not divide into "
+                f"{self.num_attention_heads} heads"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads evenly"
+                f"{self.num_attention_heads} heads cannot share "
+                f"{self.num_key_value_heads} key/value heads evenly"
             )
 
     @property
@@ -69,12 +71,14 @@ class InternVLConfig:
     image_token_id: int = 151667
     """`<IMG_CONTEXT>`: one for every image token."""
     downsample: int = 2
-    """Side of the neighbourhood of patches that becomes one image token (published as `downsample_ratio` 0.5)."""
+    """Side of the neighbourhood of patches that becomes one image token (published as
+    `downsample_ratio` 0.5)."""
 
     def __post_init__(self) -> None:
         if self.vision.patches % self.downsample:
             raise ValueError(
-                f"{self.vision.patches} patches a side do not divide into groups of {self.downsample}"
+                f"{self.vision.patches} patches a side do not divide into "
+                f"groups of {self.downsample}"
             )
 
     @property
@@ -99,8 +103,8 @@ INTERNVL3_2B = InternVLConfig(
 class InternVL(nnx.Module):
     """Token ids and pictures in, every hidden state out.
 
-    `dtype` is what products are computed in, `param_dtype` what is stored; norms, rotary phases and softmax are
-    float32 whatever they are.
+    `dtype` is what products are computed in, `param_dtype` what is stored; norms, rotary phases
+    and softmax are float32 whatever they are.
     """
 
     def __init__(
@@ -142,17 +146,19 @@ class InternVL(nnx.Module):
         | None = None,
         attention_mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B M L C"]:
-        """All hidden states: index 0 the embeddings with the image features in place, the last after the final norm.
+        """All hidden states: index 0 the embeddings with the image features in place, the last
+        after the final norm.
 
-        `pixel_values` are the pictures of the whole batch in order, sample by sample, or those of each sample on an axis
-        of its own; unused ones may stand at the end, and an image token without a picture becomes NaN. `attention_mask`
-        is true (1) where a token is no padding; padding may stand on either side. Hidden states of padding are finite and
-        mean nothing.
+        `pixel_values` are the pictures of the whole batch in order, sample by sample, or have an
+        axis for samples in front. Unused pictures may stand at the end; an image token without a
+        picture becomes NaN. `attention_mask` is True (1) at tokens that are no padding, which may
+        stand on either side. Hidden states of padding are finite and have no meaning.
         """
         config, (B, L) = self.config, input_ids.shape
         if config.text.max_position_embeddings < L:
             raise ValueError(
-                f"{L} tokens, but positions end at {config.text.max_position_embeddings}: shorten the input"
+                f"{L} tokens, but positions end at {config.text.max_position_embeddings}: "
+                "shorten the input"
             )
         valid = jnp.ones((B, L), bool) if attention_mask is None else attention_mask.astype(bool)
         x = jnp.take(self.embedding[...], input_ids, axis=0, mode="clip").astype(self.dtype)
@@ -168,8 +174,8 @@ class InternVL(nnx.Module):
                 placed = _features_at(features.reshape(-1, config.text.hidden_size), index)
             x = jnp.where(is_image[..., None], placed, x)
 
-        # transformers numbers padding too; rotary attention sees differences only, so that valid tokens agree with it,
-        # and counted this way they also equal the prompt alone.
+        # Positions count valid tokens alone, so that padding changes nothing. transformers counts
+        # padding too, with the same result: rotary attention sees differences of positions only.
         positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
         rotation = rotary_phases(positions, config.text.head_dim, config.text.rope_theta)
         mask = jnp.tril(jnp.ones((L, L), bool))[None] & valid[:, None, :]
@@ -185,7 +191,9 @@ class InternVL(nnx.Module):
     def vision_features(
         self, pixel_values: Float[Array, "images height width 3"]
     ) -> Float[Array, "images tokens FC"]:
-        """The vision tower's features of every image token, neighbouring patches joined, before the projector."""
+        """The vision tower's features of every image token, neighbouring patches joined, before
+        the projector.
+        """
         return pixel_shuffle(self.vision_tower(pixel_values), self.config.downsample)
 
     def vision(
@@ -282,7 +290,9 @@ def _features_at(
 def image_slots(
     input_ids: Int[Array, "B L"], valid: Bool[Array, "B L"], image_token_id: int
 ) -> tuple[Bool[Array, "B L"], Int[Array, "B L"]]:
-    """Which tokens are image tokens, and each one's row among the features of all pictures of the batch."""
+    """Which tokens are image tokens, and each one's row among the features of all pictures of the
+    batch.
+    """
     is_image = (input_ids == image_token_id) & valid
     count = jnp.cumsum(is_image.reshape(-1), dtype=jnp.int32).reshape(is_image.shape)
     return is_image, jnp.where(is_image, count - 1, 0)
@@ -297,11 +307,13 @@ def split_hidden_states(
     text_length: int,
     image_length: int,
 ) -> HiddenStates:
-    """Text and image tokens apart, each at the front of its own axis of static length; padding is zero.
+    """Splits hidden states into text and image tokens, each at the front of an axis of static
+    length, then zeros.
 
-    Image tokens are the positions of `image_token_id` (`<IMG_CONTEXT>`), every other valid token is text. Positions
-    count valid tokens from 0, so that they do not depend on padding. Outside of `jit`, more tokens than a length holds
-    are a ValueError; inside it, the caller has seen to that (data.chat limits the text).
+    Image tokens are those at `image_token_id` (`<IMG_CONTEXT>`), every other valid token is text.
+    Positions count valid tokens from 0, so that they do not depend on padding. Raises ValueError
+    where a sample has more tokens than a length holds; inside `jit` this cannot be checked, and
+    the caller has to (data.chat limits the text).
     """
     valid = jnp.asarray(attention_mask).astype(bool)
     is_image, _ = image_slots(jnp.asarray(input_ids), valid, image_token_id)

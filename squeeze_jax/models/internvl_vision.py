@@ -1,4 +1,5 @@
-"""InternVL's eye: the vision transformer (InternViT) and the pixel shuffle that turns patches into image tokens.
+"""InternVL's eye: the vision transformer (InternViT) and the pixel shuffle that turns patches
+into image tokens.
 
 The same numbers as `InternVLVisionModel` and `InternVLModel.pixel_shuffle` of transformers 5.24.
 """
@@ -39,7 +40,8 @@ class VisionConfig:
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads"
+                f"hidden_size {self.hidden_size} does not divide into "
+                f"{self.num_attention_heads} heads"
             )
 
     @property
@@ -49,7 +51,9 @@ class VisionConfig:
 
 
 class VisionTower(nnx.Module):
-    """Patches, class token and positions, then blocks; no final norm, and the class token is dropped at the end."""
+    """Patches, class token and positions, then blocks; no final norm, and the class token is
+    dropped at the end.
+    """
 
     def __init__(
         self, config: VisionConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
@@ -77,12 +81,15 @@ class VisionTower(nnx.Module):
     def __call__(
         self, pixel_values: Float[Array, "images height width 3"]
     ) -> Float[Array, "images h w C"]:
-        """Features of every patch, on its grid. `pixel_values` are normalised by ImageNet's mean and deviation."""
+        """Features of every patch, on its grid. `pixel_values` are normalised by ImageNet's mean
+        and deviation.
+        """
         config = self.config
         if pixel_values.shape[1:3] != (config.image_size, config.image_size):
             raise ValueError(
-                f"pictures are {pixel_values.shape[1]}x{pixel_values.shape[2]}, the vision tower reads "
-                f"{config.image_size}x{config.image_size}: prepare them with data.chat.preprocess_image"
+                f"pictures are {pixel_values.shape[1]}x{pixel_values.shape[2]}, the vision tower "
+                f"reads {config.image_size}x{config.image_size}: prepare them with "
+                "data.chat.preprocess_image"
             )
         images, side, patch, width = (
             pixel_values.shape[0],
@@ -90,7 +97,8 @@ class VisionTower(nnx.Module):
             config.patch_size,
             config.hidden_size,
         )
-        # A convolution whose stride is its size is a matrix product over cut-out patches, which is faster on CPUs.
+        # A convolution whose stride is its size is a matrix product over cut-out patches, which
+        # is faster on CPUs.
         x = pixel_values.astype(self.dtype).reshape(images, side, patch, side, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(images, side * side, patch * patch * 3)
         x = x @ self.patch_embedding[...].astype(self.dtype).reshape(patch * patch * 3, width)
@@ -151,7 +159,8 @@ class VisionBlock(nnx.Module):
 def pixel_shuffle(
     features: Float[Array, "B h w C"], factor: int = 2
 ) -> Float[Array, "B tokens FC"]:
-    """Joins neighbouring factor x factor patches into one token, row by row within the neighbourhood.
+    """Joins neighbouring factor x factor patches into one token, row by row within the
+    neighbourhood.
 
     A 4x4 grid of 0 .. 15 becomes [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15].
     """

@@ -1,4 +1,5 @@
-"""The frozen encoders as part of a program: raw pictures and token ids in, what a feature record would hold out."""
+"""The frozen encoders as part of a program: from raw pictures and token ids to what a feature
+record holds."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -29,6 +30,7 @@ class Encoders(nnx.Module):
 
         `layers`: which hidden states. `positions_of`: the backbone's (`BackboneConfig`).
         """
+        # Pictures to latents: targets, and all references of all samples at once.
         targets = self.latents(raw.target)
         count = raw.references.shape[1]
         each = self.latents(raw.references.reshape(-1, *raw.references.shape[2:]))

@@ -1,4 +1,5 @@
-"""The trained system: aggregator and backbone. The frozen encoders stay outside, except for on-line extraction."""
+"""The trained system: aggregator and backbone. The frozen encoders stay outside, except for
+on-line extraction."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class System(nnx.Module):
         return jax.lax.stop_gradient(self.encoders(raw, reads, positions_of))
 
     def aggregate(self, states: HiddenStates) -> Context:
-        """Aggregates a prompt's hidden states: once a prompt, whatever the number of steps."""
+        """Makes the context of hidden states; a sampler does so once a prompt, before its steps."""
         return self.aggregator(states)
 
     def make_modulation(self, times: Float[Array, " T"], guidance: float = 1.0) -> Modulation:
@@ -42,7 +43,9 @@ class System(nnx.Module):
     def prepare_references(
         self, references: References, guidance: float = 1.0
     ) -> References | CachedReferences:
-        """Converts references to what `velocity` takes: once a prompt, whatever the number of steps."""
+        """Makes of references what `velocity` takes; a sampler does so once a prompt, before its
+        steps.
+        """
         if self.dit.config.reference_attention == "joint":
             return references
         temb = self.embed_timestep(jnp.zeros(references.tokens.shape[0]), guidance)
@@ -58,13 +61,14 @@ class System(nnx.Module):
         guidance: float = 1.0,
         modulation: Modulation | None = None,
     ) -> Float[Array, "B N c"]:
-        """Predicts the velocity of noisy target tokens; masked context and reference tokens have no influence.
+        """Predicts the velocity of noisy target tokens; masked context and reference tokens have
+        no influence.
 
-        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch. `references=None` leaves
-        reference tokens out. `guidance` is the distilled value (1.0: docs/decisions.md,
-        "Classifier-free guidance"), unused by a backbone that takes none; the pooled vector is zero
-        (docs/decisions.md, "Entry to the backbone"). `modulation` is that of `t`, where all samples
-        have one and it is known already.
+        `target_grid` is (rows, columns) of tokens, one for all samples or one for each.
+        `references=None` leaves reference tokens out. `guidance` is the distilled value (1.0:
+        docs/decisions.md, "Classifier-free guidance"), unused by a backbone that takes none; the
+        pooled vector is zero (docs/decisions.md, "Entry to the backbone"). `modulation` is what
+        `make_modulation` gave for `t`, where all samples have the same time.
         """
         if isinstance(references, References):
             references = self.prepare_references(references, guidance)

@@ -1,7 +1,8 @@
-"""Large pictures out of the autoencoder tile by tile, in the memory of one tile.
+"""Decodes large pictures tile by tile, in the memory of one tile.
 
-Tiles overlap by a quarter and fade into each other, as in diffusers' `AutoencoderKL.tiled_decode`. Every tile has norms and
-attention of its own, so that the result is near that of decoding all at once, and not equal to it.
+Tiles overlap by a quarter and fade into each other, as in diffusers'
+`AutoencoderKL.tiled_decode`. Norms and attention see one tile each, so the result is close to
+that of decoding all at once but not equal to it.
 """
 
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 TILE = 128
-"""Latents along a tile's side (1,024 pixels of FLUX.1's autoencoder: its `sample_size`); smaller pictures are one tile."""
+"""Latents along a tile's side (1,024 pixels of FLUX.1's autoencoder: its `sample_size`); smaller
+pictures are one tile."""
 OVERLAP = 0.25
-"""Share of a tile that its neighbour covers, too (diffusers)."""
+"""Share of a tile that its neighbour covers as well (diffusers' value)."""
 
 
 def decode_tiles(
@@ -21,7 +23,9 @@ def decode_tiles(
     tile: int = TILE,
     overlap: float = OVERLAP,
 ) -> np.ndarray:
-    """Pictures [B, height, width, 3] of latents [B, h, w, c]; `decode` does so for one tile [B, ≤ tile, ≤ tile, c]."""
+    """Pictures [B, height, width, 3] of latents [B, h, w, c]; `decode` does so for one tile [B, ≤
+    tile, ≤ tile, c].
+    """
     if max(latents.shape[1:3]) <= tile:
         return decode(latents)
     stride = int(tile * (1 - overlap))
@@ -49,7 +53,9 @@ def decode_tiles(
 
 
 def fade(before: np.ndarray, after: np.ndarray, extent: int, axis: int) -> None:
-    """Over its first `extent` places along an axis, `after` takes over from the last ones of `before`; in place."""
+    """Blends the first `extent` places of `after` along an axis with the last ones of `before`,
+    linearly, in place.
+    """
     extent = min(before.shape[axis], after.shape[axis], extent)
     share = (np.arange(extent, dtype=np.float32) / extent).reshape(
         [-1 if i == axis else 1 for i in range(after.ndim)]
