@@ -1,6 +1,7 @@
 """The table of docs/scaling.md: the 12B stage-2 step, and the sampler, compiled for every topology.
 
     python benchmarks/plans.py --out plans/
+    python benchmarks/plans.py --out plans/ --only klein_small_stage2_v5e_2x2 …   FLUX.2 [klein]
 
 Each plan runs in a process of its own and is kept as JSON in the folder: one that is there is not made again. Needs the
 `tpu` extra and no TPU; minutes each.
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 PRESET = "configs/flux_stage2.py"
+TEXT = ("--data.max-text-tokens", "128")
+"""Of FLUX.1's rows, which were made when that was the limit."""
 BEST = ("--mesh", "data=4,fsdp=16", "--data.batch-per-chip", "6", "--parallel.remat", "save_products")
 ONE_IMAGE = ("--what", "sample", "--images", "1")
 PLANS: dict[str, tuple[str, ...]] = {
@@ -29,6 +32,19 @@ PLANS: dict[str, tuple[str, ...]] = {
     "v6e_2x2_sample": ("--topology", "v6e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
     "v5e_4x4_sample": ("--topology", "v5e:4x4", *ONE_IMAGE, "--mesh", "fsdp=2,tensor=8"),
 }
+KLEIN = {
+    f"{preset}_{topology}{suffix}": (f"configs/{preset}.py", "--topology", place, *flags)
+    for topology, place in (
+        ("v5e_2x2", "v5e:2x2"), ("v5e_4x4", "v5e:4x4"), ("v6e_1x1", "v6e:1x1"),
+        ("v6e_2x2", "v6e:2x2"), ("v5p_2x2x1", "v5p:2x2x1"),
+    )
+    for preset, suffix, flags in (
+        ("klein_small_stage2", "", ()),
+        ("klein_small_stage2", "_online", ("--data.online", "True")),
+        ("klein_stage2", "", ()),
+    )
+}  # fmt: skip
+"""FLUX.2 [klein] with either reader, at the presets' own limit of 256 text tokens."""
 COLUMNS = (
     "topology", "mesh", "batch a chip", "remat", "HBM a chip, GiB (arguments + temporaries)",
     "over ICI, GB", "over DCN, GB", "model TFLOP", "predicted s", "MFU, %", "examples/s",
@@ -68,14 +84,15 @@ def row(report: dict) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("plans"), help="folder of the reports")
-    parser.add_argument("--only", nargs="*", default=list(PLANS), choices=list(PLANS), help="which plans to make")
+    parser.add_argument("--only", nargs="*", default=list(PLANS), choices=[*PLANS, *KLEIN], help="which plans to make")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for name in given.only:
         path = given.out / f"{name}.json"
         if not path.exists():
-            command = [sys.executable, "-m", "squeeze_jax", "plan", PRESET, *PLANS[name], "--json", path]
+            asked = KLEIN.get(name) or (PRESET, *PLANS[name], *TEXT)
+            command = [sys.executable, "-m", "squeeze_jax", "plan", *asked, "--json", path]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print("| " + " | ".join(row(json.loads(path.read_text()))) + " |", flush=True)
 
