@@ -95,7 +95,9 @@ def off(found: Any, exact: Any) -> float:
 def random_dit(dtype: Any) -> DiT:
     """Half of FLUX.1's width, two blocks of each kind, weights and adapters without zeros; stored in bfloat16."""
     config = DiTConfig(heads=12, num_double_blocks=2, num_single_blocks=2, context_width=1024)
-    dit = nnx.eval_shape(lambda: DiT(config, dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    dit = nnx.eval_shape(
+        lambda: DiT(config, dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
     rng = np.random.default_rng(0)
 
     def fill(kind: Any) -> None:
@@ -132,7 +134,11 @@ def errors() -> None:
     half, full = random_dit(jnp.bfloat16), random_dit(jnp.float32)
     exact, shifts = velocity(full), modulation(full)
     print("| modulation of a bfloat16 model, operands of | off by |\n|---|---|")
-    for name, bits in (("bfloat16 (TPU's default)", 7), ("TF32 (GPU's default)", 10), ("float32", None)):
+    for name, bits in (
+        ("bfloat16 (TPU's default)", 7),
+        ("TF32 (GPU's default)", 10),
+        ("float32", None),
+    ):
         with rounded_operands(bits):
             print(f"| {name} | {off(modulation(half), shifts):.1e} |", flush=True)
     print("\n| velocity of a bfloat16 model against a float32 one | off by |\n|---|---|")
@@ -151,7 +157,12 @@ def errors() -> None:
     latents = None
     print("\n| the miniature's autoencoder, operands of | latents off by | grey levels off |")
     print("|---|---|---|")
-    for name, bits in (("float32", None), ("bfloat16", 7), ("TF32", 10), ("three bfloat16 passes", 15)):
+    for name, bits in (
+        ("float32", None),
+        ("bfloat16", 7),
+        ("TF32", 10),
+        ("three bfloat16 passes", 15),
+    ):
         with rounded_operands(bits):
             found = jax.jit(lambda state, x: nnx.merge(graph, state).encode(x))(state, images)
             latents = found if latents is None else latents
@@ -162,8 +173,32 @@ def errors() -> None:
         print(f"| {name} | {off(found, latents):.1e} | {grey} |", flush=True)
 
 
+def count_passes() -> None:
+    """Prints the products of a full step, and those that take six passes."""
+    full = load_preset("configs/flux_stage2.py")
+
+    def modulation(t: jax.Array) -> Any:
+        model = DiT(full.model.dit, rngs=nnx.Rngs(0))
+        return model.make_modulation(model.embed_timestep(t, t))
+
+    def encode(images: jax.Array) -> jax.Array:
+        return Autoencoder(AutoencoderConfig(), rngs=nnx.Rngs(0)).encode(images)
+
+    whole = step_flops(full, full.training.stages[0], 1)
+    vectors = 2 * PASSES * matmul_flops(modulation, jax.ShapeDtypeStruct((ROWS,), jnp.float32))
+    pictures = PASSES * matmul_flops(encode, jax.ShapeDtypeStruct((2, 512, 512, 3), jnp.float32))
+    print(f"a step of one example: {whole / 1e12:.1f} TFLOP")
+    print(
+        f"modulation, forward and backward, in {PASSES} passes of {ROWS} rows: {vectors / 1e12:.2f}"
+    )
+    print(
+        f"a target and a reference through the encoder, in {PASSES} passes: {pictures / 1e12:.2f}\n"
+    )
+
+
 def cost() -> None:
-    """Prints what the compiler makes of the step before and after, and the FLOPs of six passes."""
+    """Prints the FLOPs of six passes, and what the compiler makes of the step before and after."""
+    count_passes()
     mesh, chip = topology_mesh("v5p:2x2x1", {"data": 1, "fsdp": 4, "tensor": 1})
     full = load_preset("configs/flux_stage2.py")
     dit = dataclasses.replace(full.model.dit, **SHALLOW)
@@ -176,7 +211,9 @@ def cost() -> None:
     default = patch(
         "squeeze_jax.layers.modulation.float32_linear", partial(Linear, dtype=jnp.float32)
     )
-    print("| one block of each kind | compiler's ms | GB moved | temporaries, MB |\n|---|---|---|---|")
+    print(
+        "| one block of each kind | compiler's ms | GB moved | temporaries, MB |\n|---|---|---|---|"
+    )
     for name, changes in (
         ("default precision, rounded scales", (default, rounded_scales())),
         ("float32 scales", (default,)),
@@ -189,23 +226,11 @@ def cost() -> None:
         figures = 1e3 * made.expected(chip), made.traffic / 1e9, made.temporaries / 1e6
         print("| {} | {:.2f} | {:.2f} | {:.0f} |".format(name, *figures), flush=True)
 
-    def modulation(t: jax.Array) -> Any:
-        model = DiT(full.model.dit, rngs=nnx.Rngs(0))
-        return model.make_modulation(model.embed_timestep(t, t))
-
-    def encode(images: jax.Array) -> jax.Array:
-        return Autoencoder(AutoencoderConfig(), rngs=nnx.Rngs(0)).encode(images)
-
-    whole = step_flops(full, full.training.stages[0], 1)
-    vectors = 2 * PASSES * matmul_flops(modulation, jax.ShapeDtypeStruct((ROWS,), jnp.float32))
-    pictures = PASSES * matmul_flops(encode, jax.ShapeDtypeStruct((2, 512, 512, 3), jnp.float32))
-    print(f"\na step of one example: {whole / 1e12:.1f} TFLOP")
-    print(f"modulation, forward and backward, in {PASSES} passes of {ROWS} rows: {vectors / 1e12:.2f}")
-    print(f"a target and a reference through the encoder, in {PASSES} passes: {pictures / 1e12:.2f}")
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("errors", "cost"))
     {"errors": errors, "cost": cost}[parser.parse_args().what]()
 

@@ -9,7 +9,7 @@ Module names are FLUX.1's own. Source: the published FLUX.1 architecture; refere
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +40,8 @@ from squeeze_jax.sharding import constrain
 
 __all__ = ["BLOCK_STACKS", "DiT", "DiTConfig", "QKNorm"]
 
-Hidden = Streams | Float[Array, "B T C"]
-"""Hidden states of double blocks, or of single blocks: the joint stream."""
+Hidden = TypeVar("Hidden")
+"""Hidden states between blocks: `Streams` of double blocks, the joint stream of single blocks."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,7 @@ class DiT(Backbone):
         `return_kv` also returns every block's keys and values.
         """
         temb, rope, mask, cached_kv = inputs
-        # Per block, with a leading axis of depth: its modulation where that is known, its cached
-        # keys.
+        # Each block's own, with a leading axis of depth: modulation, where known, and cached keys.
         known = getattr(temb, kind) if isinstance(temb, Modulation) else None
         cached = None if cached_kv is None else getattr(cached_kv, kind)
 
@@ -258,8 +257,9 @@ class DiT(Backbone):
         ) -> tuple[Hidden, KeysValues | None]:
             modulation, cached = per_block
             modulation = block.modulation(temb) if modulation is None else modulation
-            streams = hidden if kind == "double" else (hidden,)
-            hidden, kv = block(*streams, modulation, rope, mask, cached)
+            streams: Any = hidden if kind == "double" else (hidden,)
+            run: Any = block
+            hidden, kv = run(*streams, modulation, rope, mask, cached)
             return hidden, kv if return_kv else None
 
         blocks = self.double_blocks if kind == "double" else self.single_blocks
