@@ -30,6 +30,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "v6e_4x4": ("--topology", "v6e:4x4"),
     "v5p_2x2x1_sample": ("--topology", "v5p:2x2x1", "--what", "sample"),
     "v6e_2x2_sample": ("--topology", "v6e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
+    "v5e_2x2_sample": ("--topology", "v5e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
     "v5e_4x4_sample": ("--topology", "v5e:4x4", *ONE_IMAGE, "--mesh", "fsdp=2,tensor=8"),
 }
 KLEIN = {

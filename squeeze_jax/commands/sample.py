@@ -115,7 +115,7 @@ def run(given: Sample) -> None:
     )  # refuses what cannot be
     checkpoint = given.checkpoint or DEMO / "system"
     mesh = given.parallel.mesh(checkpoint, min(given.num_images, AT_ONCE))
-    # The MLLM reads and makes room before the transformer is loaded: both are never in memory.
+    # The MLLM reads and makes room before the transformer is loaded: never are both in memory.
     config = read_config(checkpoint)
     encoders = FeatureExtractor.of(config, mesh)
     encoded = encode_prompts(encoders, config, [given.prompt], [references])

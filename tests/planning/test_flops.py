@@ -9,10 +9,13 @@ import pytest
 from flax import nnx
 from tiny import STAGE, tiny_config
 
-from squeeze_jax.config import load_preset
+from squeeze_jax.config import SamplingConfig, load_preset
 from squeeze_jax.layers import cudnn, splash
+from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
+from squeeze_jax.planning.estimate import sequence
 from squeeze_jax.planning.flops import matmul_flops
+from squeeze_jax.planning.sampler_program import image_flops
 from squeeze_jax.planning.train_program import forward_flops, step_flops
 
 
@@ -101,3 +104,16 @@ def test_frozen_weights_have_no_gradient_to_pay_for():
     forward, step = forward_flops(config, stage), step_flops(config, stage, rows=1)
     assert 2.1 * forward < step < 2.4 * forward
     assert np.isclose(step / 1e12, 98.7, atol=0.1)
+
+
+def test_a_merged_lora_costs_nothing_and_one_beside_its_kernels_what_its_products_do():
+    """Of an image: 2 FLOPs for each value of a pair of matrices, token and evaluation."""
+    sampling = SamplingConfig(steps=4, tau1=0.0, tau2=0.0, cfg_scale=1.0)
+    bare = tiny_config(sampling=sampling)
+    config = dataclasses.replace(bare, lora=LoRAConfig(rank=2, target=r"single_blocks\.linear2"))
+    merged, beside = (image_flops(config, merge_lora=merge) for merge in (True, False))
+    assert merged == image_flops(bare)
+    width, hidden = 16, 5 * 16  # linear2 takes attention's and the feed-forward's channels
+    context, _ = sequence(config, 1)
+    tokens, blocks = 4 + context, 2
+    assert beside - merged == 2 * 4 * blocks * tokens * 2 * (hidden + width)
