@@ -254,6 +254,26 @@ def test_a_limit_takes_the_first_that_pass(uno):
     assert found.rows.source != opened("uno1m", uno).rows.source
 
 
+def test_validation_and_a_limit_keep_nothing_waiting_but_their_own(uno, monkeypatch):
+    asked = []
+
+    class Spy(archive.ArchivePictures):
+        def __init__(self, path, wanted):
+            asked.append((path.name, len(wanted)))
+            super().__init__(path, wanted)
+
+        def finish(self):
+            asked.append("read to its end")
+            super().finish()
+
+    monkeypatch.setattr(uno1m, "ArchivePictures", Spy)
+    all_of(split(opened("uno1m", uno), 2, "uno")["held_out"])
+    all_of(opened("uno1m", uno, Options(limit=4)).rows)
+    assert asked == [("split1.tar.gz", 2), ("split1.tar.gz", 4)]
+    all_of(opened("uno1m", uno, Options(limit=10)).rows)
+    assert asked[2:] == [("split1.tar.gz", 10), "read to its end"]
+
+
 def test_training_on_line_needs_examples_in_any_order(uno):
     with pytest.raises(InputError, match="reads examples in any order"):
         make_online(opened("uno1m", uno).rows, tiny_config(), batch=2, seed=0)
