@@ -176,22 +176,21 @@ def test_an_archive_that_was_cut_short_is_named(uno, tmp_path, kept):
     assert records(tmp_path / "a") == records(tmp_path / "b")
 
 
-@pytest.mark.parametrize("cut", [1, 8], ids=["its length lacks a byte", "no checksum"])
-def test_a_missing_checksum_is_noticed_though_all_pictures_are_there(tmp_path, cut):
-    folder = write_uno(tmp_path / "uno", {1: [uno_row(1, i) for i in range(3)]})
+@pytest.mark.parametrize("damage", ["its length lacks a byte", "no checksum", "wrong checksum"])
+def test_the_end_of_an_archive_is_checked_behind_its_last_picture(tmp_path, monkeypatch, damage):
+    """Of rows that do not pass, so nobody asks for what stands there."""
+    monkeypatch.setattr(archive, "READ", 512)
+    rows = [uno_row(1, i, 4.0 if i < 3 else 1.0) for i in range(150)]
+    folder = write_uno(tmp_path / "uno", {1: rows})
     path = folder / "images" / "split1.tar.gz"
-    path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(InputError, match="cut short"):
-        extracted(opened("uno1m", folder).rows, tmp_path / "out")
-
-
-def test_a_wrong_checksum_is_noticed(tmp_path):
-    folder = write_uno(tmp_path / "uno", {1: [uno_row(1, i) for i in range(3)]})
-    path = folder / "images" / "split1.tar.gz"
+    extracted(opened("uno1m", folder).rows, tmp_path / "whole")
     content = bytearray(path.read_bytes())
-    content[-6] ^= 1
+    if damage == "wrong checksum":
+        content[-6] ^= 1
+    else:
+        del content[-1 if damage == "its length lacks a byte" else -8 :]
     path.write_bytes(bytes(content))
-    with pytest.raises(InputError, match="CRC"):
+    with pytest.raises(InputError, match=r"split1\.tar\.gz: the archive is cut short or damaged"):
         extracted(opened("uno1m", folder).rows, tmp_path / "out")
 
 
