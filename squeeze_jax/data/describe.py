@@ -78,9 +78,11 @@ def describe(text: str, options: Options, config: Config) -> tuple[Description, 
     if not len(rows):
         return found, Image.new("RGB", (1, 1), "white")
     shown: list[tuple[str, Example | str]] = []
-    for index in spread(rows):
+    looked_at = spread(rows)
+    first = rows.between(0, looked_at[-1] + 1, rows.source)
+    for index in looked_at:
         try:
-            shown.append((rows.name(index), rows[index]))
+            shown.append((rows.name(index), first[index]))
         except InputError as error:
             shown.append((rows.name(index), str(error)))
             found.unreadable.append(str(error))

@@ -18,7 +18,7 @@ from public_sets import (
 )
 
 from squeeze_jax.commands import data, extract
-from squeeze_jax.data.records import FeatureSource
+from squeeze_jax.data.records import FeatureSource, read_metadata
 
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.py")
 
@@ -148,8 +148,9 @@ def test_an_impossible_share_is_refused_before_anything_is_read(tmp_path, share,
 def test_extract_takes_fields_of_the_preset(tmp_path, capsys):
     source = make("jsonl", tmp_path / "set")
     words = [source, "--out", str(tmp_path / "out"), "--config", DEMO, "--skip-bad"]
-    assert extract.main([*words, "--data.codec", "int8", "--data.max-text-tokens", "16"]) == 2
-    assert "none of the rows could be used" in capsys.readouterr().err
+    assert extract.main([*words, "--data.codec", "int8", "--data.max-text-tokens", "90"]) == 0
+    metadata = read_metadata(tmp_path / "out" / "train")
+    assert (metadata.codec, metadata.settings["max_text_tokens"]) == ("int8", 90)
     assert extract.main([*words, "--data.codec", "int8", "--data.long-captions", "cut"]) == 2
     assert "holds an extraction with" in capsys.readouterr().err
 

@@ -129,8 +129,13 @@ def test_hostile_image_folders(pictures):
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="6 of 7 rows cannot be used") as refused:
         opened("folder", pictures, Options(check_images=True))
-    for text in ("row 2: has no reference_file_name", "row 3: image_paths[0]", "row 4: has no caption",
-                 'row 6: "file_name" is missing', "cut.png: "):  # fmt: skip
+    for text in (
+        "row 2: has no reference_file_name",
+        "row 3: image_paths[0]",
+        "row 4: has no caption",
+        'row 6: "file_name" is missing',
+        "cut.png: ",
+    ):
         assert text in str(refused.value)
     (pictures / "metadata.jsonl").unlink()
     (pictures / "metadata.csv").write_text("file_name,text\nb.png,x,y,z\n")

@@ -176,22 +176,21 @@ def test_an_archive_that_was_cut_short_is_named(uno, tmp_path, kept):
     assert records(tmp_path / "a") == records(tmp_path / "b")
 
 
-@pytest.mark.parametrize("cut", [1, 8], ids=["its length lacks a byte", "no checksum"])
-def test_a_missing_checksum_is_noticed_though_all_pictures_are_there(tmp_path, cut):
-    folder = write_uno(tmp_path / "uno", {1: [uno_row(1, i) for i in range(3)]})
+@pytest.mark.parametrize("damage", ["its length lacks a byte", "no checksum", "wrong checksum"])
+def test_the_end_of_an_archive_is_checked_behind_its_last_picture(tmp_path, monkeypatch, damage):
+    """Of rows that do not pass, so nobody asks for what stands there."""
+    monkeypatch.setattr(archive, "READ", 512)
+    rows = [uno_row(1, i, 4.0 if i < 3 else 1.0) for i in range(150)]
+    folder = write_uno(tmp_path / "uno", {1: rows})
     path = folder / "images" / "split1.tar.gz"
-    path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(InputError, match="cut short"):
-        extracted(opened("uno1m", folder).rows, tmp_path / "out")
-
-
-def test_a_wrong_checksum_is_noticed(tmp_path):
-    folder = write_uno(tmp_path / "uno", {1: [uno_row(1, i) for i in range(3)]})
-    path = folder / "images" / "split1.tar.gz"
+    extracted(opened("uno1m", folder).rows, tmp_path / "whole")
     content = bytearray(path.read_bytes())
-    content[-6] ^= 1
+    if damage == "wrong checksum":
+        content[-6] ^= 1
+    else:
+        del content[-1 if damage == "its length lacks a byte" else -8 :]
     path.write_bytes(bytes(content))
-    with pytest.raises(InputError, match="CRC"):
+    with pytest.raises(InputError, match=r"split1\.tar\.gz: the archive is cut short or damaged"):
         extracted(opened("uno1m", folder).rows, tmp_path / "out")
 
 
@@ -252,6 +251,26 @@ def test_a_limit_takes_the_first_that_pass(uno):
     assert [example.prompt for example in all_of(found.rows)] == whole[:13]
     assert list(found.rows.parts) == [10, 3]
     assert found.rows.source != opened("uno1m", uno).rows.source
+
+
+def test_validation_and_a_limit_keep_nothing_waiting_but_their_own(uno, monkeypatch):
+    asked = []
+
+    class Spy(archive.ArchivePictures):
+        def __init__(self, path, wanted):
+            asked.append((path.name, len(wanted)))
+            super().__init__(path, wanted)
+
+        def finish(self):
+            asked.append("read to its end")
+            super().finish()
+
+    monkeypatch.setattr(uno1m, "ArchivePictures", Spy)
+    all_of(split(opened("uno1m", uno), 2, "uno")["held_out"])
+    all_of(opened("uno1m", uno, Options(limit=4)).rows)
+    assert asked == [("split1.tar.gz", 2), ("split1.tar.gz", 4)]
+    all_of(opened("uno1m", uno, Options(limit=10)).rows)
+    assert asked[2:] == [("split1.tar.gz", 10), "read to its end"]
 
 
 def test_training_on_line_needs_examples_in_any_order(uno):

@@ -131,8 +131,9 @@ class PartedExamples:
         part, place = self._place(index)
         if self._open is None or not self._open.can_read(part, place):
             self.close()
-            entries = self._entries(part)[: self._counts[part]]
-            self._open = _OpenPart(self._parts[part], part, entries, place)
+            # Pictures of other examples, such as those that validate, need not wait.
+            end = min(self._counts[part], self._last - int(self._ends[part]))
+            self._open = _OpenPart(self._parts[part], part, self._entries(part), place, end)
         return self._open.read(place)
 
     def close(self) -> None:
@@ -165,11 +166,13 @@ class PartedExamples:
 
 
 class _OpenPart:
-    """A part from one of its examples on."""
+    """A part from one of its examples on, up to `end`."""
 
-    def __init__(self, part: Part, number: int, entries: Sequence[Entry], start: int) -> None:
+    def __init__(
+        self, part: Part, number: int, entries: Sequence[Entry], start: int, end: int
+    ) -> None:
         self.number, self.entries, self.next = number, entries, start
-        wanted = [key for one in entries[start:] for key in (*one.references, one.target)]
+        wanted = [key for one in entries[start:end] for key in (*one.references, one.target)]
         self.pictures = part.open(list(dict.fromkeys(wanted)))
         self.decoded: dict[Key, Image.Image] = {}
         self.failed: dict[Key, RowError] = {}
@@ -205,15 +208,19 @@ def open_parts(kind: str, parts: Sequence[Part], options: Options, directions: i
     directions: entries, kept or left out, that each row of the source makes.
     """
     report, counts, digest, most = Report(), [0] * len(parts), sha256(), 0
+    left = options.limit
     for number, part in enumerate(parts):
+        if left == 0:
+            break
         for one in part.entries():
-            if report.kept == options.limit:
+            if left == 0:
                 break
             report.examples += 1
             if isinstance(one, Left):
                 report.leave_out(one)
                 continue
             counts[number] += 1
+            left = None if left is None else left - 1
             most = max(most, len(one.references))
             digest.update(repr(one).encode(errors="surrogatepass"))
     report.rows = -(-report.examples // directions)
