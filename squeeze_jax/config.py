@@ -16,6 +16,7 @@ import tyro
 from squeeze_jax.config_checks import Checked, above_zero, between
 from squeeze_jax.config_data import CrittersConfig as CrittersConfig
 from squeeze_jax.config_data import DataConfig
+from squeeze_jax.config_names import current_flag
 from squeeze_jax.diffusion.flow import TimeSampling, no_shift
 from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.diffusion.stages import MAX_TAU, ConditionDropout
@@ -336,25 +337,11 @@ def load_preset(path: str | Path) -> Config:
     return config
 
 
-RENAMED = {
-    "model.dit.double_blocks": "model.dit.num_double_blocks",
-    "model.dit.single_blocks": "model.dit.num_single_blocks",
-}
-"""Fields that once had another name: old paths to new ones. Files and flags may have either."""
-
-
 def override(config: Config, arguments: list[str], prog: str) -> Config:
-    """Returns `config` with `--path.to.field value` applied; old names of `RENAMED` count, too.
+    """`config` with `--path.to.field value` applied; old names of fields count, too.
 
     For an unknown field tyro prints the nearest ones and exits with 2.
     """
-
-    def current(argument: str) -> str:
-        flag, equals, value = argument.partition("=")
-        path = flag.removeprefix("--").replace("-", "_")
-        known = flag.startswith("--") and path in RENAMED
-        return f"--{RENAMED[path]}{equals}{value}" if known else argument
-
     # Without the marker a union would be a subcommand; the kind that the default is of, stays.
     kind = tyro.conf.AvoidSubcommands[Config]
-    return tyro.cli(kind, default=config, args=[*map(current, arguments)], prog=prog)
+    return tyro.cli(kind, default=config, args=[*map(current_flag, arguments)], prog=prog)

@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import Any, get_args
 
-from squeeze_jax.config import RENAMED, Config
+from squeeze_jax.config import Config
+from squeeze_jax.config_names import RENAMED
 from squeeze_jax.errors import InputError
 
 MEANT = {"max_text_tokens": 128}
@@ -18,7 +19,7 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """The inverse of `to_json`. A missing field has its default, or what it `MEANT`; one with an old
-    name of `config.RENAMED` is read under its new one. Raises InputError for what is no config.
+    name of `config_names.RENAMED` is read under its new one. Raises InputError for what is no config.
     """
     try:
         value = json.loads(text)

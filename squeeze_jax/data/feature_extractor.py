@@ -19,7 +19,7 @@ from squeeze_jax.config import Config
 from squeeze_jax.data.mllm import MLLM, InternVLMLLM, TransformersMLLM
 from squeeze_jax.data.placement import shard_inputs
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.load import encoder_folder, load_autoencoder
+from squeeze_jax.interop.load import check_autoencoder, encoder_folder, load_autoencoder
 from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.tiled_decoding import TILE, decode_tiles
 from squeeze_jax.processes import to_host
@@ -74,6 +74,7 @@ class FeatureExtractor:
         reader = load_reader()
         autoencoder = load_autoencoder(folders[0], jnp.float32, mesh)
         of_latents = autoencoder.config
+        check_autoencoder(model.autoencoder, of_latents, model.dit)
         for name, ours, theirs, folder in (
             ("model.latent_pixels", model.latent_pixels, of_latents.latent_pixels, model.autoencoder),
             ("model.dit.in_channels", model.dit.in_channels, 4 * of_latents.latent_channels, model.autoencoder),

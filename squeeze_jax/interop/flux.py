@@ -10,6 +10,7 @@ import numpy as np
 from squeeze_jax.diffusion.latents import grid_positions, reference_origins
 from squeeze_jax.interop.mapping import Entry, Layout, Tensors
 from squeeze_jax.interop.transformer_format import Target, TransformerFormat
+from squeeze_jax.models.autoencoder import AutoencoderConfig
 from squeeze_jax.models.dit import DiT, DiTConfig
 
 
@@ -227,6 +228,7 @@ FLUX1 = TransformerFormat(
     name="FLUX.1",
     kind="flux",
     config=DiTConfig,
+    autoencoder=AutoencoderConfig,
     module=DiT,
     class_name="FluxTransformer2DModel",
     markers=("vector_in.", "time_text_embed.text_embedder."),

@@ -13,6 +13,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.mapping import Entry, Tensors
 from squeeze_jax.interop.transformer_format import TransformerFormat
 from squeeze_jax.models.flux2 import Flux2, Flux2Config
+from squeeze_jax.models.flux2_autoencoder import Flux2AutoencoderConfig
 
 
 class Row(NamedTuple):
@@ -228,6 +229,7 @@ FLUX2 = TransformerFormat(
     name="FLUX.2",
     kind="flux2",
     config=Flux2Config,
+    autoencoder=Flux2AutoencoderConfig,
     module=Flux2,
     class_name="Flux2Transformer2DModel",
     markers=("double_stream_modulation_img.",),

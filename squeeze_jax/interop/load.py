@@ -25,7 +25,6 @@ from squeeze_jax.interop.mapping import Entry, MappingError, Tensors, export_ent
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.backbone import Backbone, BackboneConfig, ReferenceAttention
-from squeeze_jax.models.flux2 import Flux2Config
 from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2AutoencoderConfig
 from squeeze_jax.models.internvl import INTERNVL3_2B, InternVL, InternVLConfig
 from squeeze_jax.sharding import parameter_spec
@@ -93,8 +92,7 @@ def encoder_configs(config: Config) -> tuple[AnyAutoencoderConfig, InternVLConfi
     transformer's family, and of the InternVL3 whose hidden states have the aggregator's width.
     """
     model = config.model
-    flux2 = isinstance(model.dit, Flux2Config)
-    autoencoder = Flux2AutoencoderConfig() if flux2 else AutoencoderConfig()
+    autoencoder = format_of(model.dit).autoencoder()
     small = config.aggregator.width == INTERNVL3_2B.text.hidden_size
     mllm = INTERNVL3_2B if small else InternVLConfig()
     if model.autoencoder == "demo" or Path(model.autoencoder).exists():
@@ -159,6 +157,17 @@ def check_transformer(folder: str | Path, found: BackboneConfig, wanted: Backbon
     if differing:
         theirs, ours = (", ".join(f"{name}={some[name]}" for name in differing) for some in values)
         raise InputError(f"{folder} holds a transformer with {theirs}, but model.dit has {ours}: make them equal")
+
+
+def check_autoencoder(folder: str | Path, found: AnyAutoencoderConfig, dit: BackboneConfig) -> None:
+    """Raises InputError unless an autoencoder is of the transformer's family."""
+    wanted = format_of(dit)
+    if type(found) is not wanted.autoencoder:
+        theirs = next(family.name for family in FORMATS if family.autoencoder is type(found))
+        raise InputError(
+            f"{folder} is {theirs}'s autoencoder, but model.dit is {wanted.name}'s; "
+            f"give {wanted.name}'s autoencoder"
+        )
 
 
 def autoencoder_source(folder: str | Path) -> Source:

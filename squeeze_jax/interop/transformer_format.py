@@ -36,6 +36,8 @@ class TransformerFormat(Generic[C]):
     kind: str
     """What `verify --kind` calls it."""
     config: type[C]
+    autoencoder: type
+    """The config of the autoencoder that it was trained on."""
     module: Callable[..., Backbone]
     """`module(config, dtype=, param_dtype=, remat=, unroll=, rngs=)`."""
     class_name: str
