@@ -50,8 +50,8 @@ class DataConfig(Checked):
     """References keep their aspect ratio and are at most this long (our decision)."""
     min_score: float | None = None
     """Leaves pairs out that were scored lower, or whose score is unknown: UNO-1M's `score_final` (0
-    to 4), each of Subjects200K's three scores (0 to 5). None: 3.5 and 5, as their authors advise; 0
-    takes all."""
+    to 4), each of Subjects200K's three scores (0 to 5). None: 3.5, as UNO-1M's authors advise, and
+    5, the usual filter of Subjects200K (our decision). 0 takes all."""
     limit: int | None = None
     """Takes only so many of the first examples that pass; None: all."""
     held_out: int = 16
