@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports]  # the extra `app`
 
 from squeeze_jax.app import session
 from squeeze_jax.app.session import AppState, Upload

@@ -51,7 +51,7 @@ def run(given: App) -> None:
         folder = str(Path(folder).resolve())
         os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
         try:
-            import gradio  # noqa: F401
+            import gradio  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise InputError(
                 'the page needs gradio; install it with pip install "squeeze_jax[app]"'

@@ -36,7 +36,7 @@ def quantise(model: nnx.Module) -> nnx.Module:
 @jax.jit
 def _rounded(kernel: Float[Array, "depth C F"]) -> tuple[Any, Float[Array, "depth F"]]:
     try:
-        import qwix
+        import qwix  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError(
             'int8 weights need qwix; run `pip install "squeeze_jax[quantize]"`'

@@ -87,6 +87,7 @@ def run(folder, script, *arguments):
     )
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 def test_it_trains_both_stages_and_draws(folder):
     ran = run(folder, "train.py", "preset.py", "--workdir", "run")

@@ -70,6 +70,7 @@ def final_state(workdir: Path):
     return step, restored
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about restoring without shardings
 def test_killed_at_a_random_step_and_started_again_gives_the_same_bits(tmp_path, environment):

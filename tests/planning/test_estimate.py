@@ -47,6 +47,7 @@ def test_what_is_not_hidden_is_waited_for_and_nothing_is_faster_than_its_links()
     assert dataclasses.replace(waiting, exposed=0.0, links=5.0).total == 5.25
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 def test_selective_saving_lies_between_saving_all_and_saving_nothing():
     """Products that are run and bytes that are kept, of one example, traced."""

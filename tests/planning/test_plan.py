@@ -89,6 +89,7 @@ def test_a_mesh_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 def test_the_full_step_fits_one_host_of_v5p(tmp_path):
     report = run(tmp_path / "plan.json", PRESET, "--topology", "v5p:2x2x1")

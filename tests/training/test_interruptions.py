@@ -37,6 +37,7 @@ def test_sigterm_saves_and_the_next_start_goes_on_with_the_same_bits(whole, star
     assert steps(tmp_path) == list(range(1, 9))
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_path):
     code, said = ended(start(tmp_path, limit=(6, 4096)))

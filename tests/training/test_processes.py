@@ -40,6 +40,7 @@ def test_two_processes_are_the_run_that_one_process_is(two, start, tmp_path):
 
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 def test_one_of_two_is_killed_and_the_restarted_run_gives_the_same_bits(two, start, tmp_path):
     processes = together(start, tmp_path, 2, batch_per_chip=2, slow=0.3)

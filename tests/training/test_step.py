@@ -237,6 +237,7 @@ def test_validation_is_the_same_whatever_the_step():
     np.testing.assert_allclose(a[2], b[0], rtol=1e-5)
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 def test_one_example_is_learnt_by_heart():
     """At fixed times and noise, which a falling training loss alone does not show."""
