@@ -2,8 +2,9 @@
 
     python train.py configs/flux_kontext.py --data.features FEATURES --workdir runs/kontext --from runs/stage1
 
-It shares the architecture of FLUX.1-dev and was trained with reference tokens already, at other positions than ours.
-Licence of the weights: FLUX.1-dev Non-Commercial License. Hardware: a TPU pod slice.
+It shares the architecture of FLUX.1-dev and was trained with reference tokens already, at other
+positions than ours. Licence of the weights: FLUX.1-dev Non-Commercial License. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ config = dataclasses.replace(
     stage2,
     name="flux_kontext",
     model=dataclasses.replace(
-        stage2.model, dit_weights="FLUX.1-Kontext-dev/transformer", autoencoder="FLUX.1-Kontext-dev/vae"
+        stage2.model,
+        dit_weights="FLUX.1-Kontext-dev/transformer",
+        autoencoder="FLUX.1-Kontext-dev/vae",
     ),
 )

@@ -1,4 +1,5 @@
-"""A light fine-tune of stage 2 on pairs with several references (arXiv 2605.26111, "Training"): 2,000 steps.
+"""A light fine-tune of stage 2 on pairs with several references (arXiv 2605.26111, "Training"):
+2,000 steps.
 
     python train.py configs/flux_multi_subject.py --data.features FEATURES --workdir runs/multi --from runs/stage2
 

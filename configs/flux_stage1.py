@@ -3,10 +3,18 @@
     python -m squeeze_jax extract MANIFEST --out FEATURES --config configs/flux_stage1.py
     python train.py configs/flux_stage1.py --data.features FEATURES --workdir runs/stage1
 
-Licence of the weights: FLUX.1-dev Non-Commercial License. Hardware: a TPU pod slice. Fill in the three folders below.
+Licence of the weights: FLUX.1-dev Non-Commercial License. Hardware: a TPU pod slice. Fill in the
+three folders below.
 """
 
-from squeeze_jax.config import Config, ModelConfig, ParallelConfig, SamplingConfig, StageConfig, TrainingConfig
+from squeeze_jax.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    SamplingConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from squeeze_jax.diffusion.stages import ConditionDropout
 
 config = Config(

@@ -1,4 +1,5 @@
-"""Stage 2 of the paper (arXiv 2605.26111, "Training"): both conditions, 10,000 steps from stage 1's weights.
+"""Stage 2 of the paper (arXiv 2605.26111, "Training"): both conditions, 10,000 steps from stage 1's
+weights.
 
     python train.py configs/flux_stage2.py --data.features FEATURES --workdir runs/stage2 --from runs/stage1
 

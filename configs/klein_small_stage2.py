@@ -1,4 +1,5 @@
-"""Stage 2 on FLUX.2 [klein] with InternVL3-2B as the reader: the whole method in some six billion values.
+"""Stage 2 on FLUX.2 [klein] with InternVL3-2B as the reader: the whole method in some six billion
+values.
 
     python train.py configs/klein_small_stage2.py --data.features FEATURES --workdir runs/stage2 --from runs/stage1
 
@@ -16,6 +17,7 @@ config = dataclasses.replace(
     large,
     name="klein_small_stage2",
     model=dataclasses.replace(large.model, mllm="InternVL3-2B-hf"),
-    # InternVL3-2B: 28 layers of width 1,536, so 29 hidden states; heads of 128 channels, as in 8B's.
+    # InternVL3-2B: 28 layers of width 1,536, so 29 hidden states; heads of 128 channels, as in
+    # 8B's.
     aggregator=dataclasses.replace(large.aggregator, width=1536, heads=12, mlp_width=4096),
 )

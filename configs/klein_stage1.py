@@ -1,10 +1,11 @@
-"""Stage 1 of the paper (arXiv 2605.26111, "Training") on FLUX.2 [klein]: the MLLM's condition alone.
+"""Stage 1 of the paper (arXiv 2605.26111, "Training") on FLUX.2 [klein]: the MLLM's condition
+alone.
 
     python -m squeeze_jax extract SOURCE --out FEATURES --config configs/klein_stage1.py
     python train.py configs/klein_stage1.py --data.features FEATURES --workdir runs/stage1
 
-Licence of the weights: Apache-2.0 (FLUX.2 [klein] base 4B, the undistilled one). Hardware: four small
-TPU chips or one GPU (docs/scaling.md). Fill in the three folders below.
+Licence of the weights: Apache-2.0 (FLUX.2 [klein] base 4B, the undistilled one). Hardware: four
+small TPU chips or one GPU (docs/scaling.md). Fill in the three folders below.
 """
 
 from squeeze_jax.config import (
@@ -38,7 +39,8 @@ config = Config(
             ),
         )
     ),
-    # The base's own 50 steps and guidance 4.0. Without reference tokens the MLLM stays on throughout.
+    # The base's own 50 steps and guidance 4.0. Without reference tokens the MLLM stays on
+    # throughout.
     sampling=SamplingConfig(steps=50, cfg_scale=4.0, tau1=0.0, tau2=0.0),
     parallel=ParallelConfig(remat="save_attention"),
 )

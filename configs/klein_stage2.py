@@ -1,9 +1,11 @@
-"""Stage 2 of the paper (arXiv 2605.26111, "Training") on FLUX.2 [klein]: both conditions, from stage 1's weights.
+"""Stage 2 of the paper (arXiv 2605.26111, "Training") on FLUX.2 [klein]: both conditions, from
+stage 1's weights.
 
     python train.py configs/klein_stage2.py --data.features FEATURES --workdir runs/stage2 --from runs/stage1
 
-Licence of the weights: Apache-2.0. Hardware: four small TPU chips or one GPU (docs/scaling.md).
-The LoRA stands where FLUX.1's preset has it, at rank 512: on q, k, v and the projections behind attention.
+Licence of the weights: Apache-2.0. Hardware: four small TPU chips or one GPU (docs/scaling.md). The
+LoRA stands where FLUX.1's preset has it, at rank 512: on q, k, v and the projections behind
+attention.
 """
 
 import dataclasses

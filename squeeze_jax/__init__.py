@@ -1,9 +1,10 @@
 """squeeze_jax: subject-driven image generation in JAX.
 
-    from squeeze_jax import Pipeline, Settings
+from squeeze_jax import Pipeline, Settings
 
-    pipeline = Pipeline.load()  # the shipped miniature; or a run's, weights or exported folder
-    pictures = pipeline("a big critter jumping on the beach", [Image.open("critter.png")], Settings(num_images=4))
+pipeline = Pipeline.load()  # the shipped miniature; or a run's, weights or exported folder pictures
+= pipeline("a big critter jumping on the beach", [Image.open("critter.png")],
+Settings(num_images=4))
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ __all__ = ["Pipeline", "Settings"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported at first use: `import squeeze_jax` alone stays quick and starts no device."""
+    """The public names, imported at first use: `import squeeze_jax` alone stays quick and starts
+    no device."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from squeeze_jax.sampling import pipeline

@@ -38,8 +38,8 @@ class References(NamedTuple):
     tokens: Float[Array, "B R c"]
     mask: Bool[Array, "B R"]
     positions: Int[Array, "B R axes"]
-    """Each token's place on the rotary axes, as the backbone's `reference_positions` gives it: FLUX.1's
-    row and column, already shifted past the target's (UNO); FLUX.2's t, row and column."""
+    """Each token's place on the rotary axes, as the backbone's `reference_positions` gives it:
+    FLUX.1's row and column, already shifted past the target's (UNO); FLUX.2's t, row and column."""
 
 
 class TrainingBatch(NamedTuple):

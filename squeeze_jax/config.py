@@ -1,8 +1,8 @@
 """The one configuration tree: typed, frozen, validated when it is built.
 
-A preset is a Python file in `configs/` with a variable `config`. Any field can be overridden on the command line
-(`--optimizer.learning-rate 3e-4`). Fields marked "our decision" stand where the paper is silent:
-docs/decisions.md has the reasons.
+A preset is a Python file in `configs/` with a variable `config`. Any field can be overridden on the
+command line (`--optimizer.learning-rate 3e-4`). Fields marked "our decision" stand where the paper
+is silent: docs/decisions.md has the reasons.
 """
 
 import importlib.util
@@ -39,20 +39,24 @@ class ModelConfig(Checked):
     dit: TransformerConfig = field(default_factory=DiTConfig)
     """FLUX.1's sizes, or FLUX.2's."""
     dit_weights: str | None = None
-    """Folder of the pre-trained transformer (safetensors, diffusers layout); None starts from random weights."""
+    """Folder of the pre-trained transformer (safetensors, diffusers layout); None starts from
+    random weights."""
     autoencoder: str = "demo"
     """Folder of the autoencoder; `demo` is the shipped miniature."""
     mllm: str = "demo"
     """Folder of the multimodal LLM; `demo` is the shipped miniature."""
     mllm_source: Literal["internvl", "transformers"] = "internvl"
-    """What runs it: our InternVL, or transformers in PyTorch, which takes any image-text-to-text model."""
+    """What runs it: our InternVL, or transformers in PyTorch, which takes any image-text-to-text
+    model."""
     latent_pixels: int = 8
-    """Pixels that a latent stands for along one side: the autoencoder's downsampling (FLUX.1: 8, the miniature: 4)."""
+    """Pixels that a latent stands for along one side: the autoencoder's downsampling (FLUX.1: 8,
+    the miniature: 4)."""
     frozen_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """What frozen weights are kept in; `int8` (extra `quantize`): the blocks' kernels, each output channel with a scale."""
+    """What frozen weights are kept in; `int8` (extra `quantize`): the blocks' kernels, each
+    output channel with a scale."""
     dtype: Precision = "bfloat16"
-    """What activations are computed in; norms, softmax, modulation, rotary phases, scales and loss are float32
-    always (docs/decisions.md, "Float32 and bfloat16")."""
+    """What activations are computed in; norms, softmax, modulation, rotary phases, scales and
+    loss are float32 always (docs/decisions.md, "Float32 and bfloat16")."""
 
     def _problems(self) -> Iterator[str]:
         if self.latent_pixels not in (1, 2, 4, 8):
@@ -70,8 +74,8 @@ class DiffusionConfig:
     """How times are drawn and which distilled guidance value the transformer is told."""
 
     time_sampling: TimeSampling = "shifted_uniform"
-    """Our decision: uniform times, shifted as the sampler's are (`sampling.shifted`); `logit_normal`
-    looks at the middle more often."""
+    """Our decision: uniform times, shifted as the sampler's are (`sampling.shifted`);
+    `logit_normal` looks at the middle more often."""
     guidance: float = 1.0
     """FLUX.1-dev's distilled guidance input, in training and sampling (our decision)."""
 
@@ -104,7 +108,8 @@ class OptimizerConfig(Checked):
     """AdamW with warm-up and clipping (our decision throughout: docs/decisions.md, "Optimizer")."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the updates of matrices (AdamW moves the rest): fewer, dearer steps, for small models."""
+    """`muon` orthogonalises the updates of matrices (AdamW moves the rest): fewer, dearer steps,
+    for small models."""
     learning_rate: float = 1e-4
     """Peak rate; with `muon` that of the matrices."""
     vector_learning_rate: float = 2e-3
@@ -112,7 +117,8 @@ class OptimizerConfig(Checked):
     warmup_steps: int = 100
     """Linear warm-up at the start of each stage."""
     decay: Literal["constant", "cosine"] = "constant"
-    """What the rate does after the warm-up, over each stage; cosine ends at a twentieth of the peak."""
+    """What the rate does after the warm-up, over each stage; cosine ends at a twentieth of the
+    peak."""
     b1: float = 0.9
     b2: float = 0.999
     weight_decay: float = 0.01
@@ -163,8 +169,9 @@ class SamplingConfig(Checked):
     tau2: float = 0.85
     """At t < τ2 the references' tokens alone (paper). 0: never; above 1: always."""
     tau_tokens: int | None = None
-    """Target tokens that τ1 and τ2 are stated for: at other sizes they move with the noise level at which the layout is
-    settled (`diffusion.stages.carry_tau`). None: they stay as they are, as in the paper."""
+    """Target tokens that τ1 and τ2 are stated for: at other sizes they move with the noise level
+    at which the layout is settled (`diffusion.stages.carry_tau`). None: they stay as they are,
+    as in the paper."""
     cfg_scale: float = 2.5
     """Classifier-free guidance (paper); 1 is off."""
     shifted: bool = True
@@ -293,7 +300,8 @@ class Config(Checked):
         return tuple(self.grid(*size) for size in self.data.buckets) or (self.target_grid,)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a picture: the autoencoder's downsampling, then 2 x 2 patches."""
+        """Rows and columns of tokens of a picture: the autoencoder's downsampling, then 2 x 2
+        patches."""
         side = PATCH * self.model.latent_pixels
         return height // side, width // side
 
@@ -325,15 +333,21 @@ def load_preset(path: str | Path) -> Config:
     """The `config` of a preset file. Raises InputError if there is none."""
     path = Path(path)
     if not path.is_file():
-        nearby = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise InputError(f"no preset {path}" + (f"; there are {', '.join(nearby)}" if nearby else ""))
+        nearby = (
+            sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        )
+        raise InputError(
+            f"no preset {path}" + (f"; there are {', '.join(nearby)}" if nearby else "")
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
-        raise InputError(f"{path} must define `config`, a squeeze_jax.config.Config; it has {type(config).__name__}")
+        raise InputError(
+            f"{path} must define `config`, a squeeze_jax.config.Config; it has {type(config).__name__}"
+        )
     return config
 
 

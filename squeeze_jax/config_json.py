@@ -18,8 +18,9 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`. A missing field has its default, or what it `MEANT`; one with an old
-    name of `config_names.RENAMED` is read under its new one. Raises InputError for what is no config.
+    """The inverse of `to_json`. A missing field has its default, or what it `MEANT`; one with an
+    old name of `config_names.RENAMED` is read under its new one. Raises InputError for what is no
+    config.
     """
     try:
         value = json.loads(text)
@@ -57,7 +58,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return tuple(_build(k, v, where) for k, v in zip(inner, value))
     options = [option for option in arguments if dataclasses.is_dataclass(option)]
     if options and isinstance(value, dict):  # of several, the one whose fields these are
-        return _build(min(options, key=lambda option: len(_names(option) ^ set(value))), value, where)
+        return _build(
+            min(options, key=lambda option: len(_names(option) ^ set(value))), value, where
+        )
     return value
 
 

@@ -2,8 +2,9 @@
 
 
 class InputError(ValueError):
-    """The user's input cannot be used. The message is one sentence (or one a bad row) that names the thing, the value
-    found and the way out; commands print it without a traceback and exit with code 2.
+    """The user's input cannot be used. The message is one sentence (or one a bad row) that names
+    the thing, the value found and the way out; commands print it without a traceback and exit with
+    code 2.
     """
 
 
@@ -12,4 +13,5 @@ class OutputError(RuntimeError):
 
 
 class Preempted(Exception):  # noqa: N818
-    """The machine is being taken away (SIGTERM) and the run's state is saved; exit code 143, as the shell has it."""
+    """The machine is being taken away (SIGTERM) and the run's state is saved; exit code 143, as
+    the shell has it."""

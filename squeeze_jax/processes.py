@@ -1,7 +1,9 @@
-"""Several processes as one program: how they find each other, and arrays on devices that they share.
+"""Several processes as one program: how they find each other, and arrays on devices that they
+share.
 
-Every process runs the same commands in the same order. What only process 0 does is plain writing and printing: no step,
-no sampling and no save stands behind `is_main()`, since the others would wait for it for ever.
+Every process runs the same commands in the same order. What only process 0 does is plain writing
+and printing: no step, no sampling and no save stands behind `is_main()`, since the others would
+wait for it for ever.
 """
 
 from typing import Any, TypeVar
@@ -16,21 +18,30 @@ from squeeze_jax.errors import InputError
 Tree = TypeVar("Tree")
 
 
-def init_distributed(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+def init_distributed(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
     """Meets the other processes; call it before anything asks for a device.
 
-    coordinator: HOST:PORT of process 0, with the number of processes and this one's own. All None: the environment
-    says it, as on Cloud TPU, under Slurm or MPI. Raises InputError where the numbers do not fit or nobody answers.
+    coordinator: HOST:PORT of process 0, with the number of processes and this one's own. All None:
+    the environment says it, as on Cloud TPU, under Slurm or MPI. Raises InputError where the
+    numbers do not fit or nobody answers.
     """
     explicit = (coordinator, count, index)
     if any(part is None for part in explicit) and any(part is not None for part in explicit):
-        raise InputError("--coordinator, --num-processes and --process-id belong together; give all three")
+        raise InputError(
+            "--coordinator, --num-processes and --process-id belong together; give all three"
+        )
     if count is not None and index is not None and not 0 <= index < count:
         raise InputError(f"--process-id {index} must be from 0 to {count - 1}")
     try:
         jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
-        how = f"at {coordinator}" if coordinator else "from the environment; give --coordinator HOST:PORT and the rest"
+        how = (
+            f"at {coordinator}"
+            if coordinator
+            else "from the environment; give --coordinator HOST:PORT and the rest"
+        )
         raise InputError(f"the processes do not find each other {how} ({error})") from None
 
 

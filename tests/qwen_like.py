@@ -1,6 +1,15 @@
 """A tokenizer built as Qwen2's is, small."""
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from squeeze_jax.data.chat import SPECIAL_TOKENS
 

@@ -9,7 +9,15 @@ from flax import nnx
 
 from squeeze_jax.batch import HiddenStates, References, TrainingBatch
 from squeeze_jax.checkpoints.build import build_system
-from squeeze_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, StageConfig, TrainingConfig
+from squeeze_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.models.dit import DiTConfig

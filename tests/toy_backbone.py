@@ -9,7 +9,13 @@ from flax import nnx
 from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.layers.linear import Linear
 from squeeze_jax.layers.modulation import modulate, sinusoidal
-from squeeze_jax.models.backbone import Backbone, BlockInputs, CachedReferences, Modulation, join_masks
+from squeeze_jax.models.backbone import (
+    Backbone,
+    BlockInputs,
+    CachedReferences,
+    Modulation,
+    join_masks,
+)
 
 
 def stack(trees):

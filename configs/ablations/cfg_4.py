@@ -3,7 +3,8 @@
     python sample.py --checkpoint runs/stage2 --tau1 0.95 --tau2 0.85 --cfg-scale 4 --prompt … --reference … --out …
 
 `train.py configs/ablations/cfg_4.py` trains stage 2 with these as the checkpoint's own values.
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7431 / 0.8381 / 0.3012. Hardware: a TPU pod slice.
+DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7431 / 0.8381 / 0.3012. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
     python train.py configs/ablations/lap.py --data.features FEATURES --workdir runs/lap
 
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7524 / 0.8502 / 0.2878. Hardware: a TPU pod slice.
+DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7524 / 0.8502 / 0.2878. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses

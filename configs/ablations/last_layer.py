@@ -2,7 +2,8 @@
 
     python train.py configs/ablations/last_layer.py --data.features FEATURES --workdir runs/last_layer
 
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.6566 / 0.8128 / 0.2893. Hardware: a TPU pod slice.
+DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.6566 / 0.8128 / 0.2893. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses

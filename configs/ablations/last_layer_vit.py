@@ -1,8 +1,10 @@
-"""How the MLLM is connected: its last layer blended with the vision tower's features. Both stages in one run.
+"""How the MLLM is connected: its last layer blended with the vision tower's features. Both stages
+in one run.
 
     python train.py configs/ablations/last_layer_vit.py --data.features FEATURES --workdir runs/last_layer_vit
 
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7118 / 0.8286 / 0.2850. Hardware: a TPU pod slice.
+DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7118 / 0.8286 / 0.2850. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
     python train.py configs/ablations/single_stage.py --data.features FEATURES --workdir runs/single_stage
 
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7184 / 0.8245 / 0.2971. Hardware: a TPU pod slice.
+DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7184 / 0.8245 / 0.2971. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
     python train.py configs/ablations/single_stage_staged.py --data.features FEATURES --workdir runs/single_stage_staged
 
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.5763 / 0.7686 / 0.2995. Hardware: a TPU pod slice.
+DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.5763 / 0.7686 / 0.2995. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses

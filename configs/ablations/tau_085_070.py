@@ -2,8 +2,9 @@
 
     python sample.py --checkpoint runs/stage2 --tau1 0.85 --tau2 0.7 --cfg-scale 2.5 --prompt … --reference … --out …
 
-`train.py configs/ablations/tau_085_070.py` trains stage 2 with these as the checkpoint's own values.
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7282 / 0.8376 / 0.3034. Hardware: a TPU pod slice.
+`train.py configs/ablations/tau_085_070.py` trains stage 2 with these as the checkpoint's own
+values. DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7282 / 0.8376 / 0.3034. Hardware: a
+TPU pod slice.
 """
 
 import dataclasses

@@ -2,8 +2,9 @@
 
     python sample.py --checkpoint runs/stage2 --tau1 0.97 --tau2 0.9 --cfg-scale 2.5 --prompt … --reference … --out …
 
-`train.py configs/ablations/tau_097_090.py` trains stage 2 with these as the checkpoint's own values.
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7490 / 0.8466 / 0.2963. Hardware: a TPU pod slice.
+`train.py configs/ablations/tau_097_090.py` trains stage 2 with these as the checkpoint's own
+values. DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.7490 / 0.8466 / 0.2963. Hardware: a
+TPU pod slice.
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
     python sample.py --checkpoint runs/stage2 --tau1 0 --tau2 0 --cfg-scale 2.5 --prompt … --reference … --out …
 
 `train.py configs/ablations/tau_0_0.py` trains stage 2 with these as the checkpoint's own values.
-DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.6905 / 0.8225 / 0.3044. Hardware: a TPU pod slice.
+DreamBench in the paper (DINO-I / CLIP-I / CLIP-T): 0.6905 / 0.8225 / 0.3044. Hardware: a TPU pod
+slice.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""The page itself: components, where they stand, and which function of `session` each of them calls."""
+"""The page itself: components, where they stand, and which function of `session` each of them
+calls."""
 
 import html
 import math
@@ -47,7 +48,10 @@ def notice(sentences: str | list[str], wrong: bool = False) -> gr.HTML:
     """Something said to the user; hidden while there is nothing."""
     lines = [sentences] if isinstance(sentences, str) else sentences
     text = "<br>".join(html.escape(line) for line in lines)
-    return gr.HTML(f'<div class="notice{" wrong" if wrong else ""}" role="status">{text}</div>', visible=bool(text))
+    return gr.HTML(
+        f'<div class="notice{" wrong" if wrong else ""}" role="status">{text}</div>',
+        visible=bool(text),
+    )
 
 
 def held(gallery: list[tuple[str, str | None]] | None) -> list[Upload]:
@@ -57,7 +61,10 @@ def held(gallery: list[tuple[str, str | None]] | None) -> list[Upload]:
 
 def shown(pictures: list[Any]) -> gr.Gallery:
     """Previews, or files captioned with their seeds, in about as many columns as rows."""
-    items = [(str(p), f"seed {p.stem.rsplit('-', 1)[-1]}") if isinstance(p, Path) else p for p in pictures]
+    items = [
+        (str(p), f"seed {p.stem.rsplit('-', 1)[-1]}") if isinstance(p, Path) else p
+        for p in pictures
+    ]
     return gr.Gallery(items, columns=math.ceil(math.sqrt(len(items))))
 
 
@@ -73,7 +80,9 @@ def build(studio: AppState) -> gr.Blocks:
 
     def preview_plan(gallery: Any, *values: int | float | None) -> str | gr.HTML:
         try:
-            return session.plan(studio, session.settings_of(dict(zip(LABELS, values))), bool(gallery))
+            return session.plan(
+                studio, session.settings_of(dict(zip(LABELS, values))), bool(gallery)
+            )
         except InputError as error:
             return notice(str(error), wrong=True)
 
@@ -83,20 +92,29 @@ def build(studio: AppState) -> gr.Blocks:
             settings = session.settings_of(dict(zip(LABELS, values)))
             for view in session.draw(studio, prompt, held(gallery), settings):
                 pictures = gr.skip() if view.pictures is None else shown(view.pictures)
-                yield pictures, view.strip, notice(view.said), gr.Button(interactive=not view.finished)
+                yield (
+                    pictures,
+                    view.strip,
+                    notice(view.said),
+                    gr.Button(interactive=not view.finished),
+                )
         except InputError as error:
             yield gr.skip(), gr.skip(), notice(str(error), wrong=True), gr.Button(interactive=False)
 
     def waiting() -> tuple[Any, ...]:
         return notice("Waiting for its turn …"), gr.Button(interactive=True)
 
-    def carry(height: float | None, width: float | None, tau1: Any, tau2: Any, before: list[float]) -> list[Any]:
+    def carry(
+        height: float | None, width: float | None, tau1: Any, tau2: Any, before: list[float]
+    ) -> list[Any]:
         """τ at another size; what the user has moved stays."""
         try:
             after = session.carried(studio, int(height or 0), int(width or 0))
         except InputError:
             return [gr.skip(), gr.skip(), before]
-        moved = [value is None or abs(value - own) > 0.005 for value, own in zip((tau1, tau2), before)]
+        moved = [
+            value is None or abs(value - own) > 0.005 for value, own in zip((tau1, tau2), before)
+        ]
         return [*(gr.skip() if stays else own for stays, own in zip(moved, after)), list(after)]
 
     def stopped() -> tuple[Any, ...]:
@@ -110,10 +128,18 @@ def build(studio: AppState) -> gr.Blocks:
             values, notes = session.restore(studio, picture)
         except InputError as error:
             return [gr.skip() for _ in range(len(LABELS) + 1)] + [notice(str(error), wrong=True)]
-        return [picture.prompt, *(values.get(name, gr.skip()) for name in LABELS), notice(["Settings restored.", *notes])]
+        return [
+            picture.prompt,
+            *(values.get(name, gr.skip()) for name in LABELS),
+            notice(["Settings restored.", *notes]),
+        ]
 
-    with gr.Blocks(title="squeeze_jax", analytics_enabled=False, delete_cache=(3600, KEPT), fill_width=True) as page:
-        gr.Markdown(f"# squeeze_jax\nPictures of a subject, and a sentence about what it does. Checkpoint: {checkpoint}")
+    with gr.Blocks(
+        title="squeeze_jax", analytics_enabled=False, delete_cache=(3600, KEPT), fill_width=True
+    ) as page:
+        gr.Markdown(
+            f"# squeeze_jax\nPictures of a subject, and a sentence about what it does. Checkpoint: {checkpoint}"
+        )
         with gr.Row(equal_height=False):
             with gr.Column(scale=9):
                 references = gr.Gallery(
@@ -135,14 +161,21 @@ def build(studio: AppState) -> gr.Blocks:
                         for name in names:
                             low, high, step = studio.ranges[name]
                             kind = partial(gr.Number, precision=0) if name == "seed" else gr.Slider
-                            common = {"value": own[name], "label": LABELS[name], "step": step, "elem_id": name}
+                            common = {
+                                "value": own[name],
+                                "label": LABELS[name],
+                                "step": step,
+                                "elem_id": name,
+                            }
                             sliders.append(kind(minimum=low, maximum=high, **common))
             with gr.Column(scale=8):
                 pictures = gr.Gallery(
                     label="Pictures (PNG, settings inside)", interactive=False, format="png", object_fit="contain",
                     elem_id="pictures", elem_classes=small, buttons=["download", "fullscreen"],
                 )  # fmt: skip
-                strip = gr.HTML(session.plan(studio, Settings(), demo), elem_id="strip", padding=False)
+                strip = gr.HTML(
+                    session.plan(studio, Settings(), demo), elem_id="strip", padding=False
+                )
                 status = gr.HTML(visible=False, elem_id="status", padding=False)
                 picture = gr.File(
                     label="Drop a picture made here to restore its settings", file_types=[".png"], height=160,
@@ -151,9 +184,15 @@ def build(studio: AppState) -> gr.Blocks:
                 restored = gr.HTML(visible=False, elem_id="restored", padding=False)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         references.upload(take, references, [references, about_references], **quiet)
-        asked = gr.on([go.click, prompt.submit], waiting, None, [status, stop], queue=False, **quiet)
+        asked = gr.on(
+            [go.click, prompt.submit], waiting, None, [status, stop], queue=False, **quiet
+        )
         drawing_now = asked.then(
-            run, [prompt, references, *sliders], [pictures, strip, status, stop], concurrency_limit=1, **quiet
+            run,
+            [prompt, references, *sliders],
+            [pictures, strip, status, stop],
+            concurrency_limit=1,
+            **quiet,
         )
         stop.click(stopped, None, [status, stop], cancels=[drawing_now], **quiet)
         picture.change(bring_back, picture, [prompt, *sliders, restored], **quiet)

@@ -1,4 +1,5 @@
-"""What the page does, without the page: read uploads, draw with previews, restore settings from a picture."""
+"""What the page does, without the page: read uploads, draw with previews, restore settings from
+a picture."""
 
 import re
 import time
@@ -84,8 +85,8 @@ class View(NamedTuple):
 
 
 def accept(uploads: Sequence[Upload], folder: Path) -> tuple[list[Upload], list[str]]:
-    """Those uploads that are pictures, as upright RGB files in `folder` (what the model sees), and what is wrong with the
-    others, a sentence each.
+    """Those uploads that are pictures, as upright RGB files in `folder` (what the model sees), and
+    what is wrong with the others, a sentence each.
     """
     folder = folder / "accepted"
     folder.mkdir(exist_ok=True)
@@ -103,7 +104,9 @@ def accept(uploads: Sequence[Upload], folder: Path) -> tuple[list[Upload], list[
         image.save(path, compress_level=1)
         good.append(Upload(path, upload.name))
     if len(good) > MAX_REFERENCES:
-        wrong.append(f"{len(good)} references are more than {MAX_REFERENCES}; only the first {MAX_REFERENCES} are kept")
+        wrong.append(
+            f"{len(good)} references are more than {MAX_REFERENCES}; only the first {MAX_REFERENCES} are kept"
+        )
     return good[:MAX_REFERENCES], wrong
 
 
@@ -114,7 +117,9 @@ def read_reference(upload: Upload) -> Image.Image:
     try:
         size = upload.path.stat().st_size
         if size > MAX_BYTES:
-            raise InputError(f"{upload.path}: {size / 2**20:.0f} MB are more than the limit of {MAX_BYTES // 2**20} MB")
+            raise InputError(
+                f"{upload.path}: {size / 2**20:.0f} MB are more than the limit of {MAX_BYTES // 2**20} MB"
+            )
         return load_image(upload.path, MAX_PIXELS)
     except InputError as error:
         raise InputError(str(error).replace(str(upload.path), upload.name)) from error
@@ -131,8 +136,11 @@ def plan(studio: AppState, settings: Settings, references: bool, done: int = 0) 
     return strip(stages, done, resolved.empty_stages(config, used))
 
 
-def draw(studio: AppState, prompt: str, uploads: Sequence[Upload], settings: Settings) -> Iterator[View]:
-    """Views of a run while it goes on; the last has the finished PNGs, each with its settings inside.
+def draw(
+    studio: AppState, prompt: str, uploads: Sequence[Upload], settings: Settings
+) -> Iterator[View]:
+    """Views of a run while it goes on; the last has the finished PNGs, each with its settings
+    inside.
 
     Raises InputError for an empty prompt, impossible settings and references that cannot be read.
     """
@@ -154,7 +162,9 @@ def draw(studio: AppState, prompt: str, uploads: Sequence[Upload], settings: Set
             pictures = to_uint8(pipeline.decode(progress.tokens, settings))
         said = f"Step {progress.step} of {progress.steps}: {progress.stage}"
         yield View(list(pictures), plan(studio, settings, shown, progress.step), said)
-    references = [Reference(upload.name, image.height, image.width) for upload, image in zip(uploads, images)]
+    references = [
+        Reference(upload.name, image.height, image.width) for upload, image in zip(uploads, images)
+    ]
     stages = stages_of_steps(pipeline.config, resolved, shown and pipeline.uses_references)
     files, folder = [], Path(mkdtemp(dir=studio.folder))
     for i, picture in enumerate(pictures):
@@ -184,7 +194,9 @@ def restore(studio: AppState, picture: Embedded) -> tuple[dict[str, int | float]
         else:
             notes.append(f"{name} {value:g} is left out: this page goes from {low:g} to {high:g}.")
     if picture.settings.solver_config != DEFAULT_SOLVER:
-        notes.append(f"It was drawn with cheaper steps ({picture.settings.solver_config}); this page evaluates every step.")
+        notes.append(
+            f"It was drawn with cheaper steps ({picture.settings.solver_config}); this page evaluates every step."
+        )
     if picture.settings.int8:
         notes.append("It was drawn with weights in 8 bits; this page has the checkpoint's own.")
     if picture.references:
@@ -212,6 +224,7 @@ def settings_of(values: dict[str, int | float | None]) -> Settings:
 
 
 def carried(studio: AppState, height: int, width: int) -> tuple[float, float]:
-    """The checkpoint's τ1 and τ2 at a size: where it says so, they move with it (`sampling.tau_tokens`)."""
+    """The checkpoint's τ1 and τ2 at a size: where it says so, they move with it
+    (`sampling.tau_tokens`)."""
     resolved = studio.pipeline.resolved(Settings(height, width))
     return resolved.tau1, resolved.tau2

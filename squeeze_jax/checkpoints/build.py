@@ -1,4 +1,5 @@
-"""From a config to modules: the trained system, with its frozen base and its adapters, and which leaves are trained."""
+"""From a config to modules: the trained system, with its frozen base and its adapters, and which
+leaves are trained."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +32,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16
 
 
 def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = None) -> System:
-    """The system of a config: random weights from its seed, pre-trained base where `model.dit_weights` names one.
+    """The system of a config: random weights from its seed, pre-trained base where
+    `model.dit_weights` names one.
 
-    `with_base=False` leaves the pre-trained base out (its shapes stay): for `nnx.eval_shape`. Trained weights are
-    float32; a base under adapters is kept in `model.frozen_dtype`, and read onto `mesh` where there is one.
+    `with_base=False` leaves the pre-trained base out (its shapes stay): for `nnx.eval_shape`.
+    Trained weights are float32; a base under adapters is kept in `model.frozen_dtype`, and read
+    onto `mesh` where there is one.
     """
     rngs = nnx.Rngs(config.training.seed)
     dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
@@ -57,23 +60,30 @@ def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = 
 
 
 def load_encoders(config: Config, mesh: Mesh | None = None) -> Encoders:
-    """The frozen encoders for on-line extraction; the MLLM in `model.dtype`, the autoencoder in float32, as in records."""
+    """The frozen encoders for on-line extraction; the MLLM in `model.dtype`, the autoencoder in
+    float32, as in records."""
     model = config.model
-    return Encoders(load_internvl(model.mllm, DTYPES[model.dtype], mesh), load_autoencoder(model.autoencoder, mesh=mesh))
+    return Encoders(
+        load_internvl(model.mllm, DTYPES[model.dtype], mesh),
+        load_autoencoder(model.autoencoder, mesh=mesh),
+    )
 
 
 def random_encoders(config: Config, rngs: nnx.Rngs) -> Encoders:
-    """Encoders of the same sizes, or without folders of the published ones, with random weights: for `nnx.eval_shape`."""
+    """Encoders of the same sizes, or without folders of the published ones, with random weights:
+    for `nnx.eval_shape`."""
     model = config.model
     dtype: Any = DTYPES[model.dtype]
     autoencoder, mllm = encoder_configs(config)
     return Encoders(
-        InternVL(mllm, dtype=dtype, param_dtype=dtype, rngs=rngs), autoencoder_of(autoencoder)(autoencoder, rngs=rngs)
+        InternVL(mllm, dtype=dtype, param_dtype=dtype, rngs=rngs),
+        autoencoder_of(autoencoder)(autoencoder, rngs=rngs),
     )
 
 
 def load_base(config: Config, mesh: Mesh | None = None) -> Backbone:
-    """The transformer that `model.dit_weights` names, without adapters. Raises InputError where it is another's."""
+    """The transformer that `model.dit_weights` names, without adapters. Raises InputError where
+    it is another's."""
     assert config.model.dit_weights is not None
     dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
     kept = jnp.float32 if config.lora is None else frozen
@@ -81,14 +91,17 @@ def load_base(config: Config, mesh: Mesh | None = None) -> Backbone:
     seen = config.model.dit.reference_attention
     weights = config.model.dit_weights
     check_transformer(weights, dit_source(weights).config, config.model.dit)
-    dit = load_dit(weights, kept, compute_dtype=dtype, mesh=mesh, reference_attention=seen, **options)
+    dit = load_dit(
+        weights, kept, compute_dtype=dtype, mesh=mesh, reference_attention=seen, **options
+    )
     if config.model.frozen_dtype == "int8":
         quantise(dit)
     return dit
 
 
 def is_trained(config: Config) -> Callable[[Any, Any], bool]:
-    """A filter for `nnx.split`: the aggregator, and the adapters or (without adapters) the whole transformer."""
+    """A filter for `nnx.split`: the aggregator, and the adapters or (without adapters) the whole
+    transformer."""
     kind = nnx.Param if config.lora is None else LoRAParam
 
     def trained(path: tuple[Any, ...], value: Any) -> bool:

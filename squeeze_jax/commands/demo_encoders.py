@@ -1,4 +1,5 @@
-"""`demo-encoders`: trains the miniature's frozen parts, the autoencoder to redraw and the small MLLM to describe."""
+"""`demo-encoders`: trains the miniature's frozen parts, the autoencoder to redraw and the small
+MLLM to describe."""
 
 import sys
 import time
@@ -14,7 +15,8 @@ from squeeze_jax.miniature.train_mllm import MLLMTraining
 
 @dataclass(frozen=True)
 class DemoEncoders:
-    """Trains the miniature's autoencoder and MLLM on drawn critters: about 20 minutes on two CPU cores."""
+    """Trains the miniature's autoencoder and MLLM on drawn critters: about 20 minutes on two CPU
+    cores."""
 
     workdir: Path = Path("runs/demo-encoders")
     """`autoencoder` and `mllm` are written below it; copy them to squeeze_jax/demo to ship them."""
@@ -23,7 +25,11 @@ class DemoEncoders:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(DemoEncoders, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax demo-encoders")
+    given = tyro.cli(
+        DemoEncoders,
+        args=sys.argv[1:] if arguments is None else arguments,
+        prog="squeeze_jax demo-encoders",
+    )
     return guarded(lambda: run(given))
 
 
@@ -52,13 +58,17 @@ def run(given: DemoEncoders) -> None:
             DEMO_AUTOENCODER,
             training,
             critter_pictures(training.seed, training.batch, training.size),
-            progress=lambda step, values: bar.update(task, completed=step, figures=f"PSNR {values['psnr']:.1f} dB"),
+            progress=lambda step, values: bar.update(
+                task, completed=step, figures=f"PSNR {values['psnr']:.1f} dB"
+            ),
         )
         folder = given.workdir / "autoencoder"
         save_autoencoder(autoencoder, folder, dtype=jnp.bfloat16, sample_size=training.size)
         held_out = next(critter_pictures(0, 256, training.size, split="held_out"))
         Image.fromarray(preview(autoencoder, held_out[:12])).save(given.workdir / "autoencoder.png")
-        print(f"autoencoder: {folder}, held-out PSNR {measure(autoencoder, held_out)['psnr']:.1f} dB")
+        print(
+            f"autoencoder: {folder}, held-out PSNR {measure(autoencoder, held_out)['psnr']:.1f} dB"
+        )
 
         tokenizer = demo_tokenizer()
         naming = bar.add_task("mllm's eyes", total=given.mllm.vision_steps, figures="")
@@ -70,7 +80,9 @@ def run(given: DemoEncoders) -> None:
             vision_progress=lambda step, values: bar.update(
                 naming, completed=step, figures=f"factors {values['right']:.2f}"
             ),
-            progress=lambda step, values: bar.update(task, completed=step, figures=f"answers {values['right']:.2f}"),
+            progress=lambda step, values: bar.update(
+                task, completed=step, figures=f"answers {values['right']:.2f}"
+            ),
         )
         folder = given.workdir / "mllm"
         save_internvl(folder, mllm, jnp.bfloat16)

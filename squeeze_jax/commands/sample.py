@@ -103,7 +103,8 @@ def run(given: Sample) -> None:
     from squeeze_jax.data.feature_extractor import FeatureExtractor
     from squeeze_jax.data.placement import data_parallel_size
     from squeeze_jax.interop.load import DEMO
-    from squeeze_jax.sampling.pipeline import Pipeline, Settings, encode_prompts, split_evenly
+    from squeeze_jax.sampling.batching import split_evenly
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings, encode_prompts
     from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.schedule import MAX_STEPS
     from squeeze_jax.sampling.solver_config import SolverConfig

@@ -12,10 +12,12 @@ from squeeze_jax.commands.run import guarded, setup
 
 @dataclass(frozen=True)
 class Verify:
-    """Checks a checkpoint's names and shapes, then its numbers against PyTorch where it is installed, block by block."""
+    """Checks a checkpoint's names and shapes, then its numbers against PyTorch where it is
+    installed, block by block."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of a FLUX.1 transformer, its autoencoder or InternVL3; or a single-file transformer or autoencoder."""
+    """Folder of a FLUX.1 transformer, its autoencoder or InternVL3; or a single-file transformer
+    or autoencoder."""
     kind: Literal["flux", "autoencoder", "internvl"] | None = None
     """What it is; none: found out from config.json or the names."""
     json: Path = Path("verify.json")
@@ -23,7 +25,9 @@ class Verify:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = tyro.cli(Verify, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax verify")
+    given = tyro.cli(
+        Verify, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax verify"
+    )
     return guarded(lambda: run(given))
 
 
@@ -42,17 +46,27 @@ def run(given: Verify) -> None:
     check_writable(given.json, "--json")
     report = verify(given.folder, given.kind, progress=show)
     write_json(given.json, report.to_json())
-    print(f"{report.folder}: {report.kind} in the layout of {report.layout}, {report.parameters:,} values")
+    print(
+        f"{report.folder}: {report.kind} in the layout of {report.layout}, {report.parameters:,} values"
+    )
     if report.problems:
         shown = "\n  ".join(report.problems[:40])
-        more = f"\n  … and {len(report.problems) - 40} more in {given.json}" if len(report.problems) > 40 else ""
-        raise InputError(f"{report.folder} does not fit ({len(report.problems)} differences):\n  {shown}{more}")
+        more = (
+            f"\n  … and {len(report.problems) - 40} more in {given.json}"
+            if len(report.problems) > 40
+            else ""
+        )
+        raise InputError(
+            f"{report.folder} does not fit ({len(report.problems)} differences):\n  {shown}{more}"
+        )
     if not report.passed:
         raise InputError(
             f"{report.folder}: some parts differ by more than {TOLERANCE:g} or are not finite; see {given.json}"
         )
     if report.rows[0].error is None:
-        print("names, shapes and types fit; there was no twin in PyTorch, so compare the digests with another machine's")
+        print(
+            "names, shapes and types fit; there was no twin in PyTorch, so compare the digests with another machine's"
+        )
     else:
         print("passed")
     print(f"report: {given.json}")

@@ -1,9 +1,10 @@
 """Buckets: records whose batches have one shape, and which bucket a step draws from.
 
-A batch's shape is its target's tokens and what text, image and reference tokens are padded to. Records of mixed sizes go
-through a small, fixed set of shapes that is known before training, from the metadata alone: one bucket for each number of
-target tokens and of references, padded to its own largest. Pictures of 512 x 768 and 768 x 512 share a bucket, since each
-row of a batch carries its target's grid.
+A batch's shape is its target's tokens and what text, image and reference tokens are padded to.
+Records of mixed sizes go through a small, fixed set of shapes that is known before training, from
+the metadata alone: one bucket for each number of target tokens and of references, padded to its own
+largest. Pictures of 512 x 768 and 768 x 512 share a bucket, since each row of a batch carries its
+target's grid.
 
 Which bucket a step draws from is a function of (seed, step), the same on every process.
 """
@@ -61,8 +62,9 @@ class Bucket:
 def make_buckets(sizes: Sequence[Sizes], batch: int) -> tuple[Bucket, ...]:
     """Buckets of a data set, by target tokens and number of references.
 
-    A bucket with fewer records than a step takes joins its neighbour of the same target tokens with more references, or
-    with fewer where there is none: a program compiled for a handful of records costs more than the padding.
+    A bucket with fewer records than a step takes joins its neighbour of the same target tokens with
+    more references, or with fewer where there is none: a program compiled for a handful of records
+    costs more than the padding.
     """
     table = np.array(sizes, np.int64).reshape(len(sizes), len(Sizes._fields))
     targets = table[:, 0] // PATCH * (table[:, 1] // PATCH)
@@ -91,15 +93,18 @@ def waste(buckets: Sequence[Bucket], sizes: Sequence[Sizes]) -> float:
     """The share of all tokens that is padding, 0 to 1, over an epoch."""
     padded = sum(len(bucket.records) * bucket.tokens for bucket in buckets)
     table = np.array(sizes, np.int64).reshape(len(sizes), len(Sizes._fields))
-    used = (table[:, 0] // PATCH * (table[:, 1] // PATCH) + table[:, 2] + table[:, 3] + table[:, 5]).sum()
+    used = (
+        table[:, 0] // PATCH * (table[:, 1] // PATCH) + table[:, 2] + table[:, 3] + table[:, 5]
+    ).sum()
     return 1.0 - float(used) / padded
 
 
 class BucketSchedule:
     """Whose turn it is at each step, and how often it had been before.
 
-    Epoch e holds the batches of each bucket that begin in its own epoch e, in an order of (seed, e); a bucket's last batch
-    runs into its next epoch. So each comes in proportion to its records, for ever.
+    Epoch e holds the batches of each bucket that begin in its own epoch e, in an order of (seed,
+    e); a bucket's last batch runs into its next epoch. So each comes in proportion to its records,
+    for ever.
     """
 
     def __init__(self, counts: Sequence[int], rows: int, seed: int) -> None:
@@ -114,7 +119,9 @@ class BucketSchedule:
         """The bucket of a step, and which of its batches comes."""
         if len(self.counts) == 1:
             return 0, step
-        epoch = step * self.rows // sum(self.counts)  # never too early, since batches are rounded up
+        epoch = (
+            step * self.rows // sum(self.counts)
+        )  # never too early, since batches are rounded up
         while sum(self.before(epoch)) > step:
             epoch -= 1
         order, earlier = _epoch(self.counts, self.rows, self.seed, epoch)
@@ -125,19 +132,26 @@ class BucketSchedule:
 
 @lru_cache(maxsize=16)
 def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
-    """0 .. count − 1 in an order of the key alone, the same from every version of NumPy: raw bits, sorted.
+    """0 .. count − 1 in an order of the key alone, the same from every version of NumPy: raw bits,
+    sorted.
 
     Grain's own shuffle of a handful of records takes 10 ms each, since it searches among 65,536.
     """
-    bits = np.random.Philox(np.random.SeedSequence([part % 2**32 for part in key])).random_raw(count)
+    bits = np.random.Philox(np.random.SeedSequence([part % 2**32 for part in key])).random_raw(
+        count
+    )
     return np.argsort(bits, kind="stable")
 
 
 @lru_cache(maxsize=4)
-def _epoch(counts: tuple[int, ...], rows: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _epoch(
+    counts: tuple[int, ...], rows: int, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The buckets of an epoch's batches in order, and how often each had come before in this epoch."""
     turns = BucketSchedule(counts, rows, seed)
-    batches = [after - before for after, before in zip(turns.before(epoch + 1), turns.before(epoch))]
+    batches = [
+        after - before for after, before in zip(turns.before(epoch + 1), turns.before(epoch))
+    ]
     order = np.repeat(np.arange(len(counts)), batches)[permutation(sum(batches), seed, epoch)]
     earlier = np.empty_like(order)
     for bucket in range(len(counts)):

@@ -1,7 +1,9 @@
-"""How a record keeps hidden states: as bf16, or as int8 with one scale a (layer, token) and its outliers apart.
+"""How a record keeps hidden states: as bf16, or as int8 with one scale a (layer, token) and its
+outliers apart.
 
-A codec turns hidden states [M, L, C] into named parts that all have the leading axes M and L, and back into bf16. Decoding
-happens on the host, in the workers. No TensorFlow and no JAX is imported here, since data workers run this file.
+A codec turns hidden states [M, L, C] into named parts that all have the leading axes M and L, and
+back into bf16. Decoding happens on the host, in the workers. No TensorFlow and no JAX is imported
+here, since data workers run this file.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,9 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 LARGEST = 127
 """int8 values are −127 .. 127, so that a sign costs nothing."""
 OUTLIER_SHARE = 256
-"""One channel in so many is kept in bf16 besides (our decision): a token's largest values, in a multimodal LLM hundreds
-of times its others, would otherwise set the scale and round the others to nothing."""
+"""One channel in so many is kept in bf16 besides (our decision): a token's largest values, in a
+multimodal LLM hundreds of times its others, would otherwise set the scale and round the others
+to nothing."""
 
 Parts = dict[str, np.ndarray]
 
@@ -50,8 +53,9 @@ def outliers(width: int) -> int:
 def quantise(states: Float[np.ndarray, "M L C"], kept: int) -> Parts:
     """int8 parts with the `kept` largest channels of every (layer, token) apart.
 
-    value = q·scale, scale = largest remaining |value| / 127: an error of at most scale/2, all zeros stay zeros. Infinities
-    and NaN are among the kept channels; a token that has more of them than that is NaN throughout, never a finite number.
+    value = q·scale, scale = largest remaining |value| / 127: an error of at most scale/2, all zeros
+    stay zeros. Infinities and NaN are among the kept channels; a token that has more of them than
+    that is NaN throughout, never a finite number.
     """
     q = np.empty(states.shape, np.int8)
     scales = np.empty(states.shape[:2], np.float32)
@@ -62,7 +66,9 @@ def quantise(states: Float[np.ndarray, "M L C"], kept: int) -> Parts:
         if kept:
             size = np.abs(x)
             size[np.isnan(size)] = np.inf
-            place = np.sort(np.argpartition(size, x.shape[-1] - kept, axis=-1)[:, x.shape[-1] - kept :], axis=-1)
+            place = np.sort(
+                np.argpartition(size, x.shape[-1] - kept, axis=-1)[:, x.shape[-1] - kept :], axis=-1
+            )
             large[layer], channels[layer] = np.take_along_axis(x, place, -1), place
             np.put_along_axis(x, place, 0.0, -1)
         scale = np.abs(x).max(axis=-1, initial=0.0) / LARGEST
@@ -81,17 +87,25 @@ def dequantise(parts: Parts) -> Float[np.ndarray, "M L C"]:
     for layer, (q, scale) in enumerate(zip(parts[""], parts["_scale"])):
         states[layer] = q * scale[:, None]
     if "_outliers" in parts:
-        np.put_along_axis(states, parts["_channels"].astype(np.int64), parts["_outliers"].view(BF16), -1)
+        np.put_along_axis(
+            states, parts["_channels"].astype(np.int64), parts["_outliers"].view(BF16), -1
+        )
     return states
 
 
 def _int8_layout(width: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-    kept: dict[str, Any] = {"_outliers": (np.uint16, (outliers(width),)), "_channels": (np.uint16, (outliers(width),))}
+    kept: dict[str, Any] = {
+        "_outliers": (np.uint16, (outliers(width),)),
+        "_channels": (np.uint16, (outliers(width),)),
+    }
     return {"": (np.int8, (width,)), "_scale": (np.float32, ())} | (kept if outliers(width) else {})
 
 
 CODECS = {
     "bf16": Codec(1, lambda width: {"": (np.uint16, (width,))}, _bf16_parts, _bf16_states),
-    "int8": Codec(2, _int8_layout, lambda states: quantise(states, outliers(states.shape[-1])), dequantise),
+    "int8": Codec(
+        2, _int8_layout, lambda states: quantise(states, outliers(states.shape[-1])), dequantise
+    ),
 }
-"""By the name that `data.codec` gives. bf16 values are kept as their bits in uint16, which NumPy and TFDS know."""
+"""By the name that `data.codec` gives. bf16 values are kept as their bits in uint16, which NumPy
+and TFDS know."""

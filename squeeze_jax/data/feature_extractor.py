@@ -55,7 +55,10 @@ class FeatureExtractor:
         Raises InputError where they do not fit the config's transformer and aggregator.
         """
         model, data = config.model, config.data
-        folders = [encoder_folder(model.autoencoder, "autoencoder"), encoder_folder(model.mllm, "mllm")]
+        folders = [
+            encoder_folder(model.autoencoder, "autoencoder"),
+            encoder_folder(model.mllm, "mllm"),
+        ]
 
         def load_reader() -> MLLM:
             if model.mllm_source == "transformers":
@@ -76,8 +79,18 @@ class FeatureExtractor:
         of_latents = autoencoder.config
         check_autoencoder(model.autoencoder, of_latents, model.dit)
         for name, ours, theirs, folder in (
-            ("model.latent_pixels", model.latent_pixels, of_latents.latent_pixels, model.autoencoder),
-            ("model.dit.in_channels", model.dit.in_channels, 4 * of_latents.latent_channels, model.autoencoder),
+            (
+                "model.latent_pixels",
+                model.latent_pixels,
+                of_latents.latent_pixels,
+                model.autoencoder,
+            ),
+            (
+                "model.dit.in_channels",
+                model.dit.in_channels,
+                4 * of_latents.latent_channels,
+                model.autoencoder,
+            ),
             ("aggregator.width", config.aggregator.width, reader.width, model.mllm),
         ):
             if ours != theirs:

@@ -1,4 +1,5 @@
-"""Reference pictures to latents: the one road of extraction, sampling, sample grids and certificates."""
+"""Reference pictures to latents: the one road of extraction, sampling, sample grids and
+certificates."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -24,7 +25,8 @@ def encode_references(
 ) -> list[list[np.ndarray]]:
     """Resizes and encodes each sample's references; those of one size are encoded together.
 
-    Returns latents [h, w, c], in the order of `images`. `long_side` is `data.reference_long_side`, in pixels.
+    Returns latents [h, w, c], in the order of `images`. `long_side` is `data.reference_long_side`,
+    in pixels.
     """
     resized = [[resize_for_reference(image, long_side) for image in sample] for sample in images]
     latents = iter(encode_pictures(encoder, [picture for sample in resized for picture in sample]))
@@ -34,7 +36,8 @@ def encode_references(
 def encode_pictures(
     encoder: PictureEncoder, pictures: Sequence[np.ndarray], batch: int | None = None
 ) -> list[np.ndarray]:
-    """Encodes pictures of any sizes, in order: those of one size together, at most `batch` at once (None: all)."""
+    """Encodes pictures of any sizes, in order: those of one size together, at most `batch` at
+    once (None: all)."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, picture in enumerate(pictures):
         by_size.setdefault(picture.shape, []).append(index)
@@ -42,5 +45,7 @@ def encode_pictures(
     for indices in by_size.values():
         for start in range(0, len(indices), batch or len(indices)):
             some = indices[start : start + batch] if batch else indices
-            latents.update(zip(some, encoder.latents([pictures[index] for index in some]), strict=True))
+            latents.update(
+                zip(some, encoder.latents([pictures[index] for index in some]), strict=True)
+            )
     return [latents[index] for index in range(len(pictures))]

@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all, on disks and in object storage, whoever else writes the same one."""
+"""Files that appear whole or not at all, on disks and in object storage, whoever else writes the
+same one."""
 
 import json
 import tempfile
@@ -21,20 +22,24 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def reachable(path: epath.PathLike) -> epath.Path:
-    """The path, once what its storage needs is there. Raises InputError where that is not installed."""
+    """The path, once what its storage needs is there. Raises InputError where that is not
+    installed."""
     path = epath.Path(path)
     try:
         path.exists()
     except ImportError as error:
-        raise InputError(f"{path}: {error}; install it with pip install 'squeeze_jax[gcs]'") from None
+        raise InputError(
+            f"{path}: {error}; install it with pip install 'squeeze_jax[gcs]'"
+        ) from None
     return path
 
 
 def write_whole(path: epath.Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a local file, which then becomes `path`.
 
-    On a disk the file lies beside `path` under a name of its own and is renamed. In object storage, where a rename is a
-    copy and random writes do not exist, it is made in the local temporary folder and uploaded: an object appears whole.
+    On a disk the file lies beside `path` under a name of its own and is renamed. In object storage,
+    where a rename is a copy and random writes do not exist, it is made in the local temporary
+    folder and uploaded: an object appears whole.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +61,9 @@ def write_whole(path: epath.Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: epath.Path, value: Any) -> None:
     """The value as JSON, its fields one a line."""
-    text = ",\n".join(f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
+    text = ",\n".join(
+        f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items()
+    )
     write_whole(path, lambda part: part.write_text(f"{{\n{text}\n}}\n", encoding="utf-8"))
 
 

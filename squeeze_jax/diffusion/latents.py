@@ -23,7 +23,8 @@ Grid = tuple[int, int]
 """Rows and columns of tokens."""
 
 ReferencePositions = Callable[[Grid, Sequence[Grid]], np.ndarray]
-"""Positions int32 [R, axes] of all reference tokens in a row, from the grids of target and references."""
+"""Positions int32 [R, axes] of all reference tokens in a row, from the grids of target and
+references."""
 
 
 def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:

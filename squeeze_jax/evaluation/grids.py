@@ -22,7 +22,8 @@ from squeeze_jax.data.sources import open_examples, source_of
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import write_beside
 from squeeze_jax.processes import is_main
-from squeeze_jax.sampling.pipeline import Pipeline, Ready, Settings, data_parallel_size, group_prompts, mesh_of
+from squeeze_jax.sampling.batching import group_prompts
+from squeeze_jax.sampling.pipeline import Pipeline, Ready, Settings, data_parallel_size, mesh_of
 from squeeze_jax.sharding import make_mesh
 from squeeze_jax.training.loop import SampleFunction
 from squeeze_jax.training.state import Params, Split
@@ -60,7 +61,13 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
         size = (config.data.height, config.data.width)
         grid = np.concatenate(
             [
-                np.concatenate([_shown(e.references[0], size) if e.references else _blank(size) for e in examples], 1),
+                np.concatenate(
+                    [
+                        _shown(e.references[0], size) if e.references else _blank(size)
+                        for e in examples
+                    ],
+                    1,
+                ),
                 np.concatenate(list(drawn), 1),
                 np.concatenate([to_uint8(resize_for_target(e.target, *size)) for e in examples], 1),
             ]
@@ -78,8 +85,13 @@ def check_encoders(encoders: FeatureExtractor, features: epath.Path) -> None:
         there = read_metadata(features / split).settings.get("encoders", {})
         wanted = json.loads(json.dumps(encoders.settings))
         if differing := [name for name in there | wanted if there.get(name) != wanted.get(name)]:
-            listed = ", ".join(f"{name} {there.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
-            raise InputError(f"{features / split}: made by other encoders ({listed}); extract with this config")
+            listed = ", ".join(
+                f"{name} {there.get(name)!r} there and {wanted.get(name)!r} here"
+                for name in differing
+            )
+            raise InputError(
+                f"{features / split}: made by other encoders ({listed}); extract with this config"
+            )
 
 
 def sample_examples(
@@ -88,12 +100,18 @@ def sample_examples(
     settings: Settings,
     done: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """uint8 pictures [n, height, width, 3], one an example, each from its own prompt, references and seed (its number).
+    """uint8 pictures [n, height, width, 3], one an example, each from its own prompt, references
+    and seed (its number).
 
     `done` is called with the number of pictures after every chunk.
     """
     places = data_parallel_size(mesh_of(pipeline.params))
-    return draw_examples(pipeline, encode_examples(pipeline.encoders, pipeline.config, examples, places), settings, done)
+    return draw_examples(
+        pipeline,
+        encode_examples(pipeline.encoders, pipeline.config, examples, places),
+        settings,
+        done,
+    )
 
 
 class Encoded(NamedTuple):
@@ -113,7 +131,9 @@ def encode_examples(
         some = [examples[i] for i in piece]
         states = encoders.read([e.prompt for e in some], [e.references for e in some])
         longest = config.data.reference_long_side
-        yield Encoded(piece, states, encode_references(encoders, [e.references for e in some], longest))
+        yield Encoded(
+            piece, states, encode_references(encoders, [e.references for e in some], longest)
+        )
 
 
 def draw_examples(

@@ -37,7 +37,8 @@ from squeeze_jax.interop.load import (
     save_internvl,
 )
 from squeeze_jax.models.system import System
-from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
+from squeeze_jax.sampling.batching import pad_references
+from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.schedule import noise_for
 from squeeze_jax.sharding import use_mesh
 

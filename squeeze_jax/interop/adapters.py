@@ -1,4 +1,5 @@
-"""A LoRA file as the trained leaves of a config: its adapters filled in place, layout and scale as the config has them."""
+"""A LoRA file as the trained leaves of a config: its adapters filled in place, layout and scale
+as the config has them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,20 +23,22 @@ def adapter_leaves(
 ) -> Leaves:
     """Reads `down` and `up` of every adapter that the file names, by dotted path.
 
-    dit: a transformer with a config's adapters, of which only shapes are looked at. Ranks and layers
-    that the file lacks are zero; with `fresh` (to train on) their `down` is drawn from it, since of
-    two zero matrices neither ever learns, with the deviation that `LoRAConfig.init_gain` gives a new
-    adapter's. A scale that differs from the config's goes into `up`.
-    Raises InputError where a layer has no adapter, where the rank is larger, where the file changes
-    rows that the config's adapters leave alone, or where its q, k and v have down-projections of
-    their own and the config shares one (lora.qkv).
+    dit: a transformer with a config's adapters, of which only shapes are looked at. Ranks and
+    layers that the file lacks are zero; with `fresh` (to train on) their `down` is drawn from it,
+    since of two zero matrices neither ever learns, with the deviation that `LoRAConfig.init_gain`
+    gives a new adapter's. A scale that differs from the config's goes into `up`. Raises InputError
+    where a layer has no adapter, where the rank is larger, where the file changes rows that the
+    config's adapters leave alone, or where its q, k and v have down-projections of their own and
+    the config shares one (lora.qkv).
     """
     _, pairs, _ = read_pairs(file, dit)
     modules, leaves = dict(linears(dit)), {}
     for path in dict.fromkeys(path for path, _ in pairs):
         adapter = modules[path].adapter
         if adapter is None:
-            raise InputError(f"{file}: adapts {path}, where this config has no adapter; widen lora.target")
+            raise InputError(
+                f"{file}: adapts {path}, where this config has no adapter; widen lora.target"
+            )
         ours = {layer: found for (where, layer), found in pairs.items() if where == path}
         if any(_changes_others(pair, adapter.parts) for found in ours.values() for pair in found):
             raise InputError(
@@ -44,7 +47,10 @@ def adapter_leaves(
             )
         for number, part in enumerate(adapter.parts):
             name = f"dit.{path}.adapter.parts.{number}"
-            leaves |= {f"{name}.down": _down(part, fresh, init_gain), f"{name}.up": np.zeros(part.up.shape, np.float32)}
+            leaves |= {
+                f"{name}.down": _down(part, fresh, init_gain),
+                f"{name}.up": np.zeros(part.up.shape, np.float32),
+            }
             down, up = leaves[f"{name}.down"], leaves[f"{name}.up"]
             rank = part.down.shape[-1]
             for layer, found in ours.items():

@@ -16,9 +16,14 @@ def entries(config: AggregatorConfig) -> list[Entry]:
 
     def blocks(ours: str, theirs: str, count: int) -> None:
         for i in range(count):
-            table.extend(Entry((f"{theirs}.{i}.{name}.weight",), f"{ours}.{name}.scale", layer=i) for name in NORMS)
+            table.extend(
+                Entry((f"{theirs}.{i}.{name}.weight",), f"{ours}.{name}.scale", layer=i)
+                for name in NORMS
+            )
             for name in LINEARS:
-                table.append(Entry((f"{theirs}.{i}.{name}.weight",), f"{ours}.{name}.kernel", "linear", i))
+                table.append(
+                    Entry((f"{theirs}.{i}.{name}.weight",), f"{ours}.{name}.kernel", "linear", i)
+                )
 
     for pool in {"dla": ("text", "image"), "lap": ("shared",)}.get(config.kind, ()):
         blocks(f"pools.{pool}.layer_blocks", f"pools.{pool}.blocks", config.layer_blocks)

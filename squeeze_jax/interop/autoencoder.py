@@ -1,7 +1,8 @@
 """The autoencoder's table: diffusers' AutoencoderKL, tensor by tensor, and its `config.json`.
 
-Module names are diffusers' but for two: an up- or downsampler is `conv` of its level, and the middle's attention
-is `attention`. Published folders and ours hold the same two files, so that each side reads the other's.
+Module names are diffusers' but for two: an up- or downsampler is `conv` of its level, and the
+middle's attention is `attention`. Published folders and ours hold the same two files, so that each
+side reads the other's.
 """
 
 import re
@@ -30,7 +31,9 @@ def original_entries(config: AutoencoderConfig) -> list[Entry]:
     """The table for Black Forest Labs' own file (`ae.safetensors`)."""
     return [
         entry._replace(
-            sources=tuple(_original(name, len(config.block_out_channels)) for name in entry.sources),
+            sources=tuple(
+                _original(name, len(config.block_out_channels)) for name in entry.sources
+            ),
             layout="pointwise" if entry.layout == "linear" else entry.layout,
         )
         for entry in entries(config)
@@ -38,7 +41,8 @@ def original_entries(config: AutoencoderConfig) -> list[Entry]:
 
 
 def _original(name: str, levels: int) -> str:
-    """Their name of one of diffusers' tensors. The decoder's levels are counted from the picture's end."""
+    """Their name of one of diffusers' tensors. The decoder's levels are counted from the
+    picture's end."""
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
     for pattern, replacement in (
         (r"down_blocks\.", "down."),
@@ -58,13 +62,17 @@ def _original(name: str, levels: int) -> str:
 
 
 def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:
-    """The config of a diffusers folder; what this model does not do (quant convolutions, other blocks) is refused."""
+    """The config of a diffusers folder; what this model does not do (quant convolutions, other
+    blocks) is refused."""
     fixed = _fixed(len(values["block_out_channels"]))
     for name, want in fixed.items():
-        # diffusers' defaults where a field is absent: quant convolutions on, everything else as here.
+        # diffusers' defaults where a field is absent: quant convolutions on, everything else as
+        # here.
         found = values.get(name, True if name.startswith("use_") else want)
         if found != want and name != "_class_name":
-            raise ValueError(f"the autoencoder's config.json has {name} = {found!r}; only {want!r} is supported")
+            raise ValueError(
+                f"the autoencoder's config.json has {name} = {found!r}; only {want!r} is supported"
+            )
     if values.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ValueError(f"config.json describes a {values['_class_name']}, not an AutoencoderKL")
     return AutoencoderConfig(
@@ -79,7 +87,8 @@ def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:
 
 
 def config_to_json(config: AutoencoderConfig, sample_size: int = 1024) -> dict[str, Any]:
-    """The `config.json` that diffusers reads; `sample_size`, the side of the pictures trained on, only informs."""
+    """The `config.json` that diffusers reads; `sample_size`, the side of the pictures trained
+    on, only informs."""
     return {
         **_fixed(len(config.block_out_channels)),
         "block_out_channels": list(config.block_out_channels),
@@ -96,9 +105,14 @@ def config_to_json(config: AutoencoderConfig, sample_size: int = 1024) -> dict[s
 
 
 def save_autoencoder(
-    autoencoder: Autoencoder, directory: Path, *, dtype: DType | None = None, sample_size: int = 1024
+    autoencoder: Autoencoder,
+    directory: Path,
+    *,
+    dtype: DType | None = None,
+    sample_size: int = 1024,
 ) -> None:
-    """Writes `config.json` and the weights as diffusers lays them out; each file is whole or absent.
+    """Writes `config.json` and the weights as diffusers lays them out; each file is whole or
+    absent.
 
     `dtype` converts the weights (default: as they are).
     """
@@ -119,27 +133,45 @@ def _coder(coder: str, direction: str, widths: tuple[int, ...], depth: int) -> l
         if level < len(widths) - 1:
             table += _conv(f"{ours}.conv", theirs=f"{ours}.{direction}samplers.0.conv")
     middle = f"{coder}.mid_block"
-    table += _resnet(f"{middle}.resnets.0", shortcut=False) + _resnet(f"{middle}.resnets.1", shortcut=False)
+    table += _resnet(f"{middle}.resnets.0", shortcut=False) + _resnet(
+        f"{middle}.resnets.1", shortcut=False
+    )
     ours, theirs = f"{middle}.attention", f"{middle}.attentions.0"
     table += _norm(f"{ours}.group_norm", theirs=f"{theirs}.group_norm")
-    for name, source in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")):
+    for name, source in (
+        ("to_q", "to_q"),
+        ("to_k", "to_k"),
+        ("to_v", "to_v"),
+        ("to_out", "to_out.0"),
+    ):
         table += _conv(f"{ours}.{name}", theirs=f"{theirs}.{source}", layout="linear")
     return table
 
 
 def _resnet(path: str, *, shortcut: bool) -> list[Entry]:
-    table = _norm(f"{path}.norm1") + _conv(f"{path}.conv1") + _norm(f"{path}.norm2") + _conv(f"{path}.conv2")
+    table = (
+        _norm(f"{path}.norm1")
+        + _conv(f"{path}.conv1")
+        + _norm(f"{path}.norm2")
+        + _conv(f"{path}.conv2")
+    )
     return table + _conv(f"{path}.conv_shortcut") if shortcut else table
 
 
 def _conv(ours: str, *, theirs: str | None = None, layout: Layout = "conv") -> list[Entry]:
     theirs = theirs or ours
-    return [Entry((f"{theirs}.weight",), f"{ours}.kernel", layout), Entry((f"{theirs}.bias",), f"{ours}.bias")]
+    return [
+        Entry((f"{theirs}.weight",), f"{ours}.kernel", layout),
+        Entry((f"{theirs}.bias",), f"{ours}.bias"),
+    ]
 
 
 def _norm(ours: str, *, theirs: str | None = None) -> list[Entry]:
     theirs = theirs or ours
-    return [Entry((f"{theirs}.weight",), f"{ours}.scale"), Entry((f"{theirs}.bias",), f"{ours}.bias")]
+    return [
+        Entry((f"{theirs}.weight",), f"{ours}.scale"),
+        Entry((f"{theirs}.bias",), f"{ours}.bias"),
+    ]
 
 
 def twin_codes(

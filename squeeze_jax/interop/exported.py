@@ -30,7 +30,12 @@ from squeeze_jax.interop.formats import format_of
 from squeeze_jax.interop.load import DEMO, check_transformer, dit_source
 from squeeze_jax.interop.lora import save_lora
 from squeeze_jax.interop.lora_dialects import DialectName
-from squeeze_jax.interop.mapping import MappingError, export_entries, load_entries, parameters_by_path
+from squeeze_jax.interop.mapping import (
+    MappingError,
+    export_entries,
+    load_entries,
+    parameters_by_path,
+)
 from squeeze_jax.interop.merged import save_merged
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.layers.lora import add_lora

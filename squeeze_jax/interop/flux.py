@@ -1,4 +1,5 @@
-"""FLUX.1's transformer in its two published layouts: diffusers', and Black Forest Labs' single file.
+"""FLUX.1's transformer in its two published layouts: diffusers', and Black Forest Labs' single
+file.
 
 `FLUX1` at the end is what the rest of the system takes.
 """
@@ -18,8 +19,12 @@ def diffusers_entries(config: DiTConfig) -> list[Entry]:
     """The table for diffusers' `FluxTransformer2DModel`."""
     width, table = config.width, []
 
-    def linear(path: str, *names: str, layer: int | None = None, sizes: tuple[int, ...] = ()) -> None:
-        table.append(Entry(tuple(f"{n}.weight" for n in names), f"{path}.kernel", "linear", layer, sizes))
+    def linear(
+        path: str, *names: str, layer: int | None = None, sizes: tuple[int, ...] = ()
+    ) -> None:
+        table.append(
+            Entry(tuple(f"{n}.weight" for n in names), f"{path}.kernel", "linear", layer, sizes)
+        )
         table.append(Entry(tuple(f"{n}.bias" for n in names), f"{path}.bias", "same", layer, sizes))
 
     linear("img_in", "x_embedder")
@@ -47,25 +52,44 @@ def diffusers_entries(config: DiTConfig) -> list[Entry]:
         for stream, (mod, qkv, out, norm_q, norm_k, ff) in streams.items():
             ours = f"double_blocks.{stream}"
             linear(f"{ours}_mod.lin", f"{block}.{mod}.linear", layer=i)
-            linear(f"{ours}_attn.qkv", *(f"{block}.attn.{n}" for n in qkv), layer=i, sizes=(width,) * 3)
+            linear(
+                f"{ours}_attn.qkv", *(f"{block}.attn.{n}" for n in qkv), layer=i, sizes=(width,) * 3
+            )
             linear(f"{ours}_attn.proj", f"{block}.attn.{out}", layer=i)
             linear(f"{ours}_mlp.in_layer", f"{block}.{ff}.net.0.proj", layer=i)
             linear(f"{ours}_mlp.out_layer", f"{block}.{ff}.net.2", layer=i)
             for norm, name in (("query_norm", norm_q), ("key_norm", norm_k)):
-                table.append(Entry((f"{block}.attn.{name}.weight",), f"{ours}_attn.norm.{norm}.scale", layer=i))
+                table.append(
+                    Entry(
+                        (f"{block}.attn.{name}.weight",), f"{ours}_attn.norm.{norm}.scale", layer=i
+                    )
+                )
 
     for i in range(config.num_single_blocks):
         block = f"single_transformer_blocks.{i}"
         parts = (*(f"{block}.attn.{n}" for n in ("to_q", "to_k", "to_v")), f"{block}.proj_mlp")
         linear("single_blocks.modulation.lin", f"{block}.norm.linear", layer=i)
-        linear("single_blocks.linear1", *parts, layer=i, sizes=(width, width, width, config.mlp_ratio * width))
+        linear(
+            "single_blocks.linear1",
+            *parts,
+            layer=i,
+            sizes=(width, width, width, config.mlp_ratio * width),
+        )
         linear("single_blocks.linear2", f"{block}.proj_out", layer=i)
         for norm, name in (("query_norm", "norm_q"), ("key_norm", "norm_k")):
-            table.append(Entry((f"{block}.attn.{name}.weight",), f"single_blocks.norm.{norm}.scale", layer=i))
+            table.append(
+                Entry((f"{block}.attn.{name}.weight",), f"single_blocks.norm.{norm}.scale", layer=i)
+            )
 
     # diffusers keeps (scale, shift) where FLUX.1 keeps (shift, scale).
     for leaf, ours in (("weight", "kernel"), ("bias", "bias")):
-        table.append(Entry((f"norm_out.linear.{leaf}",), f"final_layer.adaLN_modulation.lin.{ours}", "swap_halves"))
+        table.append(
+            Entry(
+                (f"norm_out.linear.{leaf}",),
+                f"final_layer.adaLN_modulation.lin.{ours}",
+                "swap_halves",
+            )
+        )
     linear("final_layer.linear", "proj_out")
     return table
 
@@ -194,8 +218,8 @@ def twin_velocity(
 ) -> np.ndarray:
     """Computes the velocity with diffusers in PyTorch, in float32.
 
-    `weights` has diffusers' names. `inputs`: target [B, N, c], reference [B, R, c] (all references in one), context
-    [B, L, C], pooled [B, P], t [B], guidance [B].
+    `weights` has diffusers' names. `inputs`: target [B, N, c], reference [B, R, c] (all references
+    in one), context [B, L, C], pooled [B, P], t [B], guidance [B].
     """
     import torch
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel

@@ -1,6 +1,7 @@
 """The families of transformers whose files can be read and written.
 
-To add one, write its tables in a file like `flux.py`, with a `TransformerFormat` at its end, and name that here.
+To add one, write its tables in a file like `flux.py`, with a `TransformerFormat` at its end, and
+name that here.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ FORMATS: tuple[TransformerFormat[Any], ...] = (FLUX1, FLUX2)
 
 
 def format_of(config: BackboneConfig) -> TransformerFormat[Any]:
-    """Returns the family of a transformer's config. Raises TypeError for one whose files nobody publishes."""
+    """Returns the family of a transformer's config. Raises TypeError for one whose files nobody
+    publishes."""
     for family in FORMATS:
         if isinstance(config, family.config):
             return family
@@ -23,7 +25,8 @@ def format_of(config: BackboneConfig) -> TransformerFormat[Any]:
 
 
 def find_format(class_name: str | None, names: Iterable[str]) -> TransformerFormat[Any] | None:
-    """Returns the family of a checkpoint, by its config.json's `_class_name` or the names of its tensors."""
+    """Returns the family of a checkpoint, by its config.json's `_class_name` or the names of its
+    tensors."""
     names = list(names)
     for family in FORMATS:
         if class_name == family.class_name:

@@ -6,7 +6,8 @@ from typing import Any
 from squeeze_jax.interop.mapping import Entry, Layout
 from squeeze_jax.models.internvl import InternVLConfig, TextConfig, VisionConfig
 
-# Our name within a block, the file's name, and whether the file has a weight alone or a bias as well.
+# Our name within a block, the file's name, and whether the file has a weight alone or a bias as
+# well.
 VISION_BLOCK = {
     "attention_norm": "layernorm_before",
     "query": "attention.q_proj",
@@ -32,14 +33,19 @@ QKV = ("query", "key", "value")
 
 
 def entries(config: InternVLConfig) -> list[Entry]:
-    """Every tensor of an `-hf` checkpoint of this config (781 for InternVL3-8B), by its name on disk."""
+    """Every tensor of an `-hf` checkpoint of this config (781 for InternVL3-8B), by its name on
+    disk."""
     table = [
         Entry(("vision_tower.embeddings.cls_token",), "vision_tower.class_token"),
         Entry(("vision_tower.embeddings.position_embeddings",), "vision_tower.position_embedding"),
         Entry(
-            ("vision_tower.embeddings.patch_embeddings.projection.weight",), "vision_tower.patch_embedding", "conv"
+            ("vision_tower.embeddings.patch_embeddings.projection.weight",),
+            "vision_tower.patch_embedding",
+            "conv",
         ),
-        Entry(("vision_tower.embeddings.patch_embeddings.projection.bias",), "vision_tower.patch_bias"),
+        Entry(
+            ("vision_tower.embeddings.patch_embeddings.projection.bias",), "vision_tower.patch_bias"
+        ),
         *_module("multi_modal_projector.layer_norm", "projector.norm", bias=True),
         *_module("multi_modal_projector.linear_1", "projector.linear_1", bias=True),
         *_module("multi_modal_projector.linear_2", "projector.linear_2", bias=True),
@@ -57,12 +63,18 @@ def entries(config: InternVLConfig) -> list[Entry]:
         table.append(Entry((f"{theirs}.lambda_2",), f"{ours}.mlp_scale", layer=layer))
     for layer in range(config.text.num_hidden_layers):
         for name, source in TEXT_BLOCK.items():
-            table += _module(f"language_model.model.layers.{layer}.{source}", f"blocks.{name}", layer, bias=name in QKV)
+            table += _module(
+                f"language_model.model.layers.{layer}.{source}",
+                f"blocks.{name}",
+                layer,
+                bias=name in QKV,
+            )
     return table
 
 
 def original_entries(config: InternVLConfig) -> list[Entry]:
-    """The table for the layout that OpenGVLab publishes: fused q, k and v in the vision tower, `mlp1` for the projector."""
+    """The table for the layout that OpenGVLab publishes: fused q, k and v in the vision tower,
+    `mlp1` for the projector."""
     table = []
     for entry in entries(config):
         name = entry.sources[0]
@@ -70,7 +82,9 @@ def original_entries(config: InternVLConfig) -> list[Entry]:
             name = re.sub(pattern, replacement, name)
         fused = re.fullmatch(r"(vision_model\..*\.attn\.)([qkv])(\.weight|\.bias)", name)
         if fused:
-            entry = entry._replace(sources=(f"{fused[1]}qkv{fused[3]}",), part=("qkv".index(fused[2]), 3))
+            entry = entry._replace(
+                sources=(f"{fused[1]}qkv{fused[3]}",), part=("qkv".index(fused[2]), 3)
+            )
         else:
             entry = entry._replace(sources=(name,))
         table.append(entry)
@@ -79,8 +93,14 @@ def original_entries(config: InternVLConfig) -> list[Entry]:
 
 ORIGINAL = (
     (r"^vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
-    (r"^vision_tower\.embeddings\.position_embeddings", "vision_model.embeddings.position_embedding"),
-    (r"^vision_tower\.embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
+    (
+        r"^vision_tower\.embeddings\.position_embeddings",
+        "vision_model.embeddings.position_embedding",
+    ),
+    (
+        r"^vision_tower\.embeddings\.patch_embeddings\.projection",
+        "vision_model.embeddings.patch_embedding",
+    ),
     (r"^vision_tower\.encoder\.layer\.", "vision_model.encoder.layers."),
     (r"\.attention\.([qkv])_proj", r".attn.\1"),
     (r"\.attention\.projection_layer", ".attn.proj"),
@@ -109,7 +129,11 @@ def original_config_from_json(values: dict[str, Any]) -> InternVLConfig:
         {
             "downsample_ratio": values.get("downsample_ratio", 0.5),
             "vision_config": {
-                **{name: value for name, value in vision.items() if name not in ("norm_type", "model_type")},
+                **{
+                    name: value
+                    for name, value in vision.items()
+                    if name not in ("norm_type", "model_type")
+                },
                 "attention_bias": vision.get("qkv_bias", True),
                 "image_size": values.get("force_image_size") or vision["image_size"],
                 "layer_scale_init_value": vision.get("initializer_factor", 0.1),
@@ -123,7 +147,9 @@ def _module(source: str, path: str, layer: int | None = None, bias: bool = False
     """A norm or a linear layer: its weight, and its bias."""
     norm = path.endswith("norm")
     layout: Layout = "same" if norm else "linear"
-    weight = Entry((f"{source}.weight",), f"{path}.scale" if norm else f"{path}.kernel", layout, layer)
+    weight = Entry(
+        (f"{source}.weight",), f"{path}.scale" if norm else f"{path}.kernel", layout, layer
+    )
     return [weight, Entry((f"{source}.bias",), f"{path}.bias", layer=layer)] if bias else [weight]
 
 
@@ -132,13 +158,21 @@ def config_from_json(values: dict[str, Any]) -> InternVLConfig:
     vision, text = values["vision_config"], values["text_config"]
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or rope
-    scaling_type = scaling.get("rope_type", scaling.get("type", "default"))  # `type` is its old name
-    tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))  # transformers asks the whole
+    scaling_type = scaling.get(
+        "rope_type", scaling.get("type", "default")
+    )  # `type` is its old name
+    tied = values.get(
+        "tie_word_embeddings", text.get("tie_word_embeddings", False)
+    )  # transformers asks the whole
     wanted = [
         ("model_type", values.get("model_type", "internvl"), ("internvl",)),
         ("projector_hidden_act", values.get("projector_hidden_act", "gelu"), ("gelu",)),
         ("vision_feature_layer", values.get("vision_feature_layer", -1), (-1,)),
-        ("vision_feature_select_strategy", values.get("vision_feature_select_strategy", "default"), ("default",)),
+        (
+            "vision_feature_select_strategy",
+            values.get("vision_feature_select_strategy", "default"),
+            ("default",),
+        ),
         ("vision_config.hidden_act", vision.get("hidden_act", "gelu"), ("gelu",)),
         ("vision_config.norm_type", vision.get("norm_type", "layer_norm"), ("layer_norm",)),
         ("vision_config.use_qk_norm", vision.get("use_qk_norm", False), (False,)),
@@ -158,7 +192,9 @@ def config_from_json(values: dict[str, Any]) -> InternVLConfig:
     ]
     for name, found, allowed in wanted:
         if found not in allowed:
-            raise ValueError(f"config.json: {name} is {found!r}, but only {' or '.join(map(repr, allowed))} is supported")
+            raise ValueError(
+                f"config.json: {name} is {found!r}, but only {' or '.join(map(repr, allowed))} is supported"
+            )
     return InternVLConfig(
         vision=VisionConfig(
             image_size=_side(vision["image_size"], "image_size"),

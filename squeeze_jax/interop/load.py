@@ -21,7 +21,14 @@ from squeeze_jax.interop import autoencoder as flux1_autoencoder
 from squeeze_jax.interop import flux2_autoencoder
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop.formats import FORMATS, find_format, format_of
-from squeeze_jax.interop.mapping import Entry, MappingError, Tensors, export_entries, load_entries, without_prefix
+from squeeze_jax.interop.mapping import (
+    Entry,
+    MappingError,
+    Tensors,
+    export_entries,
+    load_entries,
+    without_prefix,
+)
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.backbone import Backbone, BackboneConfig, ReferenceAttention
@@ -67,7 +74,9 @@ def load_dit(
     return _load(make, source, dtype, folder, mesh)
 
 
-def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:
+def load_autoencoder(
+    folder: str | Path, dtype: DType = jnp.float32, mesh: Mesh | None = None
+) -> Autoencoder:
     """Loads FLUX.1's or FLUX.2's autoencoder, whose class its config.json or its names tell.
 
     `folder`: a diffusers folder, or the single file `ae.safetensors`; `demo` is the miniature's.
@@ -78,8 +87,11 @@ def load_autoencoder(folder: str | Path, dtype: DType = jnp.float32, mesh: Mesh 
     return _load(make, source, dtype, folder, mesh)
 
 
-def load_internvl(folder: str | Path, dtype: DType = jnp.bfloat16, mesh: Mesh | None = None) -> InternVL:
-    """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the miniature's)."""
+def load_internvl(
+    folder: str | Path, dtype: DType = jnp.bfloat16, mesh: Mesh | None = None
+) -> InternVL:
+    """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the
+    miniature's)."""
     source = internvl_source(folder)
     make = lambda: InternVL(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
     return _load(make, source, dtype, folder, mesh)
@@ -130,7 +142,9 @@ def dit_source(folder: str | Path) -> Source:
                 f"{folder}: no {family.name} transformer in it ({error}); download it again"
             ) from None
     elif Path(folder).is_file():
-        raise InputError(f"{folder}: diffusers' names, whose sizes config.json holds; give the folder that has both")
+        raise InputError(
+            f"{folder}: diffusers' names, whose sizes config.json holds; give the folder that has both"
+        )
     else:
         raise InputError(f"{folder}: no config.json in it; download the whole folder")
     if original:
@@ -145,18 +159,27 @@ def is_transformer(folder: str | Path) -> bool:
 
 
 def check_transformer(folder: str | Path, found: BackboneConfig, wanted: BackboneConfig) -> None:
-    """Raises InputError unless a folder's transformer is the one that a config's `model.dit` describes.
+    """Raises InputError unless a folder's transformer is the one that a config's `model.dit`
+    describes.
 
     How references are seen is no property of published weights, and not compared.
     """
     if type(found) is not type(wanted):
         names = [format_of(config).name for config in (found, wanted)]
-        raise InputError(f"{folder} holds a {names[0]} transformer, but model.dit is {names[1]}'s; give the other")
+        raise InputError(
+            f"{folder} holds a {names[0]} transformer, but model.dit is {names[1]}'s; give the other"
+        )
     values = [dataclasses.asdict(config) for config in (found, wanted)]  # pyright: ignore[reportArgumentType]
-    differing = [name for name in values[0] if name != "reference_attention" and values[0][name] != values[1][name]]
+    differing = [
+        name
+        for name in values[0]
+        if name != "reference_attention" and values[0][name] != values[1][name]
+    ]
     if differing:
         theirs, ours = (", ".join(f"{name}={some[name]}" for name in differing) for some in values)
-        raise InputError(f"{folder} holds a transformer with {theirs}, but model.dit has {ours}: make them equal")
+        raise InputError(
+            f"{folder} holds a transformer with {theirs}, but model.dit has {ours}: make them equal"
+        )
 
 
 def check_autoencoder(folder: str | Path, found: AnyAutoencoderConfig, dit: BackboneConfig) -> None:
@@ -202,7 +225,9 @@ def internvl_source(folder: str | Path) -> Source:
     """An MLLM's checkpoint."""
     folder = encoder_folder(folder, "mllm")
     if folder.is_file():
-        raise InputError(f"{folder}: InternVL is read from its folder, with config.json and tokenizer.json; give that")
+        raise InputError(
+            f"{folder}: InternVL is read from its folder, with config.json and tokenizer.json; give that"
+        )
     tensors = TensorFolder(folder)
     file = folder / "config.json"
     if "llm_config" in read_json(file):
@@ -216,14 +241,20 @@ def save_dit(folder: Path, dit: Backbone, dtype: DType) -> None:
     """Writes a diffusers folder: config.json and one safetensors file."""
     family = format_of(dit.config)
     tensors = export_entries(dit, family.entries["diffusers"](dit.config))
-    write_tensors(folder / WEIGHTS, {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()})
+    write_tensors(
+        folder / WEIGHTS, {name: tensor.astype(np.dtype(dtype)) for name, tensor in tensors.items()}
+    )
     write_json(folder / "config.json", family.config_to_json(dit.config))
 
 
 def save_internvl(folder: Path, mllm: InternVL, dtype: DType) -> None:
-    """Writes a transformers `-hf` folder: config.json and one safetensors file (the tokenizer is not part of it)."""
+    """Writes a transformers `-hf` folder: config.json and one safetensors file (the tokenizer is
+    not part of it)."""
     tensors = export_entries(mllm, internvl_format.entries(mllm.config))
-    write_tensors(folder / "model.safetensors", {k: tensor.astype(np.dtype(dtype)) for k, tensor in tensors.items()})
+    write_tensors(
+        folder / "model.safetensors",
+        {k: tensor.astype(np.dtype(dtype)) for k, tensor in tensors.items()},
+    )
     write_json(folder / "config.json", internvl_format.config_to_json(mllm.config))
 
 
@@ -231,7 +262,11 @@ def encoder_folder(folder: str | Path, part: str) -> Path:
     """The folder (or file) itself, or the shipped miniature's part where it is called `demo`."""
     path = DEMO / part if str(folder) == "demo" else Path(folder)
     if not path.exists():
-        how = "train it with `python -m squeeze_jax demo-encoders`" if str(folder) == "demo" else "download it"
+        how = (
+            "train it with `python -m squeeze_jax demo-encoders`"
+            if str(folder) == "demo"
+            else "download it"
+        )
         raise InputError(f"no folder {path} for the {part}; {how}")
     return path
 
@@ -249,13 +284,19 @@ def _config(parse: Callable[[dict[str, Any]], ParsedConfig], file: Path) -> Pars
     except InputError:
         raise
     except KeyError as error:
-        raise InputError(f"{file}: has no field {error}; is it another model's, or cut short?") from None
+        raise InputError(
+            f"{file}: has no field {error}; is it another model's, or cut short?"
+        ) from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{file}: {error}") from None
 
 
 def _load(
-    make: Callable[[], Module], source: Source, dtype: DType, folder: str | Path, mesh: Mesh | None = None
+    make: Callable[[], Module],
+    source: Source,
+    dtype: DType,
+    folder: str | Path,
+    mesh: Mesh | None = None,
 ) -> Module:
     module = nnx.eval_shape(make)
     place = partial(_by_table, mesh) if mesh is not None else None

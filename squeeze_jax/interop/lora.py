@@ -1,9 +1,10 @@
 """LoRA files, read and written in every common dialect.
 
-Whatever the spelling, a file holds low-rank pairs: A [rank, in] and B [out, rank] of a linear layer, whose delta is
-scale · B·A in the rows of that layer, scale = alpha / rank (alpha / √rank where the file says rank-stabilised; an absent
-alpha means alpha = rank). A dialect says how layers and the two matrices are spelled; which rows of which of our layers
-a name means follows from the mapping tables that checkpoints are read with.
+Whatever the spelling, a file holds low-rank pairs: A [rank, in] and B [out, rank] of a linear
+layer, whose delta is scale · B·A in the rows of that layer, scale = alpha / rank (alpha / √rank
+where the file says rank-stabilised; an absent alpha means alpha = rank). A dialect says how layers
+and the two matrices are spelled; which rows of which of our layers a name means follows from the
+mapping tables that checkpoints are read with.
 """
 
 import json
@@ -58,15 +59,17 @@ class Pair(NamedTuple):
     start: int
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------------
 
 
 def load_lora(dit: Backbone, file: str | Path) -> LoRAReport:
-    """Attaches a LoRA file (or a folder with one) to a transformer, as an adapter of every layer that it names.
+    """Attaches a LoRA file (or a folder with one) to a transformer, as an adapter of every layer
+    that it names.
 
-    A transformer that carries adapters already keeps them: the deltas add up. Raises InputError, and changes nothing,
-    where a key is unknown, a shape or a rank does not fit, a half of a pair is missing, metadata and tensors disagree, or
-    the file holds something else than low-rank pairs.
+    A transformer that carries adapters already keeps them: the deltas add up. Raises InputError,
+    and changes nothing, where a key is unknown, a shape or a rank does not fit, a half of a pair is
+    missing, metadata and tensors disagree, or the file holds something else than low-rank pairs.
     """
     dialect, pairs, skipped = read_pairs(file, dit)
     attach_pairs(dit, pairs)
@@ -76,16 +79,22 @@ def load_lora(dit: Backbone, file: str | Path) -> LoRAReport:
 def read_pairs(
     file: str | Path, dit: Backbone
 ) -> tuple[DialectName, dict[tuple[str, int | None], list[Pair]], list[str]]:
-    """The dialect of a LoRA file, its pairs for each (path, layer) of ours, and the keys that were skipped, aloud."""
+    """The dialect of a LoRA file, its pairs for each (path, layer) of ours, and the keys that
+    were skipped, aloud."""
     tensors = TensorFolder(file)
     skipped = [key for key in tensors.names() if TEXT_ENCODERS.fullmatch(key)]
     if skipped:
-        warnings.warn(f"{file}: {len(skipped)} keys for text encoders are skipped ({skipped[0]} …)", stacklevel=3)
+        warnings.warn(
+            f"{file}: {len(skipped)} keys for text encoders are skipped ({skipped[0]} …)",
+            stacklevel=3,
+        )
     keys = [key for key in tensors.names() if key not in set(skipped)]
     for key in keys:
         for pattern, what in REFUSED:
             if re.fullmatch(pattern, key):
-                raise InputError(f"{file}: {key} is {what}, which is not supported; merge it with the tool that made it")
+                raise InputError(
+                    f"{file}: {key} is {what}, which is not supported; merge it with the tool that made it"
+                )
     if not keys:
         raise InputError(f"{file}: no LoRA of the transformer in it")
     dialect, names = recognise(keys, dit.config, file)
@@ -95,25 +104,35 @@ def read_pairs(
         module, role = split_role(key) or ("", "")
         other = spelled_as.setdefault((names[module][0], role), key)
         if other != key:
-            raise InputError(f"{file}: {other} and {key} are the same matrix of one layer; delete one of the two pairs")
+            raise InputError(
+                f"{file}: {other} and {key} are the same matrix of one layer; delete one of the two pairs"
+            )
         grouped.setdefault(module, {})[role] = key
     settings = LoRASettings.read(file, tensors)
     kernels = {path: linear.kernel.shape for path, linear in linears(dit)}
     pairs: dict[tuple[str, int | None], list[Pair]] = {}
     for module, roles in grouped.items():
         if lacking := [role for role in ("A", "B") if role not in roles]:
-            raise InputError(f"{file}: {module} has no {lacking[0]} matrix beside {next(iter(roles.values()))}")
+            raise InputError(
+                f"{file}: {module} has no {lacking[0]} matrix beside {next(iter(roles.values()))}"
+            )
         a, b = (_matrix(tensors.read(roles[role]), roles[role], file) for role in ("A", "B"))
         if not a.shape[0]:
             raise InputError(f"{file}: {module} has rank 0; delete the pair, it does nothing")
-        alpha = _alpha(tensors.read(roles["alpha"]), roles["alpha"], file) if "alpha" in roles else None
+        alpha = (
+            _alpha(tensors.read(roles["alpha"]), roles["alpha"], file) if "alpha" in roles else None
+        )
         bare, target = names[module]
         fan_in, fan_out = kernels[target.path][-2:]
         size = fan_out - target.start if target.size == -1 else target.size
         if a.shape[1] != fan_in or b.shape != (size, a.shape[0]):
             raise InputError(
                 f"{file}: {module} has A {a.shape} and B {b.shape}, this model wants A (r, {fan_in}) and B ({size}, r)"
-                + ("; a control LoRA widens img_in and is not supported" if target.path == "img_in" else "")
+                + (
+                    "; a control LoRA widens img_in and is not supported"
+                    if target.path == "img_in"
+                    else ""
+                )
             )
         if target.swapped:
             b = np.concatenate(np.split(b, 2)[::-1])
@@ -123,18 +142,29 @@ def read_pairs(
 
 
 def attach_pairs(dit: Backbone, pairs: Mapping[tuple[str, int | None], list[Pair]]) -> None:
-    """Adds pairs to the adapters of a transformer. In a stack, lower ranks and absent layers are filled with zeros."""
+    """Adds pairs to the adapters of a transformer. In a stack, lower ranks and absent layers are
+    filled with zeros."""
     modules = dict(linears(dit))
     for path in dict.fromkeys(path for path, _ in pairs):
         linear = modules[path]
         *depth, fan_in, _ = linear.kernel.shape
         layers = {layer: found for (where, layer), found in pairs.items() if where == path}
         parts: list[LowRank] = list(linear.adapter.parts) if linear.adapter is not None else []
-        ranges = dict.fromkeys((pair.start, len(pair.b)) for found in layers.values() for pair in found)
+        ranges = dict.fromkeys(
+            (pair.start, len(pair.b)) for found in layers.values() for pair in found
+        )
         for start, size in ranges:
-            here = {layer: p for layer, found in layers.items() for p in found if (p.start, len(p.b)) == (start, size)}
+            here = {
+                layer: p
+                for layer, found in layers.items()
+                for p in found
+                if (p.start, len(p.b)) == (start, size)
+            }
             rank = max(len(pair.a) for pair in here.values())
-            down, up = np.zeros((*depth, fan_in, rank), np.float32), np.zeros((*depth, rank, size), np.float32)
+            down, up = (
+                np.zeros((*depth, fan_in, rank), np.float32),
+                np.zeros((*depth, rank, size), np.float32),
+            )
             scale = np.ones(tuple(depth), np.float32)
             for layer, pair in here.items():
                 at = () if layer is None else (layer,)
@@ -162,7 +192,8 @@ def _alpha(tensor: np.ndarray, key: str, file: str | Path) -> float:
     return alpha
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing
+# ----------------------------------------------------------------------------------------------------------
 
 
 def save_lora(
@@ -175,20 +206,25 @@ def save_lora(
 ) -> int:
     """Writes a transformer's adapters as a LoRA file; returns how many layers it holds.
 
-    Rows that our layers fuse and the dialect does not are cut (each gets its own copy of A); rows that it fuses are
-    joined (A stacked, B block-diagonal, alpha grown with the rank). A dialect without alpha gets the scale in B, or with
-    `header` (`diffusers` alone) ranks and alphas in the file's metadata, as diffusers itself writes them, and B as it is.
-    `peft` also writes `adapter_config.json` beside the file. Raises InputError where there is no adapter, or one on rows
-    that the dialect has no name for.
+    Rows that our layers fuse and the dialect does not are cut (each gets its own copy of A); rows
+    that it fuses are joined (A stacked, B block-diagonal, alpha grown with the rank). A dialect
+    without alpha gets the scale in B, or with `header` (`diffusers` alone) ranks and alphas in the
+    file's metadata, as diffusers itself writes them, and B as it is. `peft` also writes
+    `adapter_config.json` beside the file. Raises InputError where there is no adapter, or one on
+    rows that the dialect has no name for.
     """
     if dialect not in DIALECTS:
         raise InputError(f"no LoRA dialect {dialect!r}; choose one of {', '.join(DIALECTS)}")
     if header and dialect != "diffusers":
-        raise InputError(f"ranks and alphas in the metadata are diffusers' way, not that of {dialect}")
+        raise InputError(
+            f"ranks and alphas in the metadata are diffusers' way, not that of {dialect}"
+        )
     spelling = DIALECTS[dialect]
     adapted = {path: linear for path, linear in linears(dit) if linear.adapter is not None}
     if not adapted:
-        raise InputError("the transformer carries no adapter; attach one with add_lora or load_lora")
+        raise InputError(
+            "the transformer carries no adapter; attach one with add_lora or load_lora"
+        )
     unnamed = {path: np.ones(linear.kernel.shape[-1], bool) for path, linear in adapted.items()}
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -215,8 +251,13 @@ def save_lora(
         tensors[f"{key}.{spelling.down}"] = np.ascontiguousarray(a.astype(np.dtype(dtype)))
         tensors[f"{key}.{spelling.up}"] = np.ascontiguousarray(b.astype(np.dtype(dtype)))
     for path, linear in adapted.items():
-        if any(unnamed[path][part.start : part.start + part.size].any() for part in linear.adapter.parts):
-            raise InputError(f"{file}: the dialect {dialect} has no name for all adapted rows of {path}; choose another")
+        if any(
+            unnamed[path][part.start : part.start + part.size].any()
+            for part in linear.adapter.parts
+        ):
+            raise InputError(
+                f"{file}: the dialect {dialect} has no name for all adapted rows of {path}; choose another"
+            )
     peft = peft_config(ranks, alphas)
     metadata = {f"transformer.{name}": value for name, value in peft.items()}
     text = json.dumps(metadata, sort_keys=True)
@@ -247,7 +288,8 @@ def cut_rows(pair: Pair, start: int, size: int) -> Pair | None:
 
 
 def _joined(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Pairs on the same rows as one: A, B and the common scale (1, with each one's own in B, where they differ)."""
+    """Pairs on the same rows as one: A, B and the common scale (1, with each one's own in B,
+    where they differ)."""
     scales = {pair.scale for pair in pairs}
     common = scales.pop() if len(scales) == 1 else 1.0
     b = [pair.b if pair.scale == common else pair.b * np.float32(pair.scale) for pair in pairs]

@@ -1,4 +1,5 @@
-"""How LoRA files spell layers and matrices: the dialects, and what goes under a LoRA's name and is none."""
+"""How LoRA files spell layers and matrices: the dialects, and what goes under a LoRA's name and
+is none."""
 
 import re
 from difflib import get_close_matches
@@ -10,7 +11,9 @@ from squeeze_jax.interop.formats import FORMATS, format_of
 from squeeze_jax.interop.transformer_format import Naming, Target
 from squeeze_jax.models.backbone import BackboneConfig
 
-DialectName = Literal["diffusers", "peft", "kohya", "kohya_diffusers", "comfyui", "ai_toolkit", "xlabs"]
+DialectName = Literal[
+    "diffusers", "peft", "kohya", "kohya_diffusers", "comfyui", "ai_toolkit", "xlabs"
+]
 
 
 class Dialect(NamedTuple):
@@ -61,11 +64,17 @@ ROLES = {
 """How a key ends → which matrix, or which number, it holds."""
 TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoder(_\d)?\.|text_encoders\.).*")
 REFUSED = (
-    (r".*(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)", "DoRA (magnitudes beside the low-rank pair)"),
+    (
+        r".*(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)",
+        "DoRA (magnitudes beside the low-rank pair)",
+    ),
     (r".*\.lokr_w\d.*", "LoKr (Kronecker products)"),
     (r".*\.hada_w\d.*", "LoHa (Hadamard products)"),
     (r".*\.(oft_blocks|oft_diag|boft.*)", "OFT (rotations)"),
-    (r".*\.(lora_mid\.weight|lora_B(\.default)?\.bias|lora_up\.bias)", "a low-rank pair with a middle factor or a bias"),
+    (
+        r".*\.(lora_mid\.weight|lora_B(\.default)?\.bias|lora_up\.bias)",
+        "a low-rank pair with a middle factor or a bias",
+    ),
     (r".*\.(diff|diff_b|set_weight|w_norm|b_norm)", "a full difference of a weight, bias or norm"),
     (r".*_norm\.scale", "a control LoRA with norms of its own"),
 )
@@ -99,14 +108,18 @@ def recognise(
     """The dialect that knows most of the keys; InputError unless it knows them all."""
     modules = {key: split[0] if (split := split_role(key)) else None for key in keys}
     tables = {name: spelled(dialect, config) for name, dialect in DIALECTS.items()}
-    best = max(DIALECTS, key=lambda name: sum(module in tables[name] for module in modules.values()))
+    best = max(
+        DIALECTS, key=lambda name: sum(module in tables[name] for module in modules.values())
+    )
     unused = [key for key, module in modules.items() if module not in tables[best]]
     if unused:
         own = format_of(config)
         for family in FORMATS:
             names = {name for d in DIALECTS.values() for name in spelled(d, family.config())}
             if family is not own and all(module in names for module in modules.values()):
-                raise InputError(f"{file}: a LoRA for {family.name}, but this transformer is {own.name}'s")
+                raise InputError(
+                    f"{file}: a LoRA for {family.name}, but this transformer is {own.name}'s"
+                )
         spellings = list(tables[best])
         listed = []
         for key in unused[:6]:

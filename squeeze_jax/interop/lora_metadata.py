@@ -1,4 +1,5 @@
-"""Ranks and alphas of a LoRA as its metadata give them: diffusers' header, PEFT's config beside it, kohya's."""
+"""Ranks and alphas of a LoRA as its metadata give them: diffusers' header, PEFT's config beside
+it, kohya's."""
 
 import json
 import math
@@ -17,7 +18,8 @@ from squeeze_jax.interop.tensors import TensorFolder, read_json
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """Rank and alpha as metadata give them (diffusers' and PEFT's), against which the tensors are checked.
+    """Rank and alpha as metadata give them (diffusers' and PEFT's), against which the tensors are
+    checked.
 
     Kohya's `ss_network_alpha` only fills in where the file has no alpha.
     """
@@ -37,53 +39,82 @@ class LoRASettings:
         with safe_open(where, framework="np") as opened:
             metadata = opened.metadata() or {}
         values: dict[str, Any] = {}
-        # PEFT's file beside PEFT's weights, or beside the only ones: not one that another file left there.
-        alone = where.name == "adapter_model.safetensors" or len(list(where.parent.glob("*.safetensors"))) == 1
+        # PEFT's file beside PEFT's weights, or beside the only ones: not one that another file left
+        # there.
+        alone = (
+            where.name == "adapter_model.safetensors"
+            or len(list(where.parent.glob("*.safetensors"))) == 1
+        )
         if alone and (beside := where.with_name("adapter_config.json")).is_file():
             values = read_json(beside)
         elif "lora_adapter_metadata" in metadata:
             try:
                 values = json.loads(metadata["lora_adapter_metadata"])
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{file}: its lora_adapter_metadata is not JSON ({error})") from None
+                raise InputError(
+                    f"{file}: its lora_adapter_metadata is not JSON ({error})"
+                ) from None
             if not isinstance(values, dict):
                 raise InputError(f"{file}: its lora_adapter_metadata is no JSON object")
         else:
-            values = {name: value for name, value in metadata.items() if name.startswith("transformer.")}
+            values = {
+                name: value for name, value in metadata.items() if name.startswith("transformer.")
+            }
         values = {name.removeprefix("transformer."): value for name, value in values.items()}
         if values.get("use_dora"):
-            raise InputError(f"{file}: its metadata say DoRA, which is not supported; merge it with the tool that made it")
+            raise InputError(
+                f"{file}: its metadata say DoRA, which is not supported; merge it with the tool that made it"
+            )
         try:
-            for pattern in (*dict(values.get("rank_pattern") or {}), *dict(values.get("alpha_pattern") or {})):
+            for pattern in (
+                *dict(values.get("rank_pattern") or {}),
+                *dict(values.get("alpha_pattern") or {}),
+            ):
                 re.compile(pattern)
             return LoRASettings(
                 file,
                 None if values.get("r") is None else int(values["r"]),
                 None if values.get("lora_alpha") is None else float(values["lora_alpha"]),
                 {name: int(rank) for name, rank in dict(values.get("rank_pattern") or {}).items()},
-                {name: float(alpha) for name, alpha in dict(values.get("alpha_pattern") or {}).items()},
+                {
+                    name: float(alpha)
+                    for name, alpha in dict(values.get("alpha_pattern") or {}).items()
+                },
                 str(values.get("use_rslora", False)).lower() == "true",
                 _number(metadata.get("ss_network_alpha")),
             )
         except (TypeError, ValueError, OverflowError, re.error) as error:
-            raise InputError(f"{file}: its metadata give no usable rank or alpha ({error})") from None
+            raise InputError(
+                f"{file}: its metadata give no usable rank or alpha ({error})"
+            ) from None
 
     def scale(self, name: str, rank: int, alpha: float | None) -> float:
         """alpha / rank of a layer (alpha / √rank if rank-stabilised)."""
         declared_rank = _by_pattern(self.ranks, name, self.rank)
         if declared_rank is not None and declared_rank != rank:
-            raise InputError(f"{self.file}: {name} has rank {rank}, its metadata say {declared_rank}")
+            raise InputError(
+                f"{self.file}: {name} has rank {rank}, its metadata say {declared_rank}"
+            )
         declared = _by_pattern(self.alphas, name, self.alpha)
-        if declared is not None and alpha is not None and not math.isclose(declared, alpha, rel_tol=1e-2):
-            raise InputError(f"{self.file}: {name} has alpha {alpha:g}, its metadata say {declared:g}")
-        chosen = next((value for value in (alpha, declared, self.absent) if value is not None), float(rank))
+        if (
+            declared is not None
+            and alpha is not None
+            and not math.isclose(declared, alpha, rel_tol=1e-2)
+        ):
+            raise InputError(
+                f"{self.file}: {name} has alpha {alpha:g}, its metadata say {declared:g}"
+            )
+        chosen = next(
+            (value for value in (alpha, declared, self.absent) if value is not None), float(rank)
+        )
         if not math.isfinite(chosen):
             raise InputError(f"{self.file}: {name} has alpha {chosen}; a finite number is wanted")
         return chosen / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern (a regular expression) that fits the end of the name, else the default."""
+    """PEFT's rule: the first pattern (a regular expression) that fits the end of the name, else
+    the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -106,8 +137,12 @@ def peft_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[s
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(name)}$": value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {f"^{re.escape(name)}$": value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {
+            f"^{re.escape(name)}$": value for name, value in ranks.items() if value != rank
+        },
+        "alpha_pattern": {
+            f"^{re.escape(name)}$": value for name, value in alphas.items() if value != alpha
+        },
         "target_modules": "|".join(map(re.escape, ranks)),
     }
 

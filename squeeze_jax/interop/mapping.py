@@ -1,7 +1,8 @@
 """What a mapping table is, and how one is read forwards (import) and backwards (export).
 
-A table is a list of `Entry`: it names every tensor of a checkpoint format once and every parameter of ours once
-(a stacked parameter once a layer). There is one table a format, built from the model's config.
+A table is a list of `Entry`: it names every tensor of a checkpoint format once and every parameter
+of ours once (a stacked parameter once a layer). There is one table a format, built from the model's
+config.
 """
 
 import math
@@ -27,9 +28,10 @@ Shape = tuple[int, ...]
 class Entry(NamedTuple):
     """`sources` of the file, joined along their first (output) axis, make `path` of ours.
 
-    layout: `same` (vectors, embeddings), `linear` (weight [out, in] to kernel [in, out]), `pointwise` (the same, written
-    as a convolution [out, in, 1, 1]), `conv` ([out, in, h, w] to [h, w, in, out]), `swap_halves` (a vector or linear
-    weight whose two output halves stand in the other order).
+    layout: `same` (vectors, embeddings), `linear` (weight [out, in] to kernel [in, out]),
+    `pointwise` (the same, written as a convolution [out, in, 1, 1]), `conv` ([out, in, h, w] to [h,
+    w, in, out]), `swap_halves` (a vector or linear weight whose two output halves stand in the
+    other order).
     """
 
     sources: tuple[str, ...]
@@ -44,7 +46,8 @@ class Entry(NamedTuple):
 
 
 class MappingError(ValueError):
-    """A checkpoint and a model do not match; the message lists every difference, with the nearest names."""
+    """A checkpoint and a model do not match; the message lists every difference, with the
+    nearest names."""
 
 
 def to_ours(tensors: list[np.ndarray], layout: Layout) -> np.ndarray:
@@ -144,7 +147,8 @@ class Renamed:
 
 
 def without_prefix(tensors: Tensors, prefixes: Iterable[str]) -> Tensors:
-    """The checkpoint without the first of the prefixes that some of its names have; names without it are left out.
+    """The checkpoint without the first of the prefixes that some of its names have; names without
+    it are left out.
 
     A whole system in one file (transformer, autoencoder, text encoders) is told apart by prefixes.
     """
@@ -165,15 +169,20 @@ def load_entries(
 ) -> None:
     """Sets every parameter of `module` from a checkpoint.
 
-    `dtype` converts (default: the dtype that the parameter has). `place(path, shape)` says how a parameter lies on the
-    devices (default: on this process's first one): only what this process's devices hold is read, one tensor at a time.
-    All missing, unexpected and misshapen names are raised together as `MappingError` before anything is read.
+    `dtype` converts (default: the dtype that the parameter has). `place(path, shape)` says how a
+    parameter lies on the devices (default: on this process's first one): only what this process's
+    devices hold is read, one tensor at a time. All missing, unexpected and misshapen names are
+    raised together as `MappingError` before anything is read.
     """
     tensors = ArrayTensors(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     parameters, table = parameters_by_path(module), list(table)
     if problems := differences(module, table, tensors):
-        shown = "\n  ".join(problems[:40]) + (f"\n  … and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise MappingError(f"the checkpoint does not fit the model ({len(problems)} differences):\n  {shown}")
+        shown = "\n  ".join(problems[:40]) + (
+            f"\n  … and {len(problems) - 40} more" if len(problems) > 40 else ""
+        )
+        raise MappingError(
+            f"the checkpoint does not fit the model ({len(problems)} differences):\n  {shown}"
+        )
     by_path: dict[str, list[Entry]] = {}
     for entry in table:
         by_path.setdefault(entry.path, []).append(entry)
@@ -185,21 +194,38 @@ def load_entries(
         else:
             value = jax.make_array_from_callback(shape, place(path, shape), read)
         parameters[path].set_value(value)
-    nnx.update(module, nnx.from_flat_state([(tuple(_key(k) for k in p.split(".")), v) for p, v in parameters.items()]))
+    nnx.update(
+        module,
+        nnx.from_flat_state(
+            [(tuple(_key(k) for k in p.split(".")), v) for p, v in parameters.items()]
+        ),
+    )
 
 
 def differences(module: nnx.Module, table: Iterable[Entry], tensors: Tensors) -> list[str]:
-    """What keeps a checkpoint from being a model's: missing and unexpected names, then shapes and types. Reads nothing."""
+    """What keeps a checkpoint from being a model's: missing and unexpected names, then shapes
+    and types. Reads nothing."""
     parameters, table, present = parameters_by_path(module), list(table), set(tensors.names())
     wanted = {name for entry in table for name in entry.sources}
     missing, unexpected = sorted(wanted - present), sorted(present - wanted)
     problems = [f"missing: {name}{_nearest(name, unexpected)}" for name in missing[:SUGGESTIONS]]
     problems += [f"missing: {name}" for name in missing[SUGGESTIONS:]]
-    problems += [f"unexpected: {name}{_nearest(name, missing)}" for name in unexpected[:SUGGESTIONS]]
+    problems += [
+        f"unexpected: {name}{_nearest(name, missing)}" for name in unexpected[:SUGGESTIONS]
+    ]
     problems += [f"unexpected: {name}" for name in unexpected[SUGGESTIONS:]]
-    problems += [f"no entry for our parameter {path}" for path in sorted(set(parameters) - {e.path for e in table})]
-    whole = [entry for entry in table if entry.path in parameters and present.issuperset(entry.sources)]
-    problems += [problem for entry in whole if (problem := _misshapen(entry, parameters[entry.path], tensors))]
+    problems += [
+        f"no entry for our parameter {path}"
+        for path in sorted(set(parameters) - {e.path for e in table})
+    ]
+    whole = [
+        entry for entry in table if entry.path in parameters and present.issuperset(entry.sources)
+    ]
+    problems += [
+        problem
+        for entry in whole
+        if (problem := _misshapen(entry, parameters[entry.path], tensors))
+    ]
     kinds = {name: tensors.dtype(name) for name in sorted(wanted & present)}
     problems += [
         f"dtype: {name} is {kind}, a floating-point type is wanted"
@@ -242,7 +268,10 @@ def _piece(
     tensors: Tensors, entries: list[Entry], shape: Shape, dtype: np.dtype, index: Index | None
 ) -> np.ndarray:
     """The part of a parameter that one device holds."""
-    bounds = [part.indices(size)[:2] for part, size in zip(index or (slice(None),) * len(shape), shape, strict=True)]
+    bounds = [
+        part.indices(size)[:2]
+        for part, size in zip(index or (slice(None),) * len(shape), shape, strict=True)
+    ]
     out = _aligned(tuple(high - low for low, high in bounds), dtype)
     for entry in entries:
         if entry.layer is None:
@@ -292,17 +321,24 @@ def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 def export_entries(module: nnx.Module, table: Iterable[Entry]) -> dict[str, np.ndarray]:
     """Every tensor of the format, from the module's parameters."""
     parameters: Mapping[str, np.ndarray] = {
-        path: np.asarray(jax.device_get(leaf[...])) for path, leaf in parameters_by_path(module).items()
+        path: np.asarray(jax.device_get(leaf[...]))
+        for path, leaf in parameters_by_path(module).items()
     }
     tensors: dict[str, np.ndarray] = {}
     for entry in table:
-        array = parameters[entry.path] if entry.layer is None else parameters[entry.path][entry.layer]
+        array = (
+            parameters[entry.path] if entry.layer is None else parameters[entry.path][entry.layer]
+        )
         for name, tensor in zip(entry.sources, to_theirs(array, entry), strict=True):
             if entry.part is None:
-                tensors[name] = np.asarray(tensor, order="C")  # `ascontiguousarray` gives a number an axis
+                tensors[name] = np.asarray(
+                    tensor, order="C"
+                )  # `ascontiguousarray` gives a number an axis
                 continue
             i, n = entry.part
-            whole = tensors.setdefault(name, np.empty((n * len(tensor), *tensor.shape[1:]), tensor.dtype))
+            whole = tensors.setdefault(
+                name, np.empty((n * len(tensor), *tensor.shape[1:]), tensor.dtype)
+            )
             whole[i * len(tensor) : (i + 1) * len(tensor)] = tensor
     return tensors
 

@@ -26,11 +26,12 @@ SCALES = (".scale_weight", ".weight_scale")
 
 
 class TensorFolder:
-    """The tensors of a checkpoint folder (or of one .safetensors file), read one at a time, whole or in part.
+    """The tensors of a checkpoint folder (or of one .safetensors file), read one at a time, whole
+    or in part.
 
-    Where there is an index file it is the authority: a shard that it names must exist and hold the tensors that it says,
-    other shards are ignored. A float8 tensor with a scale beside it is read as their product, in bfloat16; the scales
-    themselves are not listed.
+    Where there is an index file it is the authority: a shard that it names must exist and hold the
+    tensors that it says, other shards are ignored. A float8 tensor with a scale beside it is read
+    as their product, in bfloat16; the scales themselves are not listed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,37 +45,68 @@ class TensorFolder:
         if _is_file(path):
             self._add_all(path)
         elif not path.is_dir():
-            raise InputError(f"{path}: no such folder; give the folder that holds config.json and .safetensors files")
+            raise InputError(
+                f"{path}: no such folder; give the folder that holds config.json and .safetensors files"
+            )
         else:
             self._add_folder(path)
         for name in self.files:
             if (kind := self._slice(name).get_dtype()) not in DTYPES:
-                raise InputError(f"{self.files[name]}: {name} is of type {kind}, which is not supported")
+                raise InputError(
+                    f"{self.files[name]}: {name} is of type {kind}, which is not supported"
+                )
         self._find_scales(path)
 
     def _add_folder(self, path: Path) -> None:
-        indexes, singles = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+        indexes, singles = (
+            sorted(path.glob("*.safetensors.index.json")),
+            sorted(path.glob("*.safetensors")),
+        )
         if len(indexes) == 1:
             self._add_index(path, indexes[0])
         elif len(singles) == 1:
             _check_inside(path, singles[0])
             self._add_all(singles[0])
         elif not singles:
-            pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.ckpt"), *path.glob("*.pth")]
-            hint = f"; {pickles[0].name} is a pickle, which is never read: convert it" if pickles else ""
+            pickles = [
+                *path.glob("*.bin"),
+                *path.glob("*.pt"),
+                *path.glob("*.ckpt"),
+                *path.glob("*.pth"),
+            ]
+            hint = (
+                f"; {pickles[0].name} is a pickle, which is never read: convert it"
+                if pickles
+                else ""
+            )
             raise InputError(f"{path}: no .safetensors file in it{hint}")
         elif indexes:
-            raise InputError(f"{path}: {len(indexes)} indexes of shards ({indexes[0].name}, …); keep one of them")
+            raise InputError(
+                f"{path}: {len(indexes)} indexes of shards ({indexes[0].name}, …); keep one of them"
+            )
         else:
-            raise InputError(f"{path}: {len(singles)} .safetensors files and no index that says which belong together")
+            raise InputError(
+                f"{path}: {len(singles)} .safetensors files and no index that says which belong together"
+            )
 
     def _add_index(self, folder: Path, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
-        if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
-            raise InputError(f"{index}: not an index of shards (no weight_map of names to files); download it again")
+        if (
+            not weight_map
+            or not isinstance(weight_map, dict)
+            or not all(isinstance(s, str) for s in weight_map.values())
+        ):
+            raise InputError(
+                f"{index}: not an index of shards (no weight_map of names to files); download it again"
+            )
         for name, shard in weight_map.items():
             file = folder / shard
-            if shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard or "\0" in shard:
+            if (
+                shard in ("", ".", "..")
+                or Path(shard).name != shard
+                or "\\" in shard
+                or "\0" in shard
+            ):
                 raise InputError(f"{index}: {name} points to {shard!r}, out of the folder")
             if not _is_file(file):
                 raise InputError(f"{index}: the shard {shard[:80]} is missing; download it")
@@ -82,9 +114,13 @@ class TensorFolder:
         for file in sorted(set(self.files.values())):
             _check_inside(folder, file)
             there = set(self._open(file).keys())
-            absent = [name for name, where in self.files.items() if where == file and name not in there]
+            absent = [
+                name for name, where in self.files.items() if where == file and name not in there
+            ]
             if absent:
-                raise InputError(f"{file}: lacks {absent[0]}, which {index.name} says it holds; download it again")
+                raise InputError(
+                    f"{file}: lacks {absent[0]}, which {index.name} says it holds; download it again"
+                )
 
     def _add_all(self, file: Path) -> None:
         self.files.update(dict.fromkeys(self._open(file).keys(), file))
@@ -92,19 +128,28 @@ class TensorFolder:
             raise InputError(f"{file}: no tensor in it; download it again")
 
     def _find_scales(self, path: Path) -> None:
-        """Where there are scales, every float8 tensor must have one; they and their like are no tensors of the model."""
-        extras = {name for name in self.files if name.endswith((*SCALES, ".input_scale", ".scale_input"))}
-        extras |= {name for name in self.files if name == "scaled_fp8" or name.endswith(".scaled_fp8")}
+        """Where there are scales, every float8 tensor must have one; they and their like are no
+        tensors of the model."""
+        extras = {
+            name for name in self.files if name.endswith((*SCALES, ".input_scale", ".scale_input"))
+        }
+        extras |= {
+            name for name in self.files if name == "scaled_fp8" or name.endswith(".scaled_fp8")
+        }
         for name in list(self.files) if extras else ():
             if name in extras or self._slice(name).get_dtype() not in FLOAT8:
                 continue
             spellings = [name.removesuffix(".weight") + scale for scale in SCALES]
             found = [spelling for spelling in spellings if spelling in extras]
             if not found:
-                raise InputError(f"{path}: {name} is float8 and has no scale beside it; take the bfloat16 checkpoint")
+                raise InputError(
+                    f"{path}: {name} is float8 and has no scale beside it; take the bfloat16 checkpoint"
+                )
             rows, scale = self.shape(name)[:1], tuple(self._slice(found[0]).get_shape())
             if scale not in ((), (1,), rows, (*rows, 1)):
-                raise InputError(f"{path}: {found[0]} has shape {scale}; one scale, or one a row of {name}, is wanted")
+                raise InputError(
+                    f"{path}: {found[0]} has shape {scale}; one scale, or one a row of {name}, is wanted"
+                )
             self.scales[name] = found[0]
         if self.scales:
             self._hidden = frozenset(extras)
@@ -130,33 +175,57 @@ class TensorFolder:
         return np.dtype(ml_dtypes.bfloat16) if name in self.scales else np.dtype(DTYPES[kind])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """One tensor, or a part of it, with the dtype of the file (bfloat16 and float8 as ml_dtypes has them)."""
+        """One tensor, or a part of it, with the dtype of the file (bfloat16 and float8 as
+        ml_dtypes has them)."""
         if name in self.scales:
-            scale = self._open(self.files[self.scales[name]]).get_tensor(self.scales[name]).astype(np.float32)
-            scale = scale.reshape(-1, *[1] * (len(self.shape(name)) - 1)) if scale.size > 1 else scale.reshape(())
+            scale = (
+                self._open(self.files[self.scales[name]])
+                .get_tensor(self.scales[name])
+                .astype(np.float32)
+            )
+            scale = (
+                scale.reshape(-1, *[1] * (len(self.shape(name)) - 1))
+                if scale.size > 1
+                else scale.reshape(())
+            )
             scale = scale[index[:1]] if scale.ndim else scale
             return (self._read(name, index).astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
         return self._read(name, index)
 
     def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if (kind := self._slice(name).get_dtype()) in FLOAT8:  # NumPy has no such type, and the library's reader asks it
+        if (
+            kind := self._slice(name).get_dtype()
+        ) in FLOAT8:  # NumPy has no such type, and the library's reader asks it
             if 0 in self.shape(name):
                 return np.zeros(self.shape(name), FLOAT8[kind])[index]
             header, start = _header(self.files[name])
-            raw = np.memmap(self.files[name], np.uint8, "r", start + header[name]["data_offsets"][0], self.shape(name))
+            raw = np.memmap(
+                self.files[name],
+                np.uint8,
+                "r",
+                start + header[name]["data_offsets"][0],
+                self.shape(name),
+            )
             return np.array(raw[index]).view(FLOAT8[kind])
         try:
-            return self._slice(name)[index] if index else self._open(self.files[name]).get_tensor(name)
+            return (
+                self._slice(name)[index] if index else self._open(self.files[name]).get_tensor(name)
+            )
         except SafetensorError as error:
-            raise InputError(f"{self.files[name]}: {name} cannot be read ({error}); download it again") from None
+            raise InputError(
+                f"{self.files[name]}: {name} cannot be read ({error}); download it again"
+            ) from None
 
 
 def _check_inside(folder: Path, file: Path) -> None:
-    """A link may lead to the folder itself or, as in a download cache, to the `blobs` beside its `snapshots`."""
+    """A link may lead to the folder itself or, as in a download cache, to the `blobs` beside its
+    `snapshots`."""
     home = folder.resolve()
     blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"][:1]
     if file.resolve().parent not in (home, *blobs):
-        raise InputError(f"{file}: a link out of the folder, to {file.resolve()}; put the file itself there")
+        raise InputError(
+            f"{file}: a link out of the folder, to {file.resolve()}; put the file itself there"
+        )
 
 
 def _is_file(path: Path) -> bool:
@@ -174,23 +243,34 @@ def _open(file: Path) -> Any:
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
 
 
-OTHER_FORMATS = {b"PK\x03\x04": "a pickle (PyTorch)", b"\x80\x02": "a pickle (PyTorch)", b"GGUF": "a GGUF file"}
+OTHER_FORMATS = {
+    b"PK\x03\x04": "a pickle (PyTorch)",
+    b"\x80\x02": "a pickle (PyTorch)",
+    b"GGUF": "a GGUF file",
+}
 """First bytes of files that are taken for safetensors, and what they are."""
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """A file's header, and where its data begin. The library checks it again; this names what people meet."""
+    """A file's header, and where its data begin. The library checks it again; this names what
+    people meet."""
     try:
         with file.open("rb") as start:
             head = start.read(8)
             length = int.from_bytes(head, "little")
             if head.startswith(b"version "):
-                raise InputError(f"{file}: a download pointer (git-lfs) in place of the file; fetch it with git lfs pull")
+                raise InputError(
+                    f"{file}: a download pointer (git-lfs) in place of the file; fetch it with git lfs pull"
+                )
             for beginning, kind in OTHER_FORMATS.items():
                 if head.startswith(beginning):
-                    raise InputError(f"{file}: {kind}, which is not read; take the safetensors file of the same weights")
+                    raise InputError(
+                        f"{file}: {kind}, which is not read; take the safetensors file of the same weights"
+                    )
             if len(head) < 8 or length > file.stat().st_size - 8:
-                raise InputError(f"{file}: not a whole safetensors file (its header does not end); download it again")
+                raise InputError(
+                    f"{file}: not a whole safetensors file (its header does not end); download it again"
+                )
             header = json.loads(start.read(length), object_pairs_hook=_no_duplicates)
     except InputError:
         raise
@@ -198,10 +278,17 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         raise InputError(f"{file}: no such file") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a name twice, a number of 5,000 digits
-        raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not JSON, not UTF-8, a name twice, a number of 5,000 digits
+        raise InputError(
+            f"{file}: not a whole safetensors file ({error}); download it again"
+        ) from None
     if not isinstance(header, dict):
-        raise InputError(f"{file}: not a whole safetensors file (its header is no table); download it again")
+        raise InputError(
+            f"{file}: not a whole safetensors file (its header is no table); download it again"
+        )
     return header, 8 + length
 
 
@@ -231,16 +318,21 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file beside its place and renames it; equal tensors make equal bytes.
 
-    `metadata` (default: PyTorch's mark) should be one entry: the library writes several in an order of chance.
+    `metadata` (default: PyTorch's mark) should be one entry: the library writes several in an order
+    of chance.
     """
 
     def write(part: Path) -> None:
         try:
             save_file(dict(tensors), part, metadata=metadata or {"format": "pt"})
-        except SafetensorError as error:  # the library says in words what the disk said with a number
+        except (
+            SafetensorError
+        ) as error:  # the library says in words what the disk said with a number
             if (said := re.search(r"\(os error (\d+)\)", str(error))) is None:
                 raise
             raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from None
@@ -262,14 +354,18 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Raises InputError, naming the flag, where a file could not be made; folders on the way to it may still be missing."""
+    """Raises InputError, naming the flag, where a file could not be made; folders on the way to
+    it may still be missing."""
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"{flag} {path}: nothing can be written into {there}; choose another place")
+        raise InputError(
+            f"{flag} {path}: nothing can be written into {there}; choose another place"
+        )
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make `path`.part, then renames it: a reader sees the old file or the whole new one."""
+    """Lets `write` make `path`.part, then renames it: a reader sees the old file or the whole
+    new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:

@@ -1,4 +1,5 @@
-"""What there is to know about a published family of transformers in order to read and write its files."""
+"""What there is to know about a published family of transformers in order to read and write its
+files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class TransformerFormat(Generic[C]):
-    """A family of transformers: its classes, and the tables that load, verify, LoRA and merge go by."""
+    """A family of transformers: its classes, and the tables that load, verify, LoRA and merge go
+    by."""
 
     name: str
     """What messages call it."""
@@ -55,11 +57,12 @@ class TransformerFormat(Generic[C]):
     extra_inputs: Callable[[C], dict[str, int]]
     """Inputs [B, width] of a call that this family alone takes, by name: their widths."""
     twin: Callable[..., np.ndarray]
-    """`twin(config, weights, inputs, target_grid, reference_grids)`: the velocity by diffusers in PyTorch, of weights
-    under diffusers' names."""
+    """`twin(config, weights, inputs, target_grid, reference_grids)`: the velocity by diffusers
+    in PyTorch, of weights under diffusers' names."""
 
     def targets(self, naming: Naming, config: C) -> dict[str, Target]:
-        """Returns every linear layer that files with these names can adapt; none where there are no such files."""
+        """Returns every linear layer that files with these names can adapt; none where there are
+        no such files."""
         if naming in self.lora_targets:
             return self.lora_targets[naming](config)
         return targets_of(self.entries[naming](config)) if naming in self.entries else {}

@@ -1,8 +1,10 @@
-"""Proves that a checkpoint is read right: names and shapes, then numbers against the PyTorch original, block by block.
+"""Proves that a checkpoint is read right: names and shapes, then numbers against the PyTorch
+original, block by block.
 
-Real models do not fit twice in ordinary memory, so both implementations are built with a single block of each kind, and
-the checkpoint's blocks go through them one after another, on the same random input. Where PyTorch is missing, digests of
-our own outputs are given instead: two machines that agree on them computed the same.
+Real models do not fit twice in ordinary memory, so both implementations are built with a single
+block of each kind, and the checkpoint's blocks go through them one after another, on the same
+random input. Where PyTorch is missing, digests of our own outputs are given instead: two machines
+that agree on them computed the same.
 """
 
 import dataclasses
@@ -88,9 +90,18 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         rows = [{**row._asdict(), "passed": row.passed} for row in self.rows]
         for row in rows:  # JSON has no NaN
-            row["digest"] = [value if math.isfinite(value) else None for value in map(float, row["digest"])]
-            row["error"] = row["error"] if row["error"] is None or math.isfinite(row["error"]) else None
-        return {**dataclasses.asdict(self), "rows": rows, "tolerance": TOLERANCE, "passed": self.passed}
+            row["digest"] = [
+                value if math.isfinite(value) else None for value in map(float, row["digest"])
+            ]
+            row["error"] = (
+                row["error"] if row["error"] is None or math.isfinite(row["error"]) else None
+            )
+        return {
+            **dataclasses.asdict(self),
+            "rows": rows,
+            "tolerance": TOLERANCE,
+            "passed": self.passed,
+        }
 
 
 def detect(folder: str | Path) -> Kind:
@@ -113,13 +124,19 @@ def detect(folder: str | Path) -> Kind:
     for pattern, kind in patterns.items():
         if any(re.fullmatch(pattern, name) for name in names):
             return kind
-    raise InputError(f"{folder}: no transformer, autoencoder or InternVL of this system; say which with --kind")
+    raise InputError(
+        f"{folder}: no transformer, autoencoder or InternVL of this system; say which with --kind"
+    )
 
 
 def verify(
-    folder: str | Path, kind: Kind | None = None, *, progress: Callable[[Row], None] = lambda row: None
+    folder: str | Path,
+    kind: Kind | None = None,
+    *,
+    progress: Callable[[Row], None] = lambda row: None,
 ) -> Report:
-    """Checks a checkpoint's names and shapes, then its numbers. Raises InputError where it cannot be read at all."""
+    """Checks a checkpoint's names and shapes, then its numbers. Raises InputError where it
+    cannot be read at all."""
     kind = kind or detect(folder)
     if kind not in KINDS:
         raise InputError(f"no kind {kind!r}; choose one of {', '.join(KINDS)}")
@@ -128,7 +145,9 @@ def verify(
     module = nnx.eval_shape(lambda: class_of(source.config)(source.config, rngs=nnx.Rngs(0)))
     table = source.entries(source.config)
     count = sum(int(np.prod(leaf.shape)) for leaf in parameters_by_path(module).values())
-    report = Report(str(folder), kind, source.layout, count, differences(module, table, source.tensors))
+    report = Report(
+        str(folder), kind, source.layout, count, differences(module, table, source.tensors)
+    )
     if not report.problems:
         with jax.default_matmul_precision("highest"):
             for row in parts(source):
@@ -140,10 +159,17 @@ def verify(
 def _row(part: str, ours: np.ndarray, theirs: np.ndarray | None) -> Row:
     error = None
     if theirs is not None:
-        error = float(np.linalg.norm(ours.astype(np.float64) - theirs) / np.linalg.norm(theirs.astype(np.float64)))
+        error = float(
+            np.linalg.norm(ours.astype(np.float64) - theirs)
+            / np.linalg.norm(theirs.astype(np.float64))
+        )
     flat = ours.astype(np.float64).ravel()
     directions = np.random.default_rng(1).standard_normal((3, flat.size)) / np.sqrt(flat.size)
-    return Row(part, error, tuple(float(f"{value:.4e}") for value in (np.linalg.norm(flat), *directions @ flat)))
+    return Row(
+        part,
+        error,
+        tuple(float(f"{value:.4e}") for value in (np.linalg.norm(flat), *directions @ flat)),
+    )
 
 
 def _loaded(make: Callable[..., Any], config: Any, table: list[Entry], tensors: Tensors) -> Any:
@@ -156,7 +182,8 @@ def _has(*modules: str) -> bool:
     return all(find_spec(module) is not None for module in modules)
 
 
-# --- a transformer ----------------------------------------------------------------------------------------------------
+# --- a transformer
+# ----------------------------------------------------------------------------------------------------
 
 
 def _dit_rows(source: Source) -> Iterator[Row]:
@@ -192,7 +219,10 @@ def _dit_rows(source: Source) -> Iterator[Row]:
 
     for k in range(max(full.num_double_blocks, full.num_single_blocks)):
         double, single = min(k, full.num_double_blocks - 1), min(k, full.num_single_blocks - 1)
-        layers = {r"^(double|transformer)_blocks\.0\.": double, r"^single_(transformer_)?blocks\.0\.": single}
+        layers = {
+            r"^(double|transformer)_blocks\.0\.": double,
+            r"^single_(transformer_)?blocks\.0\.": single,
+        }
         tensors = _one_block(source.tensors, table, layers)
         dit = _loaded(family.module, config, table, tensors)
         found = np.asarray(ours(dit, jax.device_put(inputs), jax.device_put(extra)))
@@ -216,12 +246,15 @@ def _one_block(tensors: Tensors, table: list[Entry], layers: dict[str, int]) -> 
     for name in dict.fromkeys(name for entry in table for name in entry.sources):
         source = name
         for pattern, layer in layers.items():
-            source = re.sub(pattern, lambda match, layer=layer: match[0].replace("0.", f"{layer}."), source)
+            source = re.sub(
+                pattern, lambda match, layer=layer: match[0].replace("0.", f"{layer}."), source
+            )
         names[name] = source
     return Renamed(tensors, names)
 
 
-# --- the autoencoder --------------------------------------------------------------------------------------------------
+# --- the autoencoder
+# --------------------------------------------------------------------------------------------------
 
 
 def _autoencoder_rows(source: Source) -> Iterator[Row]:
@@ -244,7 +277,8 @@ def _autoencoder_rows(source: Source) -> Iterator[Row]:
     yield _row(f"decode {size}", decoded, theirs[1])
 
 
-# --- InternVL ---------------------------------------------------------------------------------------------------------
+# --- InternVL
+# ---------------------------------------------------------------------------------------------------------
 
 WORDS = 64
 """Rows of the embedding that the check takes along: the whole of it would be most of the memory."""
@@ -292,7 +326,10 @@ def _internvl_rows(source: Source) -> Iterator[Row]:
     forward = nnx.jit(lambda module, *inputs: module(*inputs))
     cut = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
     for k in range(max(full.vision.num_hidden_layers, full.text.num_hidden_layers)):
-        vision, text = min(k, full.vision.num_hidden_layers - 1), min(k, full.text.num_hidden_layers - 1)
+        vision, text = (
+            min(k, full.vision.num_hidden_layers - 1),
+            min(k, full.text.num_hidden_layers - 1),
+        )
         layers = {
             r"^vision_(tower\.encoder\.layer|model\.encoder\.layers)\.0\.": vision,
             r"^language_model\.model\.layers\.0\.": text,
@@ -318,15 +355,26 @@ def _internvl_rows(source: Source) -> Iterator[Row]:
 
 
 def _transformers_internvl(
-    config: InternVLConfig, weights: dict[str, np.ndarray], ids: np.ndarray, pixels: np.ndarray, mask: np.ndarray
+    config: InternVLConfig,
+    weights: dict[str, np.ndarray],
+    ids: np.ndarray,
+    pixels: np.ndarray,
+    mask: np.ndarray,
 ) -> np.ndarray:
     import torch
     from transformers import InternVLForConditionalGeneration
 
     with tempfile.TemporaryDirectory() as folder:
-        write_tensors(Path(folder) / "model.safetensors", {k: np.ascontiguousarray(v) for k, v in weights.items()})
-        (Path(folder) / "config.json").write_text(json.dumps(internvl_format.config_to_json(config)))
-        twin = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        write_tensors(
+            Path(folder) / "model.safetensors",
+            {k: np.ascontiguousarray(v) for k, v in weights.items()},
+        )
+        (Path(folder) / "config.json").write_text(
+            json.dumps(internvl_format.config_to_json(config))
+        )
+        twin = InternVLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
     with torch.no_grad():
         states = twin.eval()(
             input_ids=torch.from_numpy(ids).long(),
@@ -337,7 +385,10 @@ def _transformers_internvl(
     return torch.stack(states, 1).numpy()
 
 
-KINDS: dict[Kind, tuple[Callable[[str | Path], Source], Callable[..., Any], Callable[[Source], Iterator[Row]]]] = {
+KINDS: dict[
+    Kind,
+    tuple[Callable[[str | Path], Source], Callable[..., Any], Callable[[Source], Iterator[Row]]],
+] = {
     **{
         family.kind: (dit_source, lambda config: format_of(config).module, _dit_rows)
         for family in FORMATS

@@ -1,1 +1,2 @@
-"""The miniature: drawn critters, their words and tokenizer, the training of its encoders, its scores."""
+"""The miniature: drawn critters, their words and tokenizer, the training of its encoders, its
+scores."""

@@ -1,9 +1,10 @@
 """Critters: the demo's data, drawn instead of downloaded.
 
-A pair is a reference (the subject alone, in one pose) and a target (the same subject in the scene that the prompt
-names, in another pose). Everything follows from (seed, index): no order, no global random state, no files. Subjects
-are split into train and held-out by a hash of their factors, so that no held-out subject is ever seen in training,
-whatever the seed. This module imports no JAX, so data workers stay light.
+A pair is a reference (the subject alone, in one pose) and a target (the same subject in the scene
+that the prompt names, in another pose). Everything follows from (seed, index): no order, no global
+random state, no files. Subjects are split into train and held-out by a hash of their factors, so
+that no held-out subject is ever seen in training, whatever the seed. This module imports no JAX, so
+data workers stay light.
 """
 
 import json
@@ -67,7 +68,8 @@ _STREAMS = {"train": 0, "held_out": 1}
 
 
 class Pair(NamedTuple):
-    """One example: draw it with `draw_reference(subject, reference_pose)` and `draw_scene(subject, scene)`."""
+    """One example: draw it with `draw_reference(subject, reference_pose)` and
+    `draw_scene(subject, scene)`."""
 
     subject: Subject
     reference_pose: int
@@ -78,7 +80,8 @@ class Pair(NamedTuple):
 
 
 def is_held_out(subject: Subject) -> bool:
-    """Whether the subject is one of the twentieth kept from training: a hash (splitmix64) of its factors alone."""
+    """Whether the subject is one of the twentieth kept from training: a hash (splitmix64) of its
+    factors alone."""
     mask = (1 << 64) - 1
     z = (subject_number(subject) + 1) * 0x9E3779B97F4A7C15 & mask
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
@@ -111,19 +114,26 @@ def pair_at(seed: int, index: int, split: Split = "train") -> Pair:
 def pairs(
     seed: int, start: int, stop: int, split: Split = "train", size: int = 64
 ) -> Iterator[tuple[Pair, np.ndarray, np.ndarray]]:
-    """Pairs start .. stop − 1 with their pictures: (pair, reference, target), both uint8 [size, size, 3]."""
+    """Pairs start .. stop − 1 with their pictures: (pair, reference, target), both uint8 [size,
+    size, 3]."""
     for index in range(start, stop):
         pair = pair_at(seed, index, split)
-        yield pair, draw_reference(pair.subject, pair.reference_pose, size), draw_scene(pair.subject, pair.scene, size)
+        yield (
+            pair,
+            draw_reference(pair.subject, pair.reference_pose, size),
+            draw_scene(pair.subject, pair.scene, size),
+        )
 
 
-# --- distractors: what a picture must be told apart from ------------------------------------------------------------
+# --- distractors: what a picture must be told apart from
+# ------------------------------------------------------------
 
 
 def _one_factor_changed(
     factors: tuple[int, ...], sizes: tuple[int, ...], count: int, rng: np.random.Generator
 ) -> list[tuple[int, ...]]:
-    """`count` distinct neighbours of `factors`; the factors take turns, so that each is covered as evenly as can be."""
+    """`count` distinct neighbours of `factors`; the factors take turns, so that each is covered
+    as evenly as can be."""
     changes = [
         [(factor, value) for value in rng.permutation(size).tolist() if value != factors[factor]]
         for factor, size in enumerate(sizes)
@@ -132,7 +142,9 @@ def _one_factor_changed(
     while len(chosen) < count:
         left = [factor for factor, values in enumerate(changes) if values]
         if not left:
-            raise ValueError(f"only {len(chosen)} neighbours differ in one factor, {count} were asked for")
+            raise ValueError(
+                f"only {len(chosen)} neighbours differ in one factor, {count} were asked for"
+            )
         turn = rng.permutation(left).tolist()
         chosen += [changes[factor].pop() for factor in turn[: count - len(chosen)]]
     return [(*factors[:factor], value, *factors[factor + 1 :]) for factor, value in chosen]
@@ -144,25 +156,41 @@ def _random_others(number: int, total: int, count: int, rng: np.random.Generator
     return [other + (other >= number) for other in drawn]
 
 
-def subject_distractors(subject: Subject, count: int, rng: np.random.Generator, hard: bool) -> list[Subject]:
+def subject_distractors(
+    subject: Subject, count: int, rng: np.random.Generator, hard: bool
+) -> list[Subject]:
     """Other subjects: random ones, or (`hard`) ones that differ in exactly one factor."""
     if hard:
-        return [Subject(*factors) for factors in _one_factor_changed(subject, SUBJECT_SIZES, count, rng)]
-    return [subject_from_number(n) for n in _random_others(subject_number(subject), SUBJECT_COUNT, count, rng)]
+        return [
+            Subject(*factors) for factors in _one_factor_changed(subject, SUBJECT_SIZES, count, rng)
+        ]
+    return [
+        subject_from_number(n)
+        for n in _random_others(subject_number(subject), SUBJECT_COUNT, count, rng)
+    ]
 
 
-def scene_distractors(scene: Scene, count: int, rng: np.random.Generator, hard: bool) -> list[Scene]:
-    """Other scenes: random ones, or (`hard`) ones that differ in exactly one factor (at most 17 exist)."""
+def scene_distractors(
+    scene: Scene, count: int, rng: np.random.Generator, hard: bool
+) -> list[Scene]:
+    """Other scenes: random ones, or (`hard`) ones that differ in exactly one factor (at most 17
+    exist)."""
     if hard:
         return [Scene(*factors) for factors in _one_factor_changed(scene, SCENE_SIZES, count, rng)]
-    others = [scene_from_number(n) for n in rng.choice(SCENE_COUNT, size=count + 1, replace=False).tolist()]
+    others = [
+        scene_from_number(n)
+        for n in rng.choice(SCENE_COUNT, size=count + 1, replace=False).tolist()
+    ]
     return [other for other in others if other != scene][:count]
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files
+# ----------------------------------------------------------------------------------------------------------
 
 
-def _write_pair(index: int, out_dir: Path, seed: int, split: Split, references: int, size: int) -> dict:
+def _write_pair(
+    index: int, out_dir: Path, seed: int, split: Split, references: int, size: int
+) -> dict:
     """Draw one pair to PNG files and return its manifest row."""
     pair = pair_at(seed, index, split)
     other_poses = [pose for pose in range(len(POSES)) if pose != pair.scene.pose]
@@ -171,13 +199,21 @@ def _write_pair(index: int, out_dir: Path, seed: int, split: Split, references: 
     reference_paths = [f"references/{index:06d}_{i}.png" for i in range(references)]
     target_path = f"targets/{index:06d}.png"
     for pose, path in zip(poses, reference_paths, strict=True):
-        Image.fromarray(draw_reference(pair.subject, pose, size)).save(out_dir / path, compress_level=1)
-    Image.fromarray(draw_scene(pair.subject, pair.scene, size)).save(out_dir / target_path, compress_level=1)
+        Image.fromarray(draw_reference(pair.subject, pose, size)).save(
+            out_dir / path, compress_level=1
+        )
+    Image.fromarray(draw_scene(pair.subject, pair.scene, size)).save(
+        out_dir / target_path, compress_level=1
+    )
     return {
         "prompt": pair.prompt,
         "image_paths": reference_paths,
         "image_tgt_path": target_path,
-        "critter": {"subject": list(pair.subject), "scene": list(pair.scene), "reference_pose": pair.reference_pose},
+        "critter": {
+            "subject": list(pair.subject),
+            "scene": list(pair.scene),
+            "reference_pose": pair.reference_pose,
+        },
     }
 
 
@@ -190,17 +226,23 @@ def write_manifest(
     size: int = 64,
     processes: int | None = None,
 ) -> Path:
-    """Draw pairs 0 .. count − 1 as PNG files and write `manifest.json` (UNO's format) beside them; returns its path.
+    """Draw pairs 0 .. count − 1 as PNG files and write `manifest.json` (UNO's format) beside them;
+    returns its path.
 
-    `references` (1 to 3) pictures of the subject, all in poses other than the target's. Each row also holds `critter`:
-    the factors' indices, so that evaluation can redraw the pair. The manifest appears last, whole, by a rename.
+    `references` (1 to 3) pictures of the subject, all in poses other than the target's. Each row
+    also holds `critter`: the factors' indices, so that evaluation can redraw the pair. The manifest
+    appears last, whole, by a rename.
     """
     if not 1 <= references < len(POSES):
-        raise ValueError(f"references is {references}; a critter has 1 to {len(POSES) - 1} poses besides the target's")
+        raise ValueError(
+            f"references is {references}; a critter has 1 to {len(POSES) - 1} poses besides the target's"
+        )
     out_dir = Path(out_dir)
     for folder in ("references", "targets"):
         (out_dir / folder).mkdir(parents=True, exist_ok=True)
-    write = partial(_write_pair, out_dir=out_dir, seed=seed, split=split, references=references, size=size)
+    write = partial(
+        _write_pair, out_dir=out_dir, seed=seed, split=split, references=references, size=size
+    )
     processes = min(processes or os.cpu_count() or 1, max(1, count // 200))
     if processes == 1:
         rows = [write(index) for index in range(count)]

@@ -1,8 +1,9 @@
 """Drawing critters: flat cartoon shapes, antialiased, the same picture at every size.
 
-A picture is a stack of masks, each filled with one colour. A mask (one part, in one pose, at one scale) is drawn once
-at four times the size, reduced, cropped and kept; after that a picture costs about twenty small pastes, a fraction of
-a millisecond. The shapes (`critters_shapes`) are in critter units; a pose turns them into the frame, whose sides are 1.
+A picture is a stack of masks, each filled with one colour. A mask (one part, in one pose, at one
+scale) is drawn once at four times the size, reduced, cropped and kept; after that a picture costs
+about twenty small pastes, a fraction of a millisecond. The shapes (`critters_shapes`) are in
+critter units; a pose turns them into the frame, whose sides are 1.
 """
 
 from collections.abc import Callable
@@ -58,7 +59,8 @@ _ACCESSORY_COLOUR = {
     "board": (20, 150, 130),
 }
 
-# Pose: facing (1 right, -1 left), turn in degrees clockwise after facing, lift off the ground in frame units, distance
+# Pose: facing (1 right, -1 left), turn in degrees clockwise after facing, lift off the ground in
+# frame units, distance
 # from the body's centre down to the ground in critter units, centre's x offset in critter units.
 _POSE = {
     "standing": (1, 0.0, 0.0, 1.24, 0.32),
@@ -67,15 +69,21 @@ _POSE = {
     "lying": (1, 90.0, 0.0, 1.10, -0.22),
 }
 _UNIT = {"big": 0.285, "small": 0.235}  # length of a critter unit in frame units
-_SHIFT = {"left": -6 / 64, "middle": 0.0, "right": 6 / 64}  # whole pixels at 64, so that masks only move
+_SHIFT = {
+    "left": -6 / 64,
+    "middle": 0.0,
+    "right": 6 / 64,
+}  # whole pixels at 64, so that masks only move
 _GROUND = 0.93  # where feet stand, in frame units
 _HORIZON = 0.60
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+# --- masks
+# ----------------------------------------------------------------------------------------------------------
 
 Mask = tuple[Image.Image, int, int]
-"""An L image and where its left upper corner lies in the frame, in pixels (for the middle position)."""
+"""An L image and where its left upper corner lies in the frame, in pixels (for the middle
+position)."""
 
 
 def _centre(pose: str, scale: str) -> tuple[float, float]:
@@ -97,7 +105,8 @@ def _upright(pose: str, scale: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class _Canvas:
-    """A supersampled mask, a quarter of the frame wider on every side, so that a moved part is still whole."""
+    """A supersampled mask, a quarter of the frame wider on every side, so that a moved part is
+    still whole."""
 
     def __init__(self, size: int) -> None:
         self.size, self.margin = size, size // 4
@@ -129,7 +138,10 @@ class _Canvas:
 
 
 def _filled(
-    polygons: list[np.ndarray], place: Callable[[np.ndarray], np.ndarray], size: int, grow: Number = 0
+    polygons: list[np.ndarray],
+    place: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    grow: Number = 0,
 ) -> _Canvas:
     canvas = _Canvas(size)
     for polygon in polygons:
@@ -139,7 +151,8 @@ def _filled(
 
 @lru_cache(maxsize=8192)
 def _part(kind: str, value: str, shape: str, pose: str, scale: str, size: int) -> tuple[Mask, ...]:
-    """Masks of one part: the inked outline first where it has one, then its fills from back to front."""
+    """Masks of one part: the inked outline first where it has one, then its fills from back to
+    front."""
     place, ink = _to_frame(pose, scale), _INK_WIDTH * _UNIT[scale]
     body = [body_outline(shape)]
     if kind == "body":
@@ -149,7 +162,11 @@ def _part(kind: str, value: str, shape: str, pose: str, scale: str, size: int) -
         canvases = [_filled(limbs, place, size, ink), _filled(limbs, place, size)]
     elif kind == "ears":
         outer, inner = ear_shapes(value, shape)
-        canvases = [_filled(outer, place, size, ink), _filled(outer, place, size), _filled(inner, place, size)]
+        canvases = [
+            _filled(outer, place, size, ink),
+            _filled(outer, place, size),
+            _filled(inner, place, size),
+        ]
     elif kind == "tail":
         tail = tail_shapes(value, shape)
         canvases = [_filled(tail, place, size, ink), _filled(tail, place, size)]
@@ -160,7 +177,8 @@ def _part(kind: str, value: str, shape: str, pose: str, scale: str, size: int) -
         centres = eye_centres(shape)
         eyes = [ellipse(x, y, EYE_RADIUS, EYE_RADIUS) for x, y in centres]
         canvases = [_filled(eyes, place, size, ink), _filled(eyes, place, size)]
-        # The pupil is left out of the white, so that the ink below shows: a dark layer on top would leave a pale rim.
+        # The pupil is left out of the white, so that the ink below shows: a dark layer on top would
+        # leave a pale rim.
         for x, y in centres:
             dark, holes = pupil_shapes(value, x, y)
             pupil = _filled(dark, place, size)
@@ -177,7 +195,8 @@ def _part(kind: str, value: str, shape: str, pose: str, scale: str, size: int) -
 
 @lru_cache(maxsize=512)
 def _accessory(value: str, pose: str, scale: str, size: int) -> tuple[Mask, ...]:
-    """Outline, fill and trim of what the critter has with it; always behind it, so that it hides nothing."""
+    """Outline, fill and trim of what the critter has with it; always behind it, so that it hides
+    nothing."""
     upright, turned, ink = _upright(pose, scale), _to_frame(pose, scale), _INK_WIDTH * _UNIT[scale]
     floor = _POSE[pose][3]
     place, trim = upright, []
@@ -185,21 +204,36 @@ def _accessory(value: str, pose: str, scale: str, size: int) -> tuple[Mask, ...]
         shapes = [ellipse(1.12, -1.0, 0.52, 0.58)]
         trim = [np.array([(1.08, -0.5), (1.16, -0.5), (0.84, 0.5), (0.76, 0.5)])]
     elif value == "flag":
-        shapes = [np.array([(0.98, -1.45), (1.72, -1.1), (0.98, -0.55)]), rectangle(0.98, -1.45, 1.1, floor)]
+        shapes = [
+            np.array([(0.98, -1.45), (1.72, -1.1), (0.98, -0.55)]),
+            rectangle(0.98, -1.45, 1.1, floor),
+        ]
     elif value == "box":
         shapes = [rectangle(0.62, floor - 0.98, 1.56, floor)]
-        trim = [rectangle(1.1, floor - 0.98, 1.28, floor), rectangle(0.62, floor - 0.6, 1.56, floor - 0.42)]
+        trim = [
+            rectangle(1.1, floor - 0.98, 1.28, floor),
+            rectangle(0.62, floor - 0.6, 1.56, floor - 0.42),
+        ]
     elif value == "cape":
         place = turned
-        shapes = [np.array([(-0.6, -0.8), (0.6, -0.8), (1.42, 1.18), (0.5, 1.0), (-0.3, 1.2), (-1.46, 1.1)])]
+        shapes = [
+            np.array(
+                [(-0.6, -0.8), (0.6, -0.8), (1.42, 1.18), (0.5, 1.0), (-0.3, 1.2), (-1.46, 1.1)]
+            )
+        ]
     else:
         shapes = [rectangle(-1.35, floor - 0.04, 1.35, floor + 0.2)]
         trim = [ellipse(x, floor + 0.22, 0.18, 0.18) for x in (-0.9, 0.9)]
-    canvases = [_filled(shapes, place, size, ink), _filled(shapes, place, size), _filled(trim, place, size)]
+    canvases = [
+        _filled(shapes, place, size, ink),
+        _filled(shapes, place, size),
+        _filled(trim, place, size),
+    ]
     return tuple(canvas.mask() for canvas in canvases)
 
 
-# --- backgrounds ----------------------------------------------------------------------------------------------------
+# --- backgrounds
+# ----------------------------------------------------------------------------------------------------
 
 _SKY = {"day": (158, 214, 250), "sunset": (252, 176, 128), "night": (40, 46, 104)}
 _LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.76, 0.68), "night": (0.40, 0.44, 0.66)}
@@ -275,7 +309,8 @@ def _background(place: str, time: str, size: int) -> Image.Image:
     return image.reduce(_SUPERSAMPLE)
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- pictures
+# -------------------------------------------------------------------------------------------------------
 
 
 def _paste(image: Image.Image, mask: Mask, colour: Colour, shift: int) -> None:
@@ -288,8 +323,13 @@ def _shade(colour: Colour, factor: float) -> Colour:
     return red, green, blue
 
 
-def _draw_critter(image: Image.Image, subject: Subject, pose: str, scale: str, size: int, shift: int) -> None:
-    names = {factor: SUBJECT_FACTORS[factor][index] for factor, index in zip(Subject._fields, subject, strict=True)}
+def _draw_critter(
+    image: Image.Image, subject: Subject, pose: str, scale: str, size: int, shift: int
+) -> None:
+    names = {
+        factor: SUBJECT_FACTORS[factor][index]
+        for factor, index in zip(Subject._fields, subject, strict=True)
+    }
     shape, colour, second = names["body"], _COLOUR[names["colour"]], _SECOND[names["second"]]
     fills = {
         "tail": (_INK, second),
@@ -312,7 +352,8 @@ def _check(size: int) -> None:
 
 
 def draw_reference(subject: Subject, pose: int, size: int = 64) -> np.ndarray:
-    """The subject alone, big, in the middle of a plain light ground: uint8 [size, size, 3]. `size` >= 64."""
+    """The subject alone, big, in the middle of a plain light ground: uint8 [size, size, 3].
+    `size` >= 64."""
     _check(size)
     image = Image.new("RGB", (size, size), (236, 234, 240))
     _draw_critter(image, subject, POSES[pose], "big", size, 0)
@@ -320,14 +361,20 @@ def draw_reference(subject: Subject, pose: int, size: int = 64) -> np.ndarray:
 
 
 def draw_scene(subject: Subject, scene: Scene, size: int = 64) -> np.ndarray:
-    """The subject in the scene: uint8 [size, size, 3]. `size` >= 64; another size is the same picture, scaled."""
+    """The subject in the scene: uint8 [size, size, 3]. `size` >= 64; another size is the same
+    picture, scaled."""
     _check(size)
-    names = {factor: SCENE_FACTORS[factor][index] for factor, index in zip(Scene._fields, scene, strict=True)}
+    names = {
+        factor: SCENE_FACTORS[factor][index]
+        for factor, index in zip(Scene._fields, scene, strict=True)
+    }
     image = _background(names["place"], names["time"], size).copy()
     shift = round(_SHIFT[names["position"]] * size)
     pose, scale, accessory = names["pose"], names["size"], names["accessory"]
     colour = _ACCESSORY_COLOUR[accessory]
-    for mask, fill in zip(_accessory(accessory, pose, scale, size), (_INK, colour, _shade(colour, 0.55)), strict=True):
+    for mask, fill in zip(
+        _accessory(accessory, pose, scale, size), (_INK, colour, _shade(colour, 0.55)), strict=True
+    ):
         _paste(image, mask, fill, shift)
     _draw_critter(image, subject, pose, scale, size, shift)
     return np.asarray(image)

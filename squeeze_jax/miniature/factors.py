@@ -1,8 +1,9 @@
 """What a critter and its scene can be: the factors, their values and their words.
 
-A subject is what a picture must keep, a scene what the prompt says. Every value is a small index into its table, so a
-subject or a scene is a tuple that can be stored, hashed and redrawn. The tables are our decision: few values, each
-changing many pixels, so that a small model can be judged by its pictures.
+A subject is what a picture must keep, a scene what the prompt says. Every value is a small index
+into its table, so a subject or a scene is a tuple that can be stored, hashed and redrawn. The
+tables are our decision: few values, each changing many pixels, so that a small model can be judged
+by its pictures.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,8 @@ SUBJECT_FACTORS: dict[str, tuple[str, ...]] = {
 """Name of each subject factor to its values, in the order of `Subject`'s fields."""
 
 FINE_FACTORS = ("eyes",)
-"""Subject factors that blur away in a thumbnail of 16x16 pixels: what only the reference's latents can carry.
+"""Subject factors that blur away in a thumbnail of 16x16 pixels: what only the reference's latents
+can carry.
 
 Captions leave them out, so that the small MLLM learns to describe and not to copy.
 """
@@ -34,7 +36,8 @@ SCENE_FACTORS: dict[str, tuple[str, ...]] = {
     "position": ("left", "middle", "right"),
     "size": ("big", "small"),
 }
-"""Name of each scene factor to its values, in the order of `Scene`'s fields. A prompt names all six."""
+"""Name of each scene factor to its values, in the order of `Scene`'s fields. A prompt names all
+six."""
 
 POSES = SCENE_FACTORS["pose"]
 

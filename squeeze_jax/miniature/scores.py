@@ -1,10 +1,12 @@
-"""Judging pictures of critters without a learned judge: is the right picture the nearest of sixteen?
+"""Judging pictures of critters without a learned judge: is the right picture the nearest of
+sixteen?
 
-Every picture can be redrawn, so a generated one is compared, pixel by pixel, with the true target and fifteen others.
-*Subject* tasks vary the creature in the prompted scene, *scene* tasks the scene around the right creature. *Easy*: the
-others are random; *hard*: each differs from the truth in exactly one factor. The nearest in mean squared error wins,
-and a tie is a miss. Chance is 1 in 16. Where pictures come out of an autoencoder, the candidates pass through it too
-(`codec`), so that its blur does not count.
+Every picture can be redrawn, so a generated one is compared, pixel by pixel, with the true target
+and fifteen others. *Subject* tasks vary the creature in the prompted scene, *scene* tasks the scene
+around the right creature. *Easy*: the others are random; *hard*: each differs from the truth in
+exactly one factor. The nearest in mean squared error wins, and a tie is a miss. Chance is 1 in 16.
+Where pictures come out of an autoencoder, the candidates pass through it too (`codec`), so that its
+blur does not count.
 """
 
 import multiprocessing
@@ -31,7 +33,8 @@ CHANCE = 1 / CANDIDATES
 TASKS = ("subject easy", "scene easy", "subject hard", "scene hard")
 
 Codec = Callable[[np.ndarray], np.ndarray]
-"""Encode and decode: float32 [batch, H, W, 3] in [0, 1] to the same; batch is always `CODEC_BATCH` (one compile)."""
+"""Encode and decode: float32 [batch, H, W, 3] in [0, 1] to the same; batch is always
+`CODEC_BATCH` (one compile)."""
 CODEC_BATCH = 64
 
 _OTHERS = CANDIDATES - 1
@@ -62,9 +65,11 @@ class FactorScore:
     """How well one factor is told apart in a hard task."""
 
     share: Share
-    """Of the candidates that differ in this factor, those farther from the picture than the truth; chance is one half.
+    """Of the candidates that differ in this factor, those farther from the picture than the truth;
+    chance is one half.
 
-    A pair's candidates are not independent, so the interval counts each pair once: it is on the wide side.
+    A pair's candidates are not independent, so the interval counts each pair once: it is on the
+    wide side.
     """
     misses: int
     """Pairs for which the nearest candidate was wrong in this factor."""
@@ -87,7 +92,8 @@ class Scores:
         return wilson(int(self.hits[task].sum()), len(self.indices))
 
     def to_json(self) -> dict:
-        """Plain values; `hits` as one character a pair, so that two files can be compared pair by pair."""
+        """Plain values; `hits` as one character a pair, so that two files can be compared pair
+        by pair."""
         return {
             "chance": CHANCE,
             "seed": self.seed,
@@ -97,13 +103,17 @@ class Scores:
                 for task, hits in self.hits.items()
             },
             "factors": {
-                task: {name: score.share._asdict() | {"misses": score.misses} for name, score in factors.items()}
+                task: {
+                    name: score.share._asdict() | {"misses": score.misses}
+                    for name, score in factors.items()
+                }
                 for task, factors in self.factors.items()
             },
         }
 
 
-# --- candidates -----------------------------------------------------------------------------------------------------
+# --- candidates
+# -----------------------------------------------------------------------------------------------------
 
 
 class _Candidates(NamedTuple):
@@ -140,7 +150,9 @@ def _all_candidates(pairs: Sequence[Pair], seed: int, size: int) -> Iterator[_Ca
 
 def _unit(images: np.ndarray) -> np.ndarray:
     """Images as float32 in [0, 1]."""
-    return images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
+    return (
+        images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
+    )
 
 
 def _through(codec: Codec, images: np.ndarray) -> np.ndarray:
@@ -152,26 +164,42 @@ def _through(codec: Codec, images: np.ndarray) -> np.ndarray:
     return decoded[: len(images)].clip(0, 1)
 
 
-# --- scores ---------------------------------------------------------------------------------------------------------
+# --- scores
+# ---------------------------------------------------------------------------------------------------------
 
 
 def score_settings(
     settings: Mapping[str, np.ndarray], pairs: Sequence[Pair], seed: int, codec: Codec | None = None
 ) -> dict[str, Scores]:
-    """Score several settings' pictures of the same pairs: the candidates are drawn, and coded, once for all.
+    """Score several settings' pictures of the same pairs: the candidates are drawn, and coded, once
+    for all.
 
-    `settings` maps a name to images [n, H, H, 3], uint8 or floating in [0, 1], image i made for pairs[i]; `seed` draws
-    the candidates. 512 pairs have 31,232 candidates: seconds to draw, minutes to pass through an autoencoder on a CPU.
-    From 128 pairs on other processes draw them: a script that calls this needs `if __name__ == "__main__":`.
+    `settings` maps a name to images [n, H, H, 3], uint8 or floating in [0, 1], image i made for
+    pairs[i]; `seed` draws the candidates. 512 pairs have 31,232 candidates: seconds to draw,
+    minutes to pass through an autoencoder on a CPU. From 128 pairs on other processes draw them: a
+    script that calls this needs `if __name__ == "__main__":`.
     """
     for name, images in settings.items():
-        if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3 or len(images) != len(pairs):
-            raise ValueError(f"{name}: images {images.shape} for {len(pairs)} pairs; wanted ({len(pairs)}, H, H, 3)")
-        if images.dtype != np.uint8 and (not np.isfinite(images).all() or images.min() < 0 or images.max() > 1):
-            raise ValueError(f"{name}: floating images must be finite and in [0, 1], found {images.dtype} outside")
+        if (
+            images.ndim != 4
+            or images.shape[1] != images.shape[2]
+            or images.shape[3] != 3
+            or len(images) != len(pairs)
+        ):
+            raise ValueError(
+                f"{name}: images {images.shape} for {len(pairs)} pairs; wanted ({len(pairs)}, H, H, 3)"
+            )
+        if images.dtype != np.uint8 and (
+            not np.isfinite(images).all() or images.min() < 0 or images.max() > 1
+        ):
+            raise ValueError(
+                f"{name}: floating images must be finite and in [0, 1], found {images.dtype} outside"
+            )
     sizes = {images.shape[1] for images in settings.values()}
     if len(pairs) == 0 or len(sizes) != 1:
-        raise ValueError(f"pairs and one picture size are needed, found {len(pairs)} pairs and sizes {sorted(sizes)}")
+        raise ValueError(
+            f"pairs and one picture size are needed, found {len(pairs)} pairs and sizes {sorted(sizes)}"
+        )
     size = sizes.pop()
 
     distances: dict[str, list[np.ndarray]] = {name: [] for name in settings}
@@ -183,9 +211,13 @@ def score_settings(
             candidates = _through(codec, candidates)
         candidates = candidates.reshape(len(chunk), -1, size * size * 3)
         for name, images in settings.items():
-            mine = _unit(images[len(changed) : len(changed) + len(chunk)]).reshape(len(chunk), 1, -1)
+            mine = _unit(images[len(changed) : len(changed) + len(chunk)]).reshape(
+                len(chunk), 1, -1
+            )
             difference = candidates - mine
-            distances[name] += list(np.einsum("ncp,ncp->nc", difference, difference) / (size * size * 3))
+            distances[name] += list(
+                np.einsum("ncp,ncp->nc", difference, difference) / (size * size * 3)
+            )
         changed.extend(c.changed for c in chunk)
 
     chunk: list[_Candidates] = []
@@ -197,10 +229,15 @@ def score_settings(
     if chunk:
         measure(chunk)
     indices = np.array([pair.index for pair in pairs])
-    return {name: _scores(np.stack(d), np.stack(changed), indices, seed) for name, d in distances.items()}
+    return {
+        name: _scores(np.stack(d), np.stack(changed), indices, seed)
+        for name, d in distances.items()
+    }
 
 
-def score(images: np.ndarray, pairs: Sequence[Pair], seed: int, codec: Codec | None = None) -> Scores:
+def score(
+    images: np.ndarray, pairs: Sequence[Pair], seed: int, codec: Codec | None = None
+) -> Scores:
     """`score_settings` for one setting."""
     return score_settings({"": images}, pairs, seed, codec)[""]
 
@@ -222,25 +259,29 @@ def _scores(distances: np.ndarray, changed: np.ndarray, indices: np.ndarray, see
             with_any = differs.any(axis=1)
             per_pair = (beaten & differs).sum(axis=1)[with_any] / differs.sum(axis=1)[with_any]
             factors[task][name] = FactorScore(
-                share=wilson(float(per_pair.sum()), len(per_pair)), misses=int((~hits[task] & (nearest == f)).sum())
+                share=wilson(float(per_pair.sum()), len(per_pair)),
+                misses=int((~hits[task] & (nearest == f)).sum()),
             )
     return Scores(seed=seed, indices=indices, hits=hits, factors=factors)
 
 
 def paired_difference(a: Scores, b: Scores, task: str, resamples: int = 10_000) -> Share:
-    """Share of `a` minus share of `b` in [−1, 1], with the 95 % interval of a bootstrap over their common pairs."""
+    """Share of `a` minus share of `b` in [−1, 1], with the 95 % interval of a bootstrap over
+    their common pairs."""
     if a.seed != b.seed or not np.array_equal(a.indices, b.indices):
         raise ValueError("paired scores need the same pairs and the same candidates (seed)")
     difference = a.hits[task].astype(int) - b.hits[task].astype(int)
     n = len(difference)
-    # A pair's difference is −1, 0 or 1, so a resample of n pairs is one multinomial draw of the three counts.
+    # A pair's difference is −1, 0 or 1, so a resample of n pairs is one multinomial draw of the
+    # three counts.
     shares = [float((difference == value).mean()) for value in (-1, 0, 1)]
     counts = np.random.default_rng(0).multinomial(n, shares, size=resamples)
     low, high = np.quantile((counts[:, 2] - counts[:, 0]) / n, [0.025, 0.975])
     return Share(float(difference.mean()), float(low), float(high))
 
 
-# --- what to compare with, and how to show it -----------------------------------------------------------------------
+# --- what to compare with, and how to show it
+# -----------------------------------------------------------------------
 
 
 def references_pasted(pairs: Sequence[Pair], size: int = 64) -> np.ndarray:
@@ -249,7 +290,8 @@ def references_pasted(pairs: Sequence[Pair], size: int = 64) -> np.ndarray:
 
 
 def true_targets(pairs: Sequence[Pair], size: int = 64) -> np.ndarray:
-    """The ceiling, once passed through the autoencoder: every pair's target. uint8 [n, size, size, 3]."""
+    """The ceiling, once passed through the autoencoder: every pair's target. uint8 [n, size,
+    size, 3]."""
     return np.stack([draw_scene(pair.subject, pair.scene, size) for pair in pairs])
 
 
@@ -263,12 +305,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def render(rows: Mapping[str, Scores]) -> str:
-    """Markdown: retrieval in percent with 95 % intervals, chance last, then both hard tasks by factor."""
-    overall = [[name, *(_percent(scores.share(task)) for task in TASKS)] for name, scores in rows.items()]
+    """Markdown: retrieval in percent with 95 % intervals, chance last, then both hard tasks by
+    factor."""
+    overall = [
+        [name, *(_percent(scores.share(task)) for task in TASKS)] for name, scores in rows.items()
+    ]
     overall.append(["chance", *[f"{100 * CHANCE:.2f}"] * len(TASKS)])
     parts = [_table(["right among 16, %", *TASKS], overall)]
     for task, names in (("subject hard", SUBJECT_FACTORS), ("scene hard", SCENE_FACTORS)):
-        by_factor = [[name, *(_percent(s.factors[task][factor].share) for factor in names)] for name, s in rows.items()]
+        by_factor = [
+            [name, *(_percent(s.factors[task][factor].share) for factor in names)]
+            for name, s in rows.items()
+        ]
         by_factor.append(["chance", *["50"] * len(names)])
         parts.append(_table([f"{task}: right of two, %", *names], by_factor))
     return "\n\n".join(parts) + "\n"

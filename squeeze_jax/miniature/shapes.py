@@ -1,7 +1,8 @@
-"""The shapes a critter is made of, as polygons in *critter units*: a body of radius 1 around (0, 0), x forward, y down.
+"""The shapes a critter is made of, as polygons in *critter units*: a body of radius 1 around (0,
+0), x forward, y down.
 
-Every function takes names of values (`SUBJECT_FACTORS`, `POSES`) and returns polygons, float arrays [points, 2]. Parts
-are big on purpose: a part of few pixels is what a small model learns last.
+Every function takes names of values (`SUBJECT_FACTORS`, `POSES`) and returns polygons, float arrays
+[points, 2]. Parts are big on purpose: a part of few pixels is what a small model learns last.
 """
 
 from functools import cache
@@ -11,7 +12,8 @@ import numpy as np
 EYE_RADIUS = 0.38
 
 Number = float | int
-"""A length in critter units or an angle in degrees (the tests' type checker takes a bare `float` literally)."""
+"""A length in critter units or an angle in degrees (the tests' type checker takes a bare `float`
+literally)."""
 
 
 def ellipse(x: Number, y: Number, rx: Number, ry: Number, turn: Number = 0) -> np.ndarray:
@@ -42,21 +44,33 @@ def body_outline(shape: str) -> np.ndarray:
         return ellipse(0, 0.22, 1.18, 0.80)
     if shape == "square":
         power = 2 / 7
-        return np.stack([np.sign(cos) * abs(cos) ** power, np.sign(sin) * abs(sin) ** power], axis=1) * 0.94
+        return (
+            np.stack([np.sign(cos) * abs(cos) ** power, np.sign(sin) * abs(sin) ** power], axis=1)
+            * 0.94
+        )
     if shape == "pear":
         return np.stack([cos * (0.86 + 0.34 * sin), sin], axis=1)
     radius = 0.84 + 0.32 * np.abs(((angle / (2 * np.pi) * 9 + 0.25) % 1) * 2 - 1)
     return np.stack([radius * cos, radius * sin], axis=1)
 
 
-FACE_Y = {"round": -0.20, "tall": -0.36, "square": -0.22, "pear": -0.30, "wide": 0.06, "spiky": -0.20}
+FACE_Y = {
+    "round": -0.20,
+    "tall": -0.36,
+    "square": -0.22,
+    "pear": -0.30,
+    "wide": 0.06,
+    "spiky": -0.20,
+}
 
 
 def _anchor(shape: str, degrees: Number) -> np.ndarray:
     """The point of the body's edge in that direction, clockwise from the top."""
     edge = body_outline(shape)
     direction = np.deg2rad(degrees)
-    return edge[np.argmax(edge @ (np.sin(direction), -np.cos(direction)) / np.linalg.norm(edge, axis=1))]
+    return edge[
+        np.argmax(edge @ (np.sin(direction), -np.cos(direction)) / np.linalg.norm(edge, axis=1))
+    ]
 
 
 def ear_shapes(value: str, shape: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -80,7 +94,11 @@ def ear_shapes(value: str, shape: str) -> tuple[list[np.ndarray], list[np.ndarra
         else:
             tip = np.array([x + 0.22 * side, y - 0.50])
             across = np.array([0.07, 0.03 * side])
-            outer.append(np.stack([(x, y) - across * 1.2, (x, y + 0.1) + across * 1.2, tip + across, tip - across]))
+            outer.append(
+                np.stack(
+                    [(x, y) - across * 1.2, (x, y + 0.1) + across * 1.2, tip + across, tip - across]
+                )
+            )
             outer.append(ellipse(tip[0], tip[1], 0.30, 0.30))
             inner.append(ellipse(tip[0], tip[1], 0.30, 0.30))
     return outer, inner
@@ -93,11 +111,26 @@ def tail_shapes(value: str, shape: str) -> list[np.ndarray]:
     if value == "bushy":
         return [ellipse(x - 0.28, y - 0.62, 0.36, 0.96, -8)]
     if value == "fish":
-        points = [(0.3, -0.1), (-0.30, -0.22), (-0.94, -0.86), (-0.74, 0.04), (-0.94, 0.90), (-0.30, 0.30), (0.3, 0.2)]
+        points = [
+            (0.3, -0.1),
+            (-0.30, -0.22),
+            (-0.94, -0.86),
+            (-0.74, 0.04),
+            (-0.94, 0.90),
+            (-0.30, 0.30),
+            (0.3, 0.2),
+        ]
     elif value == "spike":
         points = [(0.34, -0.40), (0.34, 0.66), (-0.46, 0.86), (-1.02, 0.84), (-0.42, 0.30)]
     else:
-        points = [(0.2, 0.40), (-0.62, 0.34), (-0.44, -0.22), (-1.0, -0.22), (-0.66, -1.22), (-0.04, -0.70)]
+        points = [
+            (0.2, 0.40),
+            (-0.62, 0.34),
+            (-0.44, -0.22),
+            (-1.0, -0.22),
+            (-0.66, -1.22),
+            (-0.04, -0.70),
+        ]
         points += [(-0.24, -0.46), (0.24, -0.30)]
     return [np.add(points, (x, y))]
 
@@ -139,10 +172,16 @@ def limb_shapes(pose: str, shape: str) -> list[np.ndarray]:
     bottom = body_outline(shape)[:, 1].max()
     left, right = _anchor(shape, -100)[0], _anchor(shape, 100)[0]
     if pose == "running":
-        feet = [ellipse(-0.62, bottom + 0.02, 0.34, 0.19, 24), ellipse(0.62, bottom + 0.02, 0.34, 0.19, -24)]
+        feet = [
+            ellipse(-0.62, bottom + 0.02, 0.34, 0.19, 24),
+            ellipse(0.62, bottom + 0.02, 0.34, 0.19, -24),
+        ]
         hands = [ellipse(left, 0.25, 0.34, 0.17, 30), ellipse(right, 0.25, 0.34, 0.17, -30)]
     elif pose == "jumping":
-        feet = [ellipse(-0.5, bottom + 0.02, 0.20, 0.26, 20), ellipse(0.5, bottom + 0.02, 0.20, 0.26, -20)]
+        feet = [
+            ellipse(-0.5, bottom + 0.02, 0.20, 0.26, 20),
+            ellipse(0.5, bottom + 0.02, 0.20, 0.26, -20),
+        ]
         hands = [ellipse(left, -0.12, 0.36, 0.17, 45), ellipse(right, -0.12, 0.36, 0.17, -45)]
     else:
         feet = [ellipse(-0.42, bottom + 0.08, 0.34, 0.18), ellipse(0.46, bottom + 0.08, 0.34, 0.18)]

@@ -27,7 +27,9 @@ class CritterRows:
     def __getitem__(self, index: int) -> Example:
         pair, size = self.pair(index), self.critters.size
         reference = Image.fromarray(draw_reference(pair.subject, pair.reference_pose, size))
-        return Example(pair.prompt, [reference], Image.fromarray(draw_scene(pair.subject, pair.scene, size)))
+        return Example(
+            pair.prompt, [reference], Image.fromarray(draw_scene(pair.subject, pair.scene, size))
+        )
 
     def prompt(self, index: int) -> str:
         return self.pair(index).prompt

@@ -1,7 +1,8 @@
-"""Trains the demo's autoencoder to redraw critters: reconstruction plus a small KL term, Muon and AdamW on a cosine.
+"""Trains the demo's autoencoder to redraw critters: reconstruction plus a small KL term, Muon and
+AdamW on a cosine.
 
-The result's latents have zero mean and unit variance over what it was trained on, as FLUX.1's do over photographs.
-Every number here is our decision; README says what it reached.
+The result's latents have zero mean and unit variance over what it was trained on, as FLUX.1's do
+over photographs. Every number here is our decision; README says what it reached.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,9 +28,11 @@ DEMO_AUTOENCODER = AutoencoderConfig(
     scaling_factor=1.0,
     shift_factor=0.0,
 )
-"""FLUX.1's autoencoder with 4x downsampling instead of 8x, so that a picture of 64x64 pixels is 8x8 tokens.
+"""FLUX.1's autoencoder with 4x downsampling instead of 8x, so that a picture of 64x64 pixels is 8x8
+tokens.
 
-Two groups of channels a norm: with a group for each of eight channels the last norm would take away mean colours."""
+Two groups of channels a norm: with a group for each of eight channels the last norm would take
+away mean colours."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class AutoencoderTraining:
     average: float = 0.998
     """Decay of the average of weights that is returned."""
     kl_weight: float = 3e-4
-    """Times the KL divergence to N(0, 1) in nats per latent value, beside L1 + MSE per pixel value in [-1, 1]. Large
-    enough that decoding bears an error of a tenth of a latent's standard deviation, small enough to stay sharp."""
+    """Times the KL divergence to N(0, 1) in nats per latent value, beside L1 + MSE per pixel
+    value in [-1, 1]. Large enough that decoding bears an error of a tenth of a latent's standard
+    deviation, small enough to stay sharp."""
     seed: int = 0
 
 
@@ -62,12 +66,16 @@ def train_autoencoder(
     checkpoint: Callable[[int, Autoencoder], None] = lambda step, autoencoder: None,
     checkpoint_every: int = 500,
 ) -> Autoencoder:
-    """An autoencoder trained on `images` (uint8 [B, height, width, 3] batches), with measured shift and scale.
+    """An autoencoder trained on `images` (uint8 [B, height, width, 3] batches), with measured shift
+    and scale.
 
-    `progress(step, metrics)` is called after every step, `checkpoint(step, autoencoder)` now and then with the module
-    as it would be returned. The same seed and images give the same weights on one machine.
+    `progress(step, metrics)` is called after every step, `checkpoint(step, autoencoder)` now and
+    then with the module as it would be returned. The same seed and images give the same weights on
+    one machine.
     """
-    autoencoder = Autoencoder(replace(config, shift_factor=0.0, scaling_factor=1.0), rngs=nnx.Rngs(training.seed))
+    autoencoder = Autoencoder(
+        replace(config, shift_factor=0.0, scaling_factor=1.0), rngs=nnx.Rngs(training.seed)
+    )
     graph, parameters = nnx.split(autoencoder, nnx.Param)
     optimizer = make_optimizer(training)
     moments = optimizer.init(parameters)
@@ -79,7 +87,9 @@ def train_autoencoder(
     @jax.jit
     def train_step(parameters, moments, average, pictures, step):
         key = jax.random.fold_in(root, step)
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, to_float(pictures), key)
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
+            parameters, to_float(pictures), key
+        )
         updates, moments = optimizer.update(gradients, moments, parameters)
         parameters = optax.apply_updates(parameters, updates)
         keep = jnp.minimum(training.average, (1.0 + step) / (10.0 + step))
@@ -88,7 +98,9 @@ def train_autoencoder(
 
     average, pictures, recent = parameters, next(images), []
     for step in range(training.steps):
-        parameters, moments, average, metrics = train_step(parameters, moments, average, pictures, jnp.int32(step))
+        parameters, moments, average, metrics = train_step(
+            parameters, moments, average, pictures, jnp.int32(step)
+        )
         # The next batch is drawn while this step runs; reading the metrics waits for it.
         recent = [*recent[-63:], pictures]
         pictures = next(images)
@@ -100,10 +112,15 @@ def train_autoencoder(
     return measured
 
 
-def critter_pictures(seed: int, batch: int, size: int = 64, split: Split = "train") -> Iterator[np.ndarray]:
-    """Endless batches uint8 [batch, size, size, 3]: of four pictures three are scenes and one is a reference alone."""
+def critter_pictures(
+    seed: int, batch: int, size: int = 64, split: Split = "train"
+) -> Iterator[np.ndarray]:
+    """Endless batches uint8 [batch, size, size, 3]: of four pictures three are scenes and one is
+    a reference alone."""
     for start in count(0, batch):
-        yield np.stack([critter_picture(seed, index, size, split) for index in range(start, start + batch)])
+        yield np.stack(
+            [critter_picture(seed, index, size, split) for index in range(start, start + batch)]
+        )
 
 
 def critter_picture(seed: int, index: int, size: int = 64, split: Split = "train") -> np.ndarray:
@@ -117,7 +134,8 @@ def critter_picture(seed: int, index: int, size: int = 64, split: Split = "train
 def reconstruction_loss(
     autoencoder: Autoencoder, images: Float[Array, "B height width 3"], key: Key, kl_weight: float
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """L1 + MSE of a reconstruction from a posterior draw, plus the KL term; and the parts, to be logged."""
+    """L1 + MSE of a reconstruction from a posterior draw, plus the KL term; and the parts, to be
+    logged."""
     mean, log_variance = autoencoder.posterior(images)
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     error = autoencoder.decode(autoencoder.normalise(latents)) - images
@@ -128,16 +146,21 @@ def reconstruction_loss(
 
 
 def make_optimizer(training: AutoencoderTraining) -> optax.GradientTransformation:
-    """Muon for kernels (as [h·w·in, out] matrices), AdamW for vectors; clipping, warm-up and a cosine to zero.
+    """Muon for kernels (as [h·w·in, out] matrices), AdamW for vectors; clipping, warm-up and a
+    cosine to zero.
 
-    On two cores steps are scarce, and with Muon the same error takes about half as many as with AdamW.
+    On two cores steps are scarce, and with Muon the same error takes about half as many as with
+    AdamW.
     """
     warmup = min(training.warmup, max(training.steps // 10, 1))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, training.steps)
 
     def matrices(parameters: optax.Params) -> optax.Params:
         return jax.tree.map(
-            lambda x: MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if x.ndim > 1 else None, parameters
+            lambda x: (
+                MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if x.ndim > 1 else None
+            ),
+            parameters,
         )
 
     return optax.chain(
@@ -152,11 +175,16 @@ def make_optimizer(training: AutoencoderTraining) -> optax.GradientTransformatio
 
 
 def with_measured_scale(autoencoder: Autoencoder, batches: list[np.ndarray]) -> Autoencoder:
-    """The same weights with shift and scale such that the latents of `batches` have mean 0 and standard deviation 1."""
+    """The same weights with shift and scale such that the latents of `batches` have mean 0 and
+    standard deviation 1."""
     posterior = nnx.jit(lambda module, images: module.posterior(images)[0])
-    means = np.concatenate([np.asarray(posterior(autoencoder, to_float(batch))) for batch in batches])
+    means = np.concatenate(
+        [np.asarray(posterior(autoencoder, to_float(batch))) for batch in batches]
+    )
     shift, scale = float(means.mean(dtype=np.float64)), float(1.0 / means.std(dtype=np.float64))
-    return with_config(autoencoder, replace(autoencoder.config, shift_factor=shift, scaling_factor=scale))
+    return with_config(
+        autoencoder, replace(autoencoder.config, shift_factor=shift, scaling_factor=scale)
+    )
 
 
 def with_config(autoencoder: Autoencoder, config: AutoencoderConfig) -> Autoencoder:
@@ -166,9 +194,11 @@ def with_config(autoencoder: Autoencoder, config: AutoencoderConfig) -> Autoenco
     return other
 
 
-def measure(autoencoder: Autoencoder, images: np.ndarray, *, noise: float = 0.1, seed: int = 0) -> dict[str, float]:
-    """Redrawing of uint8 pictures [B, height, width, 3]: PSNR in dB, the same with Gaussian noise of deviation `noise`
-    on the latents, and the latents' own mean and deviation."""
+def measure(
+    autoencoder: Autoencoder, images: np.ndarray, *, noise: float = 0.1, seed: int = 0
+) -> dict[str, float]:
+    """Redrawing of uint8 pictures [B, height, width, 3]: PSNR in dB, the same with Gaussian
+    noise of deviation `noise` on the latents, and the latents' own mean and deviation."""
     clean, noisy, latents = redraw(autoencoder, images, noise=noise, seed=seed)
     return {
         "psnr": psnr(images, clean),
@@ -179,12 +209,20 @@ def measure(autoencoder: Autoencoder, images: np.ndarray, *, noise: float = 0.1,
 
 
 def redraw(
-    autoencoder: Autoencoder, images: np.ndarray, *, noise: float = 0.1, seed: int = 0, batch: int = 32
+    autoencoder: Autoencoder,
+    images: np.ndarray,
+    *,
+    noise: float = 0.1,
+    seed: int = 0,
+    batch: int = 32,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures through the autoencoder (uint8), the same from latents with noise, and the latents without."""
+    """Pictures through the autoencoder (uint8), the same from latents with noise, and the
+    latents without."""
 
     @nnx.jit
-    def run(module: Autoencoder, pictures: jax.Array, key: Key) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def run(
+        module: Autoencoder, pictures: jax.Array, key: Key
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         latents = module.encode(to_float(pictures))
         shaken = latents + noise * jax.random.normal(key, latents.shape)
         return to_uint8(module.decode(latents)), to_uint8(module.decode(shaken)), latents
@@ -192,15 +230,23 @@ def redraw(
     parts = []
     for index, start in enumerate(range(0, len(images), batch)):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        parts.append([np.asarray(x) for x in run(autoencoder, jnp.asarray(images[start : start + batch]), key)])
+        parts.append(
+            [
+                np.asarray(x)
+                for x in run(autoencoder, jnp.asarray(images[start : start + batch]), key)
+            ]
+        )
     clean, noisy, latents = (np.concatenate(x) for x in zip(*parts))
     return clean, noisy, latents
 
 
 def preview(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
-    """One uint8 picture for the eye: originals above, redrawn below, redrawn from noisy latents last."""
+    """One uint8 picture for the eye: originals above, redrawn below, redrawn from noisy latents
+    last."""
     clean, noisy, _ = redraw(autoencoder, images)
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in (images, clean, noisy)], axis=0)
+    return np.concatenate(
+        [np.concatenate(list(row), axis=1) for row in (images, clean, noisy)], axis=0
+    )
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> float:

@@ -1,10 +1,12 @@
-"""Trains the demo's small MLLM to describe critters: first its eyes to name what is there, then all of it to talk.
+"""Trains the demo's small MLLM to describe critters: first its eyes to name what is there, then all
+of it to talk.
 
-What is wanted of it is what a large MLLM has: hidden states that know *what* is in the picture and what the prompt asks
-for, layer by layer differently, and that have lost fine detail. So it sees a thumbnail. As with a large one, the vision
-tower comes pretrained: with next-token loss alone it tells colours apart and stays blind to shapes for thousands of steps.
-Then every conversation makes the whole say what it sees and what it is to draw. Every number here is our decision; README
-says what it reached.
+What is wanted of it is what a large MLLM has: hidden states that know *what* is in the picture and
+what the prompt asks for, layer by layer differently, and that have lost fine detail. So it sees a
+thumbnail. As with a large one, the vision tower comes pretrained: with next-token loss alone it
+tells colours apart and stays blind to shapes for thousands of steps. Then every conversation makes
+the whole say what it sees and what it is to draw. Every number here is our decision; README says
+what it reached.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,7 +47,8 @@ class MLLMTraining:
     """How the demo's MLLM is trained; the defaults made the shipped weights."""
 
     vision_steps: int = 900
-    """Steps in which the vision tower and the projector learn to name factors, before the conversations."""
+    """Steps in which the vision tower and the projector learn to name factors, before the
+    conversations."""
     vision_batch: int = 128
     steps: int = 1200
     batch: int = 32
@@ -61,7 +64,8 @@ class MLLMTraining:
     prompt_weight: float = 0.2
     """Weight of the loss on a prompt's own tokens beside 1 on answers."""
     spelled: float = 0.1
-    """Share of prompts in which one word is spelled in bytes, so that the model learns to read words it has no token of."""
+    """Share of prompts in which one word is spelled in bytes, so that the model learns to read
+    words it has no token of."""
     seed: int = 0
 
 
@@ -80,7 +84,8 @@ def demo_tokenizer() -> Any:
 
 
 def demo_config(tokenizer: Any) -> InternVLConfig:
-    """The demo's MLLM for a tokenizer: 1.1 M parameters, 4 image tokens of a thumbnail of 16x16 pixels."""
+    """The demo's MLLM for a tokenizer: 1.1 M parameters, 4 image tokens of a thumbnail of 16x16
+    pixels."""
     return InternVLConfig(
         vision=VisionConfig(
             image_size=16,
@@ -117,7 +122,8 @@ class Conversation(NamedTuple):
 
 
 class Speaker:
-    """Turns pairs into conversations: texts to ids (remembered, since the sentences repeat), pictures to tiles."""
+    """Turns pairs into conversations: texts to ids (remembered, since the sentences repeat),
+    pictures to tiles."""
 
     def __init__(self, config: InternVLConfig, tokenizer: Any, training: MLLMTraining) -> None:
         self.config, self.training = config, training
@@ -127,20 +133,33 @@ class Speaker:
         )
         self.text = lru_cache(maxsize=None)(self.vocabulary.text)
 
-    def turn(self, content: list[int], weight: float = 0.0, role: str = GREETING) -> tuple[list[int], list[float]]:
-        """Ids of a turn, and the loss's weight of each: `weight` for what is said and for the end of it."""
+    def turn(
+        self, content: list[int], weight: float = 0.0, role: str = GREETING
+    ) -> tuple[list[int], list[float]]:
+        """Ids of a turn, and the loss's weight of each: `weight` for what is said and for the
+        end of it."""
         head = [self.start, *self.text(role)]
         ids = [*head, *content, self.end, *self.text("\n")]
         weights = [0.0] * len(head) + [weight] * (len(content) + 1) + [0.0]
         return ids, weights
 
     def conversation(self, pair: Pair, rng: np.random.Generator) -> tuple[list[int], list[float]]:
-        """A picture with a prompt (half of the time) or with a first question, then questions while they fit."""
-        picture = [self.image_start, *[self.image] * self.config.image_tokens, self.image_end, *self.text("\n")]
+        """A picture with a prompt (half of the time) or with a first question, then questions
+        while they fit."""
+        picture = [
+            self.image_start,
+            *[self.image] * self.config.image_tokens,
+            self.image_end,
+            *self.text("\n"),
+        ]
         prompted = rng.random() < 0.5
         asked = iter(questions(pair.subject, pair.scene if prompted else pair.reference_pose, rng))
         if prompted:
-            said = self.spell(pair.prompt, rng) if rng.random() < self.training.spelled else self.text(pair.prompt)
+            said = (
+                self.spell(pair.prompt, rng)
+                if rng.random() < self.training.spelled
+                else self.text(pair.prompt)
+            )
             ids, weights = self.turn([*picture, *said], self.training.prompt_weight)
             for place in range(ids.index(self.image_end) + 2):  # the picture is not to be predicted
                 weights[place] = 0.0
@@ -154,7 +173,10 @@ class Speaker:
             answer_ids, answer_weights = self.turn(list(self.text(answer)), 1.0, ANSWER)
             if len(ids) + len(question_ids) + len(answer_ids) > self.training.length:
                 break
-            ids, weights = ids + question_ids + answer_ids, weights + question_weights + answer_weights
+            ids, weights = (
+                ids + question_ids + answer_ids,
+                weights + question_weights + answer_weights,
+            )
         return ids, weights
 
     def spell(self, text: str, rng: np.random.Generator) -> list[int]:
@@ -171,20 +193,30 @@ class Speaker:
         """The batch of a step: it follows from (seed, step) alone."""
         training, size = self.training, self.config.vision.image_size
         shape = (training.batch, training.length)
-        input_ids, weights, mask = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool)
+        input_ids, weights, mask = (
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, bool),
+        )
         pixels = np.zeros((training.batch, size, size, 3), np.float32)
         for row in range(training.batch):
             index = step * training.batch + row
             pair = pair_at(training.seed, index, split)
             ids, of_ids = self.conversation(pair, np.random.default_rng((training.seed, index, 7)))
-            input_ids[row, : len(ids)], weights[row, : len(ids)], mask[row, : len(ids)] = ids, of_ids, True
+            input_ids[row, : len(ids)], weights[row, : len(ids)], mask[row, : len(ids)] = (
+                ids,
+                of_ids,
+                True,
+            )
             pixels[row] = tile(pair, size)
         return Conversation(input_ids, weights, mask, pixels)
 
 
 def tile(pair: Pair, size: int) -> np.ndarray:
     """The pair's reference as the vision tower reads it."""
-    return preprocess_image(Image.fromarray(draw_reference(pair.subject, pair.reference_pose)), size)
+    return preprocess_image(
+        Image.fromarray(draw_reference(pair.subject, pair.reference_pose)), size
+    )
 
 
 def train_mllm(
@@ -197,8 +229,8 @@ def train_mllm(
 ) -> InternVL:
     """An MLLM that describes the training subjects' pictures, in float32.
 
-    `vision_progress` and `progress(step, metrics)` are called after every step of the two parts. The same config,
-    training and tokenizer give the same weights on one machine.
+    `vision_progress` and `progress(step, metrics)` are called after every step of the two parts.
+    The same config, training and tokenizer give the same weights on one machine.
     """
     speaker = Speaker(config, tokenizer, training)
     mllm = initial_mllm(config, training.seed)
@@ -238,7 +270,9 @@ class FactorHeads(nnx.Module):
         self.sizes = (*COARSE.values(), len(POSES))
         self.mllm, self.heads = mllm, nnx.Linear(features, sum(self.sizes), rngs=rngs)
 
-    def __call__(self, pixel_values: Float[Array, "B height width 3"]) -> list[Float[Array, "B values"]]:
+    def __call__(
+        self, pixel_values: Float[Array, "B height width 3"]
+    ) -> list[Float[Array, "B values"]]:
         tokens = self.mllm.vision(pixel_values)
         logits = self.heads(tokens.reshape(tokens.shape[0], -1))
         return jnp.split(logits, np.cumsum(self.sizes)[:-1].tolist(), axis=-1)
@@ -250,7 +284,8 @@ def pretrain_vision(
     *,
     progress: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> None:
-    """Trains the vision tower and the projector, in place, so that the coarse factors can be read off linearly."""
+    """Trains the vision tower and the projector, in place, so that the coarse factors can be
+    read off linearly."""
     graph, parameters = nnx.split(FactorHeads(mllm, nnx.Rngs(training.seed + 1)), nnx.Param)
     optimizer = make_optimizer(training, training.vision_steps)
     moments = optimizer.init(parameters)
@@ -264,15 +299,22 @@ def pretrain_vision(
 
     @jax.jit
     def train_step(parameters, moments, pixels, factors):
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, pixels, factors)
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
+            parameters, pixels, factors
+        )
         updates, moments = optimizer.update(gradients, moments, parameters)
         return optax.apply_updates(parameters, updates), moments, metrics
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         first = step * training.vision_batch
         rows = [pair_at(training.seed, first + row) for row in range(training.vision_batch)]
-        factors = [[*(getattr(pair.subject, name) for name in COARSE), pair.reference_pose] for pair in rows]
-        return np.stack([tile(pair, mllm.config.vision.image_size) for pair in rows]), np.array(factors, np.int32)
+        factors = [
+            [*(getattr(pair.subject, name) for name in COARSE), pair.reference_pose]
+            for pair in rows
+        ]
+        return np.stack([tile(pair, mllm.config.vision.image_size) for pair in rows]), np.array(
+            factors, np.int32
+        )
 
     with ThreadPoolExecutor(1) as drawing:
         upcoming = drawing.submit(batch, 0)
@@ -282,12 +324,17 @@ def pretrain_vision(
             parameters, moments, metrics = train_step(parameters, moments, pixels, factors)
             progress(step + 1, {name: float(value) for name, value in metrics.items()})
     trained = nnx.merge(graph, parameters).mllm
-    nnx.update(mllm.vision_tower, nnx.state(trained.vision_tower))  # the rest had no gradient, but weight decay
+    nnx.update(
+        mllm.vision_tower, nnx.state(trained.vision_tower)
+    )  # the rest had no gradient, but weight decay
     nnx.update(mllm.projector, nnx.state(trained.projector))
 
 
-def describing_loss(mllm: InternVL, batch: Conversation) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean cross-entropy of the next token, in nats, over the weighted tokens; and the share of answers guessed right."""
+def describing_loss(
+    mllm: InternVL, batch: Conversation
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean cross-entropy of the next token, in nats, over the weighted tokens; and the share of
+    answers guessed right."""
     hidden = mllm(batch.input_ids, batch.pixel_values, batch.mask)[:, -1, :-1]
     logits, targets, weights = mllm.logits(hidden), batch.input_ids[:, 1:], batch.weights[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -300,8 +347,8 @@ def describing_loss(mllm: InternVL, batch: Conversation) -> tuple[Float[Array, "
 def initial_mllm(config: InternVLConfig, seed: int) -> InternVL:
     """Random weights with five times the usual embeddings and a fifth of the blocks' output.
 
-    So a token's own identity is not drowned in the first block, and looking at the picture is learned in a hundred steps
-    instead of a thousand.
+    So a token's own identity is not drowned in the first block, and looking at the picture is
+    learned in a hundred steps instead of a thousand.
     """
     mllm = InternVL(config, rngs=nnx.Rngs(seed))
     mllm.embedding.set_value(5.0 * mllm.embedding[...])

@@ -1,7 +1,8 @@
 """Words about critters: prompts for scenes, captions of references, questions with answers.
 
-The vocabulary is small (under 120 words) and a sentence names every factor it speaks of by that factor's own word, so
-two scenes never share a prompt. Captions and answers leave the fine factors out (`FINE_FACTORS`).
+The vocabulary is small (under 120 words) and a sentence names every factor it speaks of by that
+factor's own word, so two scenes never share a prompt. Captions and answers leave the fine factors
+out (`FINE_FACTORS`).
 """
 
 import numpy as np
@@ -34,7 +35,10 @@ _PROMPTS = (
 
 
 def _scene_phrases(scene: Scene) -> dict[str, str]:
-    words = {factor: SCENE_FACTORS[factor][index] for factor, index in zip(Scene._fields, scene, strict=True)}
+    words = {
+        factor: SCENE_FACTORS[factor][index]
+        for factor, index in zip(Scene._fields, scene, strict=True)
+    }
     return words | {
         "place": _PLACE[words["place"]],
         "time": _TIME[words["time"]],
@@ -50,7 +54,10 @@ def prompt(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 
 def _subject_words(subject: Subject) -> dict[str, str]:
-    return {factor: SUBJECT_FACTORS[factor][index] for factor, index in zip(Subject._fields, subject, strict=True)}
+    return {
+        factor: SUBJECT_FACTORS[factor][index]
+        for factor, index in zip(Subject._fields, subject, strict=True)
+    }
 
 
 def _facing(pose: int) -> str:
@@ -65,16 +72,20 @@ _CAPTIONS = (
 
 
 def caption(subject: Subject, pose: int, rng: np.random.Generator | None = None) -> str:
-    """What a coarse look at the reference tells: every subject factor but the fine ones, and the pose."""
+    """What a coarse look at the reference tells: every subject factor but the fine ones, and the
+    pose."""
     template = _CAPTIONS[int(rng.integers(len(_CAPTIONS)))] if rng is not None else _CAPTIONS[0]
     return template.format(**_subject_words(subject), pose=POSES[pose])
 
 
-def questions(subject: Subject, shown: int | Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+def questions(
+    subject: Subject, shown: int | Scene, rng: np.random.Generator
+) -> list[tuple[str, str]]:
     """Questions with short answers, in random order.
 
-    With a pose (an int), they are about the reference picture in that pose. With a scene, they are about a reference
-    picture (in whatever pose) and the scene's prompt together: what the picture to be made should show.
+    With a pose (an int), they are about the reference picture in that pose. With a scene, they are
+    about a reference picture (in whatever pose) and the scene's prompt together: what the picture
+    to be made should show.
     """
     words = _subject_words(subject)
     if isinstance(shown, Scene):
@@ -84,13 +95,25 @@ def questions(subject: Subject, shown: int | Scene, rng: np.random.Generator) ->
         things = (scene["accessory"], scene["position"])
         critter = f"the {words['colour']} {words['body']} critter"
         asked = [
-            ("what to draw?", ", ".join((f"{who}, {scene['pose']} {scene['place']} {scene['time']}", *things))),
+            (
+                "what to draw?",
+                ", ".join((f"{who}, {scene['pose']} {scene['place']} {scene['time']}", *things)),
+            ),
             ("who is to be drawn?", who),
             ("where will it be?", f"{critter} is {scene['place']} {scene['time']}"),
             ("what will it do?", f"{critter} is {scene['pose']}"),
-            ("what will it have?", f"{words['ears']} ears, a {words['second']} {words['tail']} tail, {things[0]}"),
-            ("on which side will it be?", f"the {scene['size']} {words['colour']} critter is {things[1]}"),
-            ("which coat will it have?", f"{words['colour']} {words['pattern']} in {words['second']}, {things[0]}"),
+            (
+                "what will it have?",
+                f"{words['ears']} ears, a {words['second']} {words['tail']} tail, {things[0]}",
+            ),
+            (
+                "on which side will it be?",
+                f"the {scene['size']} {words['colour']} critter is {things[1]}",
+            ),
+            (
+                "which coat will it have?",
+                f"{words['colour']} {words['pattern']} in {words['second']}, {things[0]}",
+            ),
         ]
     else:
         asked = [

@@ -105,7 +105,8 @@ class BackboneConfig(Protocol):
     def reference_positions(
         self, target_grid: Grid, reference_grids: Sequence[Grid]
     ) -> Int32[np.ndarray, "R axes"]:
-        """Where each reference token stands on the rotary axes; grids are (rows, columns) of tokens."""
+        """Where each reference token stands on the rotary axes; grids are (rows, columns) of
+        tokens."""
         ...
 
     def schedule_shift(self, target_tokens: int, steps: int) -> float:
@@ -137,7 +138,8 @@ class Backbone(nnx.Module):
         context_mask: Bool[Array, "B L"] | None = None,
         **extra: Float[Array, "B _"] | None,
     ) -> Float[Array, "B N c"]:
-        """Predicts the velocity of noisy `target` tokens at times `t`, with references of known sizes.
+        """Predicts the velocity of noisy `target` tokens at times `t`, with references of known
+        sizes.
 
         `target_grid` and each reference's grid are (rows, columns) of tokens. `guidance` is the
         distilled guidance value as a user gives it (3.5, say), needed where the model takes one.
@@ -203,9 +205,9 @@ class Backbone(nnx.Module):
     ) -> Float[Array, "B N c"]:
         """Predicts the velocity: the one forward of training, sampling and verification.
 
-        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch of
-        one number of tokens may hold portraits and landscapes. `temb` is the conditioning vector of
-        each sample's time, or what `make_modulation` computed of one for all.
+        `target_grid` is (rows, columns) of tokens, one for all or one a row of the batch: a batch
+        of one number of tokens may hold portraits and landscapes. `temb` is the conditioning vector
+        of each sample's time, or what `make_modulation` computed of one for all.
         """
         streams, inputs = self.embed_inputs(
             target, target_grid, temb, context, context_mask, references
@@ -270,7 +272,12 @@ def append_references(
     if references is not None:
         mask = jnp.concatenate([jnp.ones((batch, length), bool), references.mask], axis=1)
     keys = length if mask is None else mask.shape[1]
-    return tokens, positions, join_masks(context_mask, mask, (batch, context.shape[1], keys)), cached_kv
+    return (
+        tokens,
+        positions,
+        join_masks(context_mask, mask, (batch, context.shape[1], keys)),
+        cached_kv,
+    )
 
 
 def join_masks(

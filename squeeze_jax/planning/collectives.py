@@ -1,8 +1,9 @@
-"""Reads the collectives of a compiled program from its HLO text: bytes sent by each chip, kind, mesh axes.
+"""Reads the collectives of a compiled program from its HLO text: bytes sent by each chip, kind,
+mesh axes.
 
-XLA counts a loop's body once; we count a collective as often as the loops around it run. Between slices a TPU program
-has no collectives but `send` instructions to the host's runtime, whose attributes name the collective; only the axis
-`data` crosses slices.
+XLA counts a loop's body once; we count a collective as often as the loops around it run. Between
+slices a TPU program has no collectives but `send` instructions to the host's runtime, whose
+attributes name the collective; only the axis `data` crosses slices.
 """
 
 import math
@@ -13,7 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
           "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
 
@@ -35,22 +43,30 @@ class Collective(NamedTuple):
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # the CPU's compiler says it, the TPU's does not
+_KNOWN = re.compile(
+    r'"known_trip_count":\{"n":"(\d+)"\}'
+)  # the CPU's compiler says it, the TPU's does not
 _BOUND = re.compile(r"compare\(.*%([\w.\-]+)\), direction=LT")
 _INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
-_BETWEEN_SLICES = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(.*xla_megascale_runtime")
+_BETWEEN_SLICES = re.compile(
+    r"^\s+(?:ROOT )?%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(.*xla_megascale_runtime"
+)
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = ()) -> list[Collective]:
+def collectives(
+    text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = ()
+) -> list[Collective]:
     """Returns every collective in a compiled program's text.
 
-    Devices are numbered as in the mesh's array, last axis fastest. `unknown`: how often those loops of the entry
-    computation run that have no constant end, in their order.
+    Devices are numbered as in the mesh's array, last axis fastest. `unknown`: how often those loops
+    of the entry computation run that have no constant end, in their order.
     """
     lines_of: dict[str, list[str]] = {}
     entry, name = "", ""
@@ -69,7 +85,9 @@ def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = 
         for line in lines_of[name]:
             trips = 1
             if loop := _LOOP.search(line):
-                trips = int(known[1]) if (known := _KNOWN.search(line)) else _trips(lines_of[loop[1]])
+                trips = (
+                    int(known[1]) if (known := _KNOWN.search(line)) else _trips(lines_of[loop[1]])
+                )
                 trips = (next(given, 1) if name == entry else 1) if trips is None else trips
             for one, several in _CALLED.findall(line):
                 for inner in [one, *re.split(r"[, %]+", several)]:
@@ -80,7 +98,9 @@ def collectives(text: str, mesh_shape: dict[str, int], unknown: Sequence[int] = 
     found: dict[str, Collective] = {}
     for name, count in times.items():
         # An asynchronous collective appears in several fusions with one channel; it counts once.
-        beside = name.startswith("async_collective_fusion") or any("AsyncCollective" in line for line in lines_of[name])
+        beside = name.startswith("async_collective_fusion") or any(
+            "AsyncCollective" in line for line in lines_of[name]
+        )
         for number, line in enumerate(lines_of[name]):
             if (collective := _parse(line, count, mesh_shape)) is not None:
                 channel = _CHANNEL.search(line)
@@ -94,7 +114,9 @@ def _trips(condition: list[str]) -> int | None:
     for line in condition:
         if found := _BOUND.search(line):
             bound = re.compile(rf"%{re.escape(found[1])} = s32\[\]\S* constant\((\d+)\)")
-            return next((int(constant[1]) for other in condition if (constant := bound.search(other))), None)
+            return next(
+                (int(constant[1]) for other in condition if (constant := bound.search(other))), None
+            )
     return None
 
 
@@ -129,7 +151,11 @@ def _between_slices(found: re.Match[str], line: str, times: int) -> Collective:
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line)
     slices = sum(_extent(part) for part in target[1].split(",")) if target else 2
     name = kind[1].lower().replace("_", "-") if kind else "collective-permute"
-    share = (slices - 1) / slices * (2 if name == "all-reduce" else 1) if name in ("all-reduce", "reduce-scatter") else 1
+    share = (
+        (slices - 1) / slices * (2 if name == "all-reduce" else 1)
+        if name in ("all-reduce", "reduce-scatter")
+        else 1
+    )
     return Collective(name, ("data",), round(size * share), times, size, hidden=True)
 
 
@@ -150,7 +176,9 @@ def _group(line: str, mesh_shape: dict[str, int]) -> tuple[int, tuple[str, ...]]
     if found := re.search(r"replica_groups=\[([\d,]+)\](<=\S+)", line):
         order = _numbered(found[2])
         members = order.reshape(_numbers(found[1]))[0].ravel().tolist()
-    elif found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
+    elif found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         order = _numbered("<=" + found[2]) if found[2] else np.arange(math.prod(sizes.values()))
         members = _first_group(order.reshape(tuple(sizes.values())), list(sizes), found[3])
@@ -161,7 +189,9 @@ def _group(line: str, mesh_shape: dict[str, int]) -> tuple[int, tuple[str, ...]]
     else:
         members = devices.ravel().tolist()
     places = np.array([np.argwhere(devices == member)[0] for member in members])
-    axes = tuple(axis for axis, column in zip(mesh_shape, places.T) if len(set(column.tolist())) > 1)
+    axes = tuple(
+        axis for axis, column in zip(mesh_shape, places.T) if len(set(column.tolist())) > 1
+    )
     return len(members), axes
 
 
@@ -170,7 +200,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _numbered(text: str) -> np.ndarray:
-    """Device numbers that XLA writes as `<=[4,16]T(1,0)` or `<=([4,16]T(1,0))`, flat where there is no T."""
+    """Device numbers that XLA writes as `<=[4,16]T(1,0)` or `<=([4,16]T(1,0))`, flat where there
+    is no T."""
     found = re.match(r"<=\(?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert found is not None, text
     order = np.arange(math.prod(_numbers(found[1]))).reshape(_numbers(found[1]))
@@ -178,7 +209,8 @@ def _numbered(text: str) -> np.ndarray:
 
 
 def _first_group(order: np.ndarray, names: list[str], along: str) -> list[int]:
-    """Members of the first group in `mesh[…] {'a', 'b':(2)4}`: whole axes, or a (before)size part of an axis."""
+    """Members of the first group in `mesh[…] {'a', 'b':(2)4}`: whole axes, or a (before)size
+    part of an axis."""
     part = {name: (int(before), int(size)) if size else None for name, before, size in
             re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)}  # fmt: skip
     for axis, name in reversed(list(enumerate(names))):

@@ -1,15 +1,19 @@
-"""How long a step will take: the TPU compiler's own estimate of the program, and a model of what it leaves out.
+"""How long a step will take: the TPU compiler's own estimate of the program, and a model of what it
+leaves out.
 
-The compiler estimates every instruction (`Compiled.optimal`). It counts a scan's body once, so we add (depth − 1) times
-the estimate of one block, compiled by itself, forward and backward, under the same policy and on the same mesh. On v5p
-the compiler assumes 394 TFLOP/s and 2,350 GB/s (85 % of what is published). It counts asynchronous copies as if the
-chip waited for them; `Compiled.expected` takes them out.
+The compiler estimates every instruction (`Compiled.optimal`). It counts a scan's body once, so we
+add (depth − 1) times the estimate of one block, compiled by itself, forward and backward, under the
+same policy and on the same mesh. On v5p the compiler assumes 394 TFLOP/s and 2,350 GB/s (85 % of
+what is published). It counts asynchronous copies as if the chip waited for them;
+`Compiled.expected` takes them out.
 
-We model three things: attention kernels (the FLOPs of all blocks at `KERNEL_SHARE` of the published peak; the compiler
-has their HBM traffic), collectives (`network.network_seconds`: bytes over published rates, hidden where the compiler
-made them asynchronous), and the aggregator's refiner blocks after the first.
+We model three things: attention kernels (the FLOPs of all blocks at `KERNEL_SHARE` of the published
+peak; the compiler has their HBM traffic), collectives (`network.network_seconds`: bytes over
+published rates, hidden where the compiler made them asynchronous), and the aggregator's refiner
+blocks after the first.
 
-Compared with outside figures: MaxDiffusion's forward at 1024 x 1024 on v5p is 237 ms by the same compiler.
+Compared with outside figures: MaxDiffusion's forward at 1024 x 1024 on v5p is 237 ms by the same
+compiler.
 """
 
 from dataclasses import dataclass, replace
@@ -27,12 +31,18 @@ from squeeze_jax.layers.splash import padded
 from squeeze_jax.models.backbone import Backbone, BlockInputs, Streams
 from squeeze_jax.planning.chips import Chip
 from squeeze_jax.planning.network import network_seconds
-from squeeze_jax.planning.train_program import Compiled, abstract_batch, compiled, placed, step_flops
+from squeeze_jax.planning.train_program import (
+    Compiled,
+    abstract_batch,
+    compiled,
+    placed,
+    step_flops,
+)
 from squeeze_jax.sharding import batch_sharding, compiler_options, use_mesh
 
 KERNEL_SHARE = 0.6
-"""Share of a chip's published peak that attention kernels reach (our decision; the compiler assumes 86 % where a kernel
-states its FLOPs)."""
+"""Share of a chip's published peak that attention kernels reach (our decision; the compiler
+assumes 86 % where a kernel states its FLOPs)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,11 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        return self.compute + self.kernels + max(self.exposed, self.links + self.network - self.compute - self.kernels)
+        return (
+            self.compute
+            + self.kernels
+            + max(self.exposed, self.links + self.network - self.compute - self.kernels)
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,8 @@ class Kernel:
     """Number of keys; None: as many as tokens."""
 
     def flops(self, backward: bool, again: bool) -> float:
-        """FLOPs that an example's calls execute: 2 products forward, 5 backward; `again` runs the forward twice."""
+        """FLOPs that an example's calls execute: 2 products forward, 5 backward; `again` runs
+        the forward twice."""
         products = 2 * (1 + (backward and again)) + 5 * backward
         keys = self.tokens if self.keys is None else self.keys
         return self.calls * products * 2.0 * padded(self.tokens) * padded(keys) * self.width
@@ -89,15 +104,21 @@ def step_estimate(
     kinds: tuple[Literal["double", "single"], ...] = ("double", "single")
     blocks = [block_program(config, mesh, kind, rows, context, image) for kind in kinds]
     depths = (dit.num_double_blocks, dit.num_single_blocks)
-    compute = whole.expected(chip) + sum((depth - 1) * block.expected(chip) for depth, block in zip(depths, blocks))
+    compute = whole.expected(chip) + sum(
+        (depth - 1) * block.expected(chip) for depth, block in zip(depths, blocks)
+    )
     moved = whole.traffic + sum((depth - 1) * block.traffic for depth, block in zip(depths, blocks))
-    uncounted = _refiners(config, stage, rows, references) + _encoders(config, stage, rows, references)
+    uncounted = _refiners(config, stage, rows, references) + _encoders(
+        config, stage, rows, references
+    )
     compute += uncounted / (0.68 * chip.flops) / mesh.shape["tensor"]
     pieces = config.optimizer.accumulate
     kernels = [Kernel(context + image, dit.width, sum(depths))]
     if context >= 128:
         kernels.append(Kernel(context, config.aggregator.width, config.aggregator.refiner_blocks))
-    executed = rows * sum(kernel.flops(True, config.parallel.remat == "block") for kernel in kernels)
+    executed = rows * sum(
+        kernel.flops(True, config.parallel.remat == "block") for kernel in kernels
+    )
     links, network, exposed = network_seconds(whole.collectives, mesh, chip)
     return Estimate(
         pieces * compute,
@@ -110,15 +131,19 @@ def step_estimate(
 
 
 def _encoders(config: Config, stage: StageConfig, rows: int, references: int) -> int:
-    """FLOPs of the frozen encoders with `data.online`: their scans too are counted once by the compiler."""
+    """FLOPs of the frozen encoders with `data.online`: their scans too are counted once by the
+    compiler."""
     if not config.data.online:
         return 0
     without = replace(config, data=replace(config.data, online=False))
-    return step_flops(config, stage, rows, references) - step_flops(without, stage, rows, references)
+    return step_flops(config, stage, rows, references) - step_flops(
+        without, stage, rows, references
+    )
 
 
 def _refiners(config: Config, stage: StageConfig, rows: int, references: int) -> int:
-    """FLOPs of the aggregator's refiner blocks after the first: a scan, whose body the compiler counts once."""
+    """FLOPs of the aggregator's refiner blocks after the first: a scan, whose body the compiler
+    counts once."""
     count = config.aggregator.refiner_blocks
     if count < 2:
         return 0

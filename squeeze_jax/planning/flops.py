@@ -1,7 +1,7 @@
 """FLOPs of a program, exact to the matrix product, from what JAX traces: nothing is compiled.
 
-A multiply and an add count two. A scan's body counts as often as it runs. Rematerialised products count once for every
-time they are run, so trace with `remat="none"` for what the mathematics needs.
+A multiply and an add count two. A scan's body counts as often as it runs. Rematerialised products
+count once for every time they are run, so trace with `remat="none"` for what the mathematics needs.
 """
 
 import math
@@ -15,8 +15,11 @@ from squeeze_jax.sharding import trace_for_platform
 
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """FLOPs of all matrix products of `function(*arguments)`; arguments may be `jax.ShapeDtypeStruct`."""
-    with trace_for_platform("cpu"):  # a function of our own, or JAX might remember what it traced elsewhere
+    """FLOPs of all matrix products of `function(*arguments)`; arguments may be
+    `jax.ShapeDtypeStruct`."""
+    with trace_for_platform(
+        "cpu"
+    ):  # a function of our own, or JAX might remember what it traced elsewhere
         return _of_jaxpr(jax.make_jaxpr(lambda *given: function(*given))(*arguments).jaxpr)
 
 
@@ -33,7 +36,9 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
             case "cond":
                 total += max(_of_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
             case "while":
-                raise ValueError("a loop of unknown length has no number of FLOPs: trace one step of it")
+                raise ValueError(
+                    "a loop of unknown length has no number of FLOPs: trace one step of it"
+                )
             case _:
                 for value in equation.params.values():
                     inner = getattr(value, "jaxpr", value)
@@ -45,11 +50,15 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
 def _of_product(equation: Any) -> int:
     left = equation.invars[0].aval.shape
     (contracted, _), _ = equation.params["dimension_numbers"]
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    return (
+        2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    )
 
 
 def _of_convolution(equation: Any) -> int:
     kernel = equation.invars[1].aval.shape
     numbers = equation.params["dimension_numbers"]
-    per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # input channels of a group times the window
+    per_output = (
+        math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+    )  # input channels of a group times the window
     return 2 * math.prod(equation.outvars[0].aval.shape) * per_output

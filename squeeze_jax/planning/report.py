@@ -1,4 +1,5 @@
-"""A plan: everything about a run on a topology, as one dictionary (the JSON that `plan` writes) and as lines to read."""
+"""A plan: everything about a run on a topology, as one dictionary (the JSON that `plan` writes)
+and as lines to read."""
 
 import re
 from collections import defaultdict
@@ -24,12 +25,18 @@ from squeeze_jax.planning.train_program import (
 
 Report = dict[str, Any]
 
-PAPER_STAGES = (StageConfig(steps=25_000, references=False), StageConfig(steps=10_000, references=True))
+PAPER_STAGES = (
+    StageConfig(steps=25_000, references=False),
+    StageConfig(steps=10_000, references=True),
+)
 """The paper's two stages."""
 
 
-def train_report(config: Config, mesh: Mesh, chip: Chip, references: int = 1) -> tuple[Report, Compiled]:
-    """Plans a training run's last stage; the time of other stages follows from their FLOPs in proportion."""
+def train_report(
+    config: Config, mesh: Mesh, chip: Chip, references: int = 1
+) -> tuple[Report, Compiled]:
+    """Plans a training run's last stage; the time of other stages follows from their FLOPs in
+    proportion."""
     stage = config.training.stages[-1]
     rows = global_batch(config, mesh.shape)
     flops = step_flops(config, stage, rows, references)
@@ -78,7 +85,8 @@ def described(config: Config, mesh: Mesh, chip: Chip, whole: Compiled, reference
         },
         "collectives": traffic(whole.collectives, mesh),
         "largest_collective": largest,
-        "gathers_more_than_a_block": largest > 2 * count(state.params if config.lora is None else split.frozen) / blocks,
+        "gathers_more_than_a_block": largest
+        > 2 * count(state.params if config.lora is None else split.frozen) / blocks,
         "holds_attention_matrix": holds_square(whole.text, sum(sequence(config, references))),
         "compile_seconds": whole.seconds,
     }
@@ -99,7 +107,8 @@ def refused(config: Config, mesh: Mesh, chip: Chip, error: TooLargeError) -> Rep
 
 
 def holds_square(text: str, tokens: int) -> bool:
-    """Returns whether a compiled program holds an array of tokens x tokens, as attention without a kernel does."""
+    """Returns whether a compiled program holds an array of tokens x tokens, as attention without
+    a kernel does."""
     lengths = {str(tokens), str(padded(tokens))}
     shapes = (shape.split(",") for shape in set(re.findall(r"\[(\d+(?:,\d+)+)\]", text)))
     return any(shape.count(length) > 1 for shape in shapes for length in lengths)
@@ -143,7 +152,11 @@ def traffic(found: list[Collective], mesh: Mesh) -> list[Report]:
 
 def priced(report: Report, chip_hour: float) -> Report:
     """The report of training with its cost, in whatever a chip-hour is paid in."""
-    cost = {f"cost{name[10:]}": hours * chip_hour for name, hours in report.items() if name.startswith("chip_hours")}
+    cost = {
+        f"cost{name[10:]}": hours * chip_hour
+        for name, hours in report.items()
+        if name.startswith("chip_hours")
+    }
     return report | ({"price_of_a_chip_hour": chip_hour} | cost if cost else {})
 
 
@@ -156,7 +169,11 @@ def lines(report: Report) -> Iterator[str]:
         yield f"HBM a chip        {memory['total'] / GIB:.2f} GiB of {capacity / GIB:.0f}   DOES NOT FIT: not compiled"
         return
     per_step = "step" if report["what"] == "train" else "batch"
-    parameters, flops, examples = report["parameters"], report["model_flops_per_step"], report["examples_per_step"]
+    parameters, flops, examples = (
+        report["parameters"],
+        report["model_flops_per_step"],
+        report["examples_per_step"],
+    )
     yield f"mesh              {shape}: {report['chips']} chips, {examples} examples a {per_step}, remat {report['remat']}"
     yield f"parameters        {parameters['trained']:,} trained, {parameters['frozen']:,} frozen"
     yield f"model FLOPs       {flops / 1e12:,.1f} T a {per_step} ({flops / examples / 1e12:.1f} T an example)"
@@ -180,7 +197,9 @@ def lines(report: Report) -> Iterator[str]:
     if report["holds_attention_matrix"]:
         yield "attention         an array of tokens x tokens exists: the kernel does not suit these sizes"
     for title, key in (("roofline", "roofline_seconds"), ("estimate", "estimated_seconds")):
-        parts = ", ".join(f"{name.replace('_', ' ')} {1e3 * value:.0f} ms" for name, value in report[key].items())
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {1e3 * value:.0f} ms" for name, value in report[key].items()
+        )
         yield f"{title:18}{parts}"
     seconds = report["predicted_step_seconds"]
     yield (
@@ -188,7 +207,10 @@ def lines(report: Report) -> Iterator[str]:
         f"{100 * report['predicted_mfu']:.1f} % of the published peak"
     )
     if report["what"] == "train":
-        for steps, name in ((f"{report['steps']:,}", ""), ("25,000 + 10,000", "_25000_10000_steps")):
+        for steps, name in (
+            (f"{report['steps']:,}", ""),
+            ("25,000 + 10,000", "_25000_10000_steps"),
+        ):
             hours, price = report[f"chip_hours{name}"], report.get("price_of_a_chip_hour")
             yield f"                  {steps} steps: {hours:,.0f} chip-hours" + (
                 f", {report[f'cost{name}']:,.0f} at {price:g} an hour" if price else ""

@@ -82,9 +82,14 @@ def schedule_of(config: Config, references: int) -> Schedule:
 
 
 def evaluations(config: Config, references: int) -> list[tuple[Evaluation, int]]:
-    """How often an image's velocity is evaluated with which conditions, stage by stage; without any: CFG's other branch."""
+    """How often an image's velocity is evaluated with which conditions, stage by stage; without
+    any: CFG's other branch."""
     borders = schedule_of(config, references).borders.tolist()
-    steps = [(kind, end - start) for kind, start, end in zip(STAGES, [0, *borders], borders) if end > start]
+    steps = [
+        (kind, end - start)
+        for kind, start, end in zip(STAGES, [0, *borders], borders)
+        if end > start
+    ]
     guided = config.sampling.cfg_scale != 1.0
     return [*steps, *([((False, False), config.sampling.steps)] if guided else [])]
 
@@ -99,27 +104,46 @@ def compile_sampler(
     split = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     where = batch_sharding(mesh) if split else NamedSharding(mesh, PartitionSpec())
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract_batch(config, images, references)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        abstract_batch(config, images, references),
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), (schedule, jnp.zeros(3)))
-    shown = batch.references if any(kind[1] for kind, _ in evaluations(config, references)) else None
+    numbers = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        (schedule, jnp.zeros(3)),
+    )
+    shown = (
+        batch.references if any(kind[1] for kind, _ in evaluations(config, references)) else None
+    )
     guided = (config.sampling.cfg_scale != 1.0,) * 3
 
     @partial(jax.jit, compiler_options=compiler_options(mesh))
-    def sampler(leaves: Any, noise: Any, states: Any, shown: Any, schedule: Schedule, scales: Any) -> jax.Array:
+    def sampler(
+        leaves: Any, noise: Any, states: Any, shown: Any, schedule: Schedule, scales: Any
+    ) -> jax.Array:
         system = nnx.merge(graph, *leaves)
         with use_mesh(mesh):
             prepared = prepare(system, states, shown, schedule, config.diffusion.guidance)
             span = jnp.array([0, MAX_STEPS])
             state = initial_state(noise, DEFAULT_SOLVER, config.model.dit.width)
-            return denoise(system, state, config.target_grid, prepared, schedule, scales, span, guided=guided).x
+            return denoise(
+                system, state, config.target_grid, prepared, schedule, scales, span, guided=guided
+            ).x
 
     trips = [steps for kind, steps in evaluations(config, references) if kind != (False, False)]
     if shown is not None:  # a stage without steps is a loop of the program all the same
         borders = [0, *schedule.borders.tolist()]
         trips = [end - start for start, end in pairwise(borders)]
-    return compiled(sampler, mesh, (placed(state, mesh),), batch.target, batch.hidden_states, shown, *numbers, trips=trips)
+    return compiled(
+        sampler,
+        mesh,
+        (placed(state, mesh),),
+        batch.target,
+        batch.hidden_states,
+        shown,
+        *numbers,
+        trips=trips,
+    )
 
 
 def image_flops(config: Config, references: int = 1, *, merge_lora: bool = True) -> int:
@@ -132,21 +156,42 @@ def image_flops(config: Config, references: int = 1, *, merge_lora: bool = True)
     schedule = schedule._replace(times=schedule.times[: config.sampling.steps + 1])
 
     def once(state: nnx.State, states: HiddenStates, references: References | None) -> Prepared:
-        return prepare(nnx.merge(graph, state), states, references, schedule, config.diffusion.guidance)
+        return prepare(
+            nnx.merge(graph, state), states, references, schedule, config.diffusion.guidance
+        )
 
     prepared = jax.eval_shape(once, state, batch.hidden_states, shown)
-    nothing = Context(*(jax.ShapeDtypeStruct((x.shape[0], 0, *x.shape[2:]), x.dtype) for x in prepared.context))
+    nothing = Context(
+        *(jax.ShapeDtypeStruct((x.shape[0], 0, *x.shape[2:]), x.dtype) for x in prepared.context)
+    )
 
     def velocity(kind: Evaluation) -> int:
-        def run(state: nnx.State, target: jax.Array, context: Context, references: Any, modulation: Modulation) -> Any:
+        def run(
+            state: nnx.State,
+            target: jax.Array,
+            context: Context,
+            references: Any,
+            modulation: Modulation,
+        ) -> Any:
             system, t = nnx.merge(graph, state), jnp.ones(1)
-            return system.velocity(target, config.target_grid, t, context, references, modulation=modulation.at(0))
+            return system.velocity(
+                target, config.target_grid, t, context, references, modulation=modulation.at(0)
+            )
 
         mllm, vae = kind
         context = prepared.context if mllm else nothing
-        return matmul_flops(run, state, batch.target, context, prepared.references if vae else None, prepared.modulation)
+        return matmul_flops(
+            run,
+            state,
+            batch.target,
+            context,
+            prepared.references if vae else None,
+            prepared.modulation,
+        )
 
-    return matmul_flops(once, state, batch.hidden_states, shown) + sum(steps * velocity(kind) for kind, steps in kinds)
+    return matmul_flops(once, state, batch.hidden_states, shown) + sum(
+        steps * velocity(kind) for kind, steps in kinds
+    )
 
 
 def batch_estimate(
@@ -182,7 +227,11 @@ def batch_estimate(
         short, long = program(0, target), program(context, kept)
         for tokens, steps in lengths:
             share = (tokens - target) / (context + kept - target)
-            seconds += depth * steps * (short.expected(chip) + share * (long.expected(chip) - short.expected(chip)))
+            seconds += (
+                depth
+                * steps
+                * (short.expected(chip) + share * (long.expected(chip) - short.expected(chip)))
+            )
             moved += depth * steps * (short.traffic + share * (long.traffic - short.traffic))
     links, network, exposed = network_seconds(whole.collectives, mesh, chip)
     return Estimate(

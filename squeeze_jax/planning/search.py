@@ -1,8 +1,9 @@
-"""Ranks meshes, remat policies and batch sizes by a simple model, so that only the best few have to be compiled.
+"""Ranks meshes, remat policies and batch sizes by a simple model, so that only the best few have to
+be compiled.
 
-Memory: weights and moments (exact, from the sharding table), residuals of the backward pass (exact, by tracing), and an
-allowance for temporaries. Time: all products that run under the policy (by tracing) at a share of the peak, plus the
-gathers of the weights over the links.
+Memory: weights and moments (exact, from the sharding table), residuals of the backward pass (exact,
+by tracing), and an allowance for temporaries. Time: all products that run under the policy (by
+tracing) at a share of the peak, plus the gathers of the weights over the links.
 """
 
 import math
@@ -22,7 +23,13 @@ from squeeze_jax.planning.chips import GIB, Chip
 from squeeze_jax.planning.estimate import sequence
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.network import crosses_slices, link_rate
-from squeeze_jax.planning.train_program import abstract_input, abstract_system, count, loss_of, placed
+from squeeze_jax.planning.train_program import (
+    abstract_input,
+    abstract_system,
+    count,
+    loss_of,
+    placed,
+)
 from squeeze_jax.training.state import state_shardings
 
 POLICIES: tuple[Remat, ...] = ("save_products", "save_attention", "block")
@@ -32,7 +39,8 @@ PRODUCTS_SHARE = 0.6
 OPTIMIZER_PASSES = 8
 """Float32 reads and writes of an update for each trained value: gradient, moments, weights, norm."""
 ROOM, ROOM_PER_EXAMPLE = 2 * GIB, GIB // 2
-"""Bytes of temporaries beside the residuals: gathered matrices and one block's work (from compiled programs)."""
+"""Bytes of temporaries beside the residuals: gathered matrices and one block's work (from
+compiled programs)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ class Candidate:
         )
 
 
-def candidates(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, references: int = 1) -> list[Candidate]:
+def candidates(
+    config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, references: int = 1
+) -> list[Candidate]:
     """Returns what fits by the model, fastest first; for each mesh and policy the best batch alone."""
     best: dict[Any, Candidate] = {}
     for one in _all(config, meshes, chip, stage, references):
@@ -71,7 +81,9 @@ def candidates(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfi
     return sorted(best.values(), key=lambda one: -one.rate)
 
 
-def _all(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, references: int) -> Iterator[Candidate]:
+def _all(
+    config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, references: int
+) -> Iterator[Candidate]:
     state, split = abstract_system(config)
     for remat in POLICIES:
         under = replace(config, parallel=replace(config.parallel, remat=remat))
@@ -81,36 +93,63 @@ def _all(config: Config, meshes: list[Mesh], chip: Chip, stage: StageConfig, ref
             tensor = mesh.shape["tensor"]
             resident = _bytes_on_a_chip(jax.tree.map(_with, state, state_shardings(state, mesh)))
             frozen = placed(split.frozen, mesh)
-            weights, gradients = _bytes_on_a_chip(frozen), 4 * count(state.params) / mesh.shape["fsdp"] / tensor
-            once = OPTIMIZER_PASSES * gradients / chip.memory_rate + _communication(config, mesh, chip, frozen, gradients)
-            passed = _exchanged(config, references) * _ring(mesh, "tensor") / link_rate(mesh, ("tensor",), chip)
+            weights, gradients = (
+                _bytes_on_a_chip(frozen),
+                4 * count(state.params) / mesh.shape["fsdp"] / tensor,
+            )
+            once = OPTIMIZER_PASSES * gradients / chip.memory_rate + _communication(
+                config, mesh, chip, frozen, gradients
+            )
+            passed = (
+                _exchanged(config, references)
+                * _ring(mesh, "tensor")
+                / link_rate(mesh, ("tensor",), chip)
+            )
             for batch in BATCHES:
-                memory = resident + weights + gradients + ROOM + batch * (kept + ROOM_PER_EXAMPLE) / tensor
+                memory = (
+                    resident
+                    + weights
+                    + gradients
+                    + ROOM
+                    + batch * (kept + ROOM_PER_EXAMPLE) / tensor
+                )
                 seconds = once + batch * (flops / tensor / (PRODUCTS_SHARE * chip.flops) + passed)
                 yield Candidate(mesh, remat, batch, memory, seconds)
 
 
-def _communication(config: Config, mesh: Mesh, chip: Chip, frozen: nnx.State, gradients: float) -> float:
-    """Seconds a step to gather matrices, forward and backward, and to sum gradients over the data axis in bfloat16.
+def _communication(
+    config: Config, mesh: Mesh, chip: Chip, frozen: nnx.State, gradients: float
+) -> float:
+    """Seconds a step to gather matrices, forward and backward, and to sum gradients over the data
+    axis in bfloat16.
 
-    Over all axes of a closed torus the compiler gathers by an all-reduce of mostly zeros, which sends twice as much.
+    Over all axes of a closed torus the compiler gathers by an all-reduce of mostly zeros, which
+    sends twice as much.
     """
     rate = link_rate(mesh, ("fsdp",), chip)
     passes = 4 if mesh.shape["fsdp"] > 1 and chip.torus_axes == 3 and rate == chip.link_rate else 2
-    matrices = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)) / mesh.shape["tensor"]
-    outside = chip.network_rate if crosses_slices(mesh, ("data",)) else link_rate(mesh, ("data",), chip)
-    return passes * matrices * _ring(mesh, "fsdp") / rate + gradients * _ring(mesh, "data") / outside
+    matrices = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)) / mesh.shape["tensor"]
+    )
+    outside = (
+        chip.network_rate if crosses_slices(mesh, ("data",)) else link_rate(mesh, ("data",), chip)
+    )
+    return (
+        passes * matrices * _ring(mesh, "fsdp") / rate + gradients * _ring(mesh, "data") / outside
+    )
 
 
 def _exchanged(config: Config, references: int) -> float:
-    """Bytes an example that the tensor axis sums: the activations, about four times a block, twice each."""
+    """Bytes an example that the tensor axis sums: the activations, about four times a block,
+    twice each."""
     dit = config.model.dit
     blocks = dit.num_double_blocks + dit.num_single_blocks
     return 8.0 * blocks * sum(sequence(config, references)) * dit.width * 2
 
 
 def _kernel_inputs(config: Config, references: int) -> int:
-    """Bytes an example of the padded q, k and v that the TPU's kernel keeps; a trace on CPU does not have them."""
+    """Bytes an example of the padded q, k and v that the TPU's kernel keeps; a trace on CPU does
+    not have them."""
     dit = config.model.dit
     blocks = dit.num_double_blocks + dit.num_single_blocks
     return 3 * blocks * padded(sum(sequence(config, references))) * dit.width * 2
@@ -122,9 +161,12 @@ def _ring(mesh: Mesh, axis: str) -> float:
 
 
 def traced(config: Config, stage: StageConfig, references: int = 1) -> tuple[int, int]:
-    """Returns an example's FLOPs under the config's policy, recomputed ones included, and its residuals' bytes."""
+    """Returns an example's FLOPs under the config's policy, recomputed ones included, and its
+    residuals' bytes."""
     loss, (trained, frozen) = loss_of(config, stage)
-    flops = matmul_flops(jax.value_and_grad(loss), trained, frozen, abstract_input(config, 1, references))
+    flops = matmul_flops(
+        jax.value_and_grad(loss), trained, frozen, abstract_input(config, 1, references)
+    )
 
     def pull(trained: Any, frozen: nnx.State, batch: Any) -> Any:
         return jax.vjp(lambda trained: loss(trained, frozen, batch), trained)[1]
@@ -141,4 +183,6 @@ def _with(x: Any, where: Any) -> jax.ShapeDtypeStruct:
 
 
 def _bytes_on_a_chip(tree: Any) -> int:
-    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )

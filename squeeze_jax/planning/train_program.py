@@ -23,8 +23,21 @@ from squeeze_jax.planning.collectives import Collective, bytes_of, collectives
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.sharding import batch_sharding, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
-from squeeze_jax.training.state import Split, TrainState, initial_state, split_system, state_shardings
-from squeeze_jax.training.step import Batch, compute_losses, make_train_step, sample_randomness, step_key, target_shape
+from squeeze_jax.training.state import (
+    Split,
+    TrainState,
+    initial_state,
+    split_system,
+    state_shardings,
+)
+from squeeze_jax.training.step import (
+    Batch,
+    compute_losses,
+    make_train_step,
+    sample_randomness,
+    step_key,
+    target_shape,
+)
 
 IMAGE_TOKENS = 256
 """Of one tile in the MLLM's sequence (InternVL3)."""
@@ -42,14 +55,15 @@ class Compiled:
     seconds: float
     """Seconds that compiling took."""
     optimal: float
-    """Seconds that the compiler expects the program to take on a chip. It counts products and HBM traffic; of
-    collectives and Pallas kernels their HBM traffic alone; of a loop its body once."""
+    """Seconds that the compiler expects the program to take on a chip. It counts products and
+    HBM traffic; of collectives and Pallas kernels their HBM traffic alone; of a loop its body
+    once."""
     moved: float
     """Bytes between a chip and its HBM, counted in the same way."""
     prefetched: int
-    """Bytes that asynchronous copies move between HBM and fast memory while the chip computes something else. The
-    compiler counts each byte four times in `optimal` and `moved` (read and written, at the copy's start and at its
-    end), as if the chip waited for it."""
+    """Bytes that asynchronous copies move between HBM and fast memory while the chip computes
+    something else. The compiler counts each byte four times in `optimal` and `moved` (read and
+    written, at the copy's start and at its end), as if the chip waited for it."""
     collectives: list[Collective]
     text: str
 
@@ -63,13 +77,16 @@ class Compiled:
 
     @property
     def traffic(self) -> float:
-        """`moved` without the asynchronous copies, since the instruction that uses a copied byte counts it, too."""
+        """`moved` without the asynchronous copies, since the instruction that uses a copied byte
+        counts it, too."""
         return self.moved - 4 * self.prefetched
 
 
 def prefetched(text: str) -> int:
     """Returns the bytes of a program's asynchronous copies, each copy counted once."""
-    return sum(bytes_of(*found) for found in re.findall(r"= \((\w+)\[([\d,]*)\].* copy-start\(", text))
+    return sum(
+        bytes_of(*found) for found in re.findall(r"= \((\w+)\[([\d,]*)\].* copy-start\(", text)
+    )
 
 
 class TooLargeError(InputError):
@@ -78,7 +95,8 @@ class TooLargeError(InputError):
     def __init__(self, needed: float) -> None:
         super().__init__(f"the compiler needs {needed:.1f} GiB of HBM a chip, more than there is")
         self.needed = round(needed * 2**30)
-        """Bytes on a chip: of arguments and temporaries, or of temporaries alone where the compiler stopped there."""
+        """Bytes on a chip: of arguments and temporaries, or of temporaries alone where the
+        compiler stopped there."""
 
 
 def too_large(message: str) -> TooLargeError | None:
@@ -92,7 +110,9 @@ def too_large(message: str) -> TooLargeError | None:
     return TooLargeError(float(size) * {"M": 2**-10, "G": 1.0, "T": 2.0**10}[unit])
 
 
-def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: int = 0) -> tuple[Mesh, Chip]:
+def topology_mesh(
+    topology: str, sizes: dict[str, int], slices: int = 1, heads: int = 0
+) -> tuple[Mesh, Chip]:
     """Returns a mesh over the chips of a described topology, and what chip that is.
 
     Raises InputError for an unknown topology or a mesh that cannot lie on it.
@@ -108,7 +128,9 @@ def topology_mesh(topology: str, sizes: dict[str, int], slices: int = 1, heads: 
     try:
         devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:  # the plugin raises plain runtime errors of many texts
-        raise InputError(f"topology {topology!r}: the TPU compiler does not know it ({error})") from None
+        raise InputError(
+            f"topology {topology!r}: the TPU compiler does not know it ({error})"
+        ) from None
     return make_mesh(**sizes, devices=devices, heads=heads), chip
 
 
@@ -116,7 +138,11 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
     """Returns a batch's shapes, for the longest text and that many square references an example."""
     height, width = config.target_grid
     side = config.data.reference_long_side // (2 * config.model.latent_pixels)
-    channels, layers, mllm = config.model.dit.in_channels, len(config.aggregator.reads), config.aggregator.width
+    channels, layers, mllm = (
+        config.model.dit.in_channels,
+        len(config.aggregator.reads),
+        config.aggregator.width,
+    )
 
     def shape(*sizes: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct((rows, *sizes), dtype)
@@ -130,14 +156,21 @@ def abstract_batch(config: Config, rows: int, references: int = 1) -> TrainingBa
     tiles = config.data.tiles_per_reference
     return TrainingBatch(
         shape(height * width, channels),
-        HiddenStates(*tokens(config.data.max_text_tokens), *tokens(references * tiles * IMAGE_TOKENS)),
-        References(shape(length, channels), shape(length, dtype=jnp.bool_), shape(length, axes, dtype=jnp.int32)),
+        HiddenStates(
+            *tokens(config.data.max_text_tokens), *tokens(references * tiles * IMAGE_TOKENS)
+        ),
+        References(
+            shape(length, channels),
+            shape(length, dtype=jnp.bool_),
+            shape(length, axes, dtype=jnp.int32),
+        ),
         shape(dtype=jnp.int32),
     )
 
 
 def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
-    """Returns the shapes of a train step's batch: features or, with `data.online`, pictures and token ids."""
+    """Returns the shapes of a train step's batch: features or, with `data.online`, pictures and
+    token ids."""
     if not config.data.online:
         return abstract_batch(config, rows, references)
     data, mllm = config.data, encoder_configs(config)[1]
@@ -167,7 +200,9 @@ def abstract_system(config: Config) -> tuple[TrainState, Split]:
     return jax.eval_shape(lambda leaves: initial_state(leaves, optimizer, config), trained), split
 
 
-def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, references: int = 1) -> Compiled:
+def compile_train_step(
+    config: Config, mesh: Mesh, stage: StageConfig, references: int = 1
+) -> Compiled:
     """Compiles the step that `train` runs, for the mesh."""
     state, split = abstract_system(config)
     where = state_shardings(state, mesh)
@@ -182,8 +217,8 @@ def compile_train_step(config: Config, mesh: Mesh, stage: StageConfig, reference
 def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = ()) -> Compiled:
     """Compiles a jitted function for shapes that have a sharding.
 
-    `trips`: how often each loop runs whose end the program does not know, in their order. Raises TooLargeError where
-    the program does not fit into a chip's HBM.
+    `trips`: how often each loop runs whose end the program does not know, in their order. Raises
+    TooLargeError where the program does not fit into a chip's HBM.
     """
     began = time.perf_counter()
     lowered = function.lower(*arguments)
@@ -198,7 +233,9 @@ def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = 
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         time.perf_counter() - began,
-        cost["optimal_seconds"] % 1.0 if cost["optimal_seconds"] < 0 else cost["optimal_seconds"],  # unknown counts as -1 s
+        cost["optimal_seconds"] % 1.0
+        if cost["optimal_seconds"] < 0
+        else cost["optimal_seconds"],  # unknown counts as -1 s
         cost["bytes accessed"],
         prefetched(text),
         collectives(text, dict(mesh.shape), trips),
@@ -209,8 +246,8 @@ def compiled(function: Any, mesh: Mesh, *arguments: Any, trips: Sequence[int] = 
 def step_flops(config: Config, stage: StageConfig, rows: int, references: int = 1) -> int:
     """Returns the model FLOPs of a step of `rows` examples.
 
-    They are those of the forward pass, of the activations' gradients and of the trained weights' gradients; what
-    rematerialisation computes again is not counted again.
+    They are those of the forward pass, of the activations' gradients and of the trained weights'
+    gradients; what rematerialisation computes again is not counted again.
     """
     return rows * example_flops(config, stage, abstract_input(config, 1, references))
 
@@ -228,8 +265,11 @@ def forward_flops(config: Config, stage: StageConfig, references: int = 1) -> in
     return matmul_flops(loss, *leaves, abstract_input(config, 1, references))
 
 
-def loss_of(config: Config, stage: StageConfig) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State]]:
-    """Returns the training loss as a function of (trained, frozen, batch), and the shapes of the former two."""
+def loss_of(
+    config: Config, stage: StageConfig
+) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State]]:
+    """Returns the training loss as a function of (trained, frozen, batch), and the shapes of the
+    former two."""
     state, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: Batch) -> jax.Array:
@@ -241,9 +281,13 @@ def loss_of(config: Config, stage: StageConfig) -> tuple[Callable[..., jax.Array
 
 def placed(state: nnx.State, mesh: Mesh, prefix: str = "") -> nnx.State:
     """Gives each shape of a state the sharding that the table has for `prefix` + its path."""
-    flat = [(".".join(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(state)]
+    flat = [
+        (".".join(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(state)
+    ]
     places = shardings({prefix + name: variable.get_value() for name, _, variable in flat}, mesh)
-    return nnx.from_flat_state([(path, v.replace(_placed(v.get_value(), places[prefix + name]))) for name, path, v in flat])
+    return nnx.from_flat_state(
+        [(path, v.replace(_placed(v.get_value(), places[prefix + name]))) for name, path, v in flat]
+    )
 
 
 def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,5 @@
-"""Model FLOPs of a running step, and the peak of its devices: their ratio to the time is the utilisation."""
+"""Model FLOPs of a running step, and the peak of its devices: their ratio to the time is the
+utilisation."""
 
 from typing import Any
 
@@ -30,8 +31,11 @@ def peak_of(kind: str) -> float | None:
 
 
 def step_work(config: Config, stage: StageConfig, batch: Batch) -> tuple[float, float | None]:
-    """Model FLOPs of a step on this batch (nothing twice for being rematerialised), and all devices' peak FLOP/s."""
+    """Model FLOPs of a step on this batch (nothing twice for being rematerialised), and all
+    devices' peak FLOP/s."""
     rows = batch.target.shape[0]
     one: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
     peak = peak_of(jax.devices()[0].device_kind)
-    return rows * example_flops(config, stage, one), None if peak is None else peak * jax.device_count()
+    return rows * example_flops(
+        config, stage, one
+    ), None if peak is None else peak * jax.device_count()

@@ -1,8 +1,9 @@
-"""Cache policies: how a velocity is had for less than a whole evaluation. They wrap a denoiser from outside.
+"""Cache policies: how a velocity is had for less than a whole evaluation. They wrap a denoiser from
+outside.
 
-All change the image: compare with simply fewer steps. They have the names of diffusers' `TaylorSeerCacheConfig` and
-`FirstBlockCacheConfig`. TaylorSeer extrapolates the guided velocity (diffusers' lite mode: the last projection), so
-that its state is as large as the latents.
+All change the image: compare with simply fewer steps. They have the names of diffusers'
+`TaylorSeerCacheConfig` and `FirstBlockCacheConfig`. TaylorSeer extrapolates the guided velocity
+(diffusers' lite mode: the last projection), so that its state is as large as the latents.
 """
 
 import math
@@ -30,7 +31,13 @@ class CachePolicy(Protocol):
         ...
 
     def velocity(
-        self, denoiser: Denoiser, i: Int[Array, ""], x: Float[Array, "B N c"], stage: int, start: Int[Array, ""], state: Any
+        self,
+        denoiser: Denoiser,
+        i: Int[Array, ""],
+        x: Float[Array, "B N c"],
+        stage: int,
+        start: Int[Array, ""],
+        state: Any,
     ) -> tuple[Float[Array, "B N c"], Any]:
         """The guided velocity at step i of a stage that began at step `start`, and the next state."""
         ...
@@ -62,7 +69,8 @@ class TaylorState(NamedTuple):
 
 @dataclass(frozen=True)
 class TaylorSeer:
-    """Evaluates one of `interval` steps in a row and extrapolates the others; each stage begins with an evaluation."""
+    """Evaluates one of `interval` steps in a row and extrapolates the others; each stage begins
+    with an evaluation."""
 
     interval: int
     order: int
@@ -87,8 +95,11 @@ class TaylorSeer:
         return jax.lax.cond(wanted, evaluate, reuse, state)
 
 
-def update_factors(state: TaylorState, velocity: Float[Array, "B N c"], i: Int[Array, ""]) -> TaylorState:
-    """The state after an evaluation at step i: each order's difference to the evaluation before, per step."""
+def update_factors(
+    state: TaylorState, velocity: Float[Array, "B N c"], i: Int[Array, ""]
+) -> TaylorState:
+    """The state after an evaluation at step i: each order's difference to the evaluation before,
+    per step."""
     distance = jnp.maximum(i - state.last, 1).astype(velocity.dtype)
     factors = [velocity]
     for order in range(len(state.factors) - 1):
@@ -119,10 +130,12 @@ class FirstBlockState(NamedTuple):
 
 @dataclass(frozen=True)
 class FirstBlockCache:
-    """Leaves all blocks but the first out where the first adds almost what it added before (diffusers).
+    """Leaves all blocks but the first out where the first adds almost what it added before
+    (diffusers).
 
-    Almost: mean |difference| at most `threshold` · mean |what was added then|, over all of the batch. Diffusers looks
-    at every image token; here the target's count, since references come and go.
+    Almost: mean |difference| at most `threshold` · mean |what was added then|, over all of the
+    batch. Diffusers looks at every image token; here the target's count, since references come and
+    go.
     """
 
     threshold: float
@@ -161,7 +174,12 @@ class FirstBlockCache:
 
 
 def velocity_by_first_block(
-    backbone: Backbone, streams: Streams, inputs: BlockInputs, length: int, state: FirstBlockState, threshold: float
+    backbone: Backbone,
+    streams: Streams,
+    inputs: BlockInputs,
+    length: int,
+    state: FirstBlockState,
+    threshold: float,
 ) -> tuple[Float[Array, "B N c"], FirstBlockState]:
     """The velocity of the first `length` image tokens (the target's), by a first-block cache."""
     first = backbone.apply_blocks(streams, inputs, 0, 1)
@@ -171,7 +189,9 @@ def velocity_by_first_block(
 
     def run() -> tuple[jax.Array, FirstBlockState]:
         hidden = backbone.apply_blocks(first, inputs, 1)[1][:, :length]
-        return hidden, FirstBlockState(residual, hidden.astype(jnp.float32) - after, jnp.ones((), bool))
+        return hidden, FirstBlockState(
+            residual, hidden.astype(jnp.float32) - after, jnp.ones((), bool)
+        )
 
     def reuse() -> tuple[jax.Array, FirstBlockState]:
         return (after + state.rest).astype(first[1].dtype), state

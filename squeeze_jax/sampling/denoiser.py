@@ -24,8 +24,8 @@ class Prepared(NamedTuple):
 class Denoiser:
     """Predicts velocities of a batch of images.
 
-    Conditions that a stage does not use are left out of its sequence (shorter, not masked). Row i of `prepared`
-    serves the next batch / prompts images.
+    Conditions that a stage does not use are left out of its sequence (shorter, not masked). Row i
+    of `prepared` serves the next batch / prompts images.
     """
 
     def __init__(
@@ -39,22 +39,34 @@ class Denoiser:
         batch: int,
     ) -> None:
         def repeat(x: Array) -> jax.Array:
-            return jnp.repeat(x, batch // x.shape[0], axis=0) if x.shape[0] != batch else jnp.asarray(x)
+            return (
+                jnp.repeat(x, batch // x.shape[0], axis=0)
+                if x.shape[0] != batch
+                else jnp.asarray(x)
+            )
 
         references = prepared.references
         if isinstance(references, CachedReferences):  # keys and values are repeated block by block
             references = references._replace(mask=repeat(references.mask))
         else:
             references = jax.tree.map(repeat, references)
-        self.system, self.target_grid, self.times, self.batch = system, target_grid, jnp.asarray(times), batch
+        self.system, self.target_grid, self.times, self.batch = (
+            system,
+            target_grid,
+            jnp.asarray(times),
+            batch,
+        )
         self.context: Context = jax.tree.map(repeat, prepared.context)
         self.references = references
         self.modulation, self.scales, self.guided = prepared.modulation, scales, guided
         # Compiled apart, so that stages share what is traced of the unconditional branch.
         self._branch = jax.jit(self._evaluate, static_argnums=2)
 
-    def velocity(self, i: Int[Array, ""], x: Float[Array, "B N c"], stage: int) -> Float[Array, "B N c"]:
-        """v_u + scale·(v_c − v_u) at step i; a stage that is not guided leaves the unconditional branch out (scale 1).
+    def velocity(
+        self, i: Int[Array, ""], x: Float[Array, "B N c"], stage: int
+    ) -> Float[Array, "B N c"]:
+        """v_u + scale·(v_c − v_u) at step i; a stage that is not guided leaves the unconditional
+        branch out (scale 1).
 
         The branches differ in length, so they are two calls, not one of twice the rows.
         """
@@ -77,8 +89,15 @@ class Denoiser:
     def _evaluate(self, i: jax.Array, x: jax.Array, conditions: Conditions) -> jax.Array:
         context, references = self._tokens(conditions)
         t, modulation = jnp.full((self.batch,), self.times[i]), self.modulation.at(i)
-        return self.system.velocity(x, self.target_grid, t, context, references, modulation=modulation)
+        return self.system.velocity(
+            x, self.target_grid, t, context, references, modulation=modulation
+        )
 
-    def _tokens(self, conditions: Conditions) -> tuple[Context, References | CachedReferences | None]:
+    def _tokens(
+        self, conditions: Conditions
+    ) -> tuple[Context, References | CachedReferences | None]:
         empty = Context(self.context.tokens[:, :0], self.context.mask[:, :0])
-        return self.context if conditions.mllm else empty, self.references if conditions.vae else None
+        return (
+            self.context if conditions.mllm else empty,
+            self.references if conditions.vae else None,
+        )

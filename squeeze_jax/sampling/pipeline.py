@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from squeeze_jax.batch import HiddenStates, References
+from squeeze_jax.batch import HiddenStates
 from squeeze_jax.checkpoints.inference import convert_for_sampling
 from squeeze_jax.checkpoints.trained import load_trained
 from squeeze_jax.config import Config
@@ -24,11 +24,6 @@ from squeeze_jax.data.images import to_rgb
 from squeeze_jax.data.placement import data_parallel_size, mesh_of, shard_inputs
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.diffusion.latents import (
-    PATCH,
-    ReferencePositions,
-    latent_grid,
-    pack_references,
-    reference_positions,
     unpack,
 )
 from squeeze_jax.errors import InputError
@@ -38,13 +33,11 @@ from squeeze_jax.layers.stack import is_unstacked, unstack
 from squeeze_jax.models.dit import BLOCK_STACKS
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import to_host
+from squeeze_jax.sampling.batching import group_prompts, pad_references, split_evenly
 from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, noise_for
 from squeeze_jax.sampling.settings import Resolved, Settings, resolve
-
-REFERENCE_BUCKET = 16
-"""Reference tokens are padded to a multiple of this, so that similar sizes share a program."""
 
 
 class Progress(NamedTuple):
@@ -114,14 +107,22 @@ class Pipeline:
         whose steps a merged adapter would drown. `encoders` are the config's own that are there
         already (`FeatureExtractor.of`). Raises InputError for a folder that cannot be used.
         """
-        trained = load_trained(DEMO / "system" if checkpoint is None else Path(checkpoint), mesh=mesh)
+        trained = load_trained(
+            DEMO / "system" if checkpoint is None else Path(checkpoint), mesh=mesh
+        )
         system = convert_for_sampling(trained.system, trained.config, merge_lora=merge_lora)
         encoders = FeatureExtractor.of(trained.config, mesh) if encoders is None else encoders
         pipeline = cls.of(system, trained.config, encoders, trained.step)
         return dataclasses.replace(pipeline, keep_mllm=keep_mllm)
 
     @classmethod
-    def of(cls, system: System, config: Config, encoders: FeatureExtractor | None = None, step: int | None = None):
+    def of(
+        cls,
+        system: System,
+        config: Config,
+        encoders: FeatureExtractor | None = None,
+        step: int | None = None,
+    ):
         """Around a system in memory."""
         if encoders is None:
             encoders = FeatureExtractor.of(config)
@@ -129,21 +130,31 @@ class Pipeline:
         return cls(config, encoders, graphdef, (state,), step)
 
     def unrolled(self) -> "Pipeline":
-        """This pipeline for a service on one GPU: no block's matrices are copied before they are used, at the price of
-        minutes to compile (`layers.stack.unstack`). The old pipeline's weights are freed: it draws no more."""
+        """This pipeline for a service on one GPU: no block's matrices are copied before they are
+        used, at the price of minutes to compile (`layers.stack.unstack`). The old pipeline's
+        weights are freed: it draws no more."""
         params = tuple(unstack(state, BLOCK_STACKS, donate=True) for state in self.params)
         return dataclasses.replace(self, params=params, _programs={})
 
     def quantised(self) -> "Pipeline":
-        """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half of bfloat16's memory, at a
-        small loss. Raises InputError where qwix is not installed, and after `unrolled`."""
-        if any(is_unstacked(leaf) for state in self.params for leaf in jax.tree.leaves(state, is_leaf=is_unstacked)):
-            raise InputError("this pipeline is unrolled already; call quantised() first and unrolled() after it")
+        """This pipeline with the transformer's blocks in 8 bits a weight (`layers.int8`): half
+        of bfloat16's memory, at a small loss. Raises InputError where qwix is not installed, and
+        after `unrolled`."""
+        if any(
+            is_unstacked(leaf)
+            for state in self.params
+            for leaf in jax.tree.leaves(state, is_leaf=is_unstacked)
+        ):
+            raise InputError(
+                "this pipeline is unrolled already; call quantised() first and unrolled() after it"
+            )
         own = jax.tree.map(lambda x: x, self.params)  # the same arrays in other variables
         system = nnx.merge(self.graphdef, *own)
         quantise(system.dit)
         graphdef, state = nnx.split(system)
-        return dataclasses.replace(self, graphdef=graphdef, params=(state,), int8=True, _programs={})
+        return dataclasses.replace(
+            self, graphdef=graphdef, params=(state,), int8=True, _programs={}
+        )
 
     @property
     def uses_references(self) -> bool:
@@ -161,18 +172,21 @@ class Pipeline:
         settings: Settings = Settings(),
         at_once: int = 16,
     ) -> np.ndarray:
-        """Pictures [prompts · num_images, height, width, 3] in [−1, 1] of the references' subjects doing what each prompt
-        says, prompt by prompt.
+        """Pictures [prompts · num_images, height, width, 3] in [−1, 1] of the references' subjects
+        doing what each prompt says, prompt by prompt.
 
-        `references` are those of the prompt, or one list for each of several prompts. Without references the MLLM's
-        condition stays on throughout. `at_once` images at most are drawn together (on a mesh, at least one for every place
-        that holds examples); of more, a batch's pictures are fetched while the next one is drawn. Raises InputError for an
-        empty or too long prompt, sizes that are no multiples of 16, and impossible steps or τ.
+        `references` are those of the prompt, or one list for each of several prompts. Without
+        references the MLLM's condition stays on throughout. `at_once` images at most are drawn
+        together (on a mesh, at least one for every place that holds examples); of more, a batch's
+        pictures are fetched while the next one is drawn. Raises InputError for an empty or too long
+        prompt, sizes that are no multiples of 16, and impossible steps or τ.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         shown: Any = [references] if isinstance(prompt, str) else references or [()] * len(prompts)
         if len(prompts) != len(shown):
-            raise InputError(f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt")
+            raise InputError(
+                f"{len(prompts)} prompts and {len(shown)} lists of references; give one list a prompt"
+            )
         if not prompts or at_once < 1:
             raise InputError(f"{len(prompts)} prompts, at_once {at_once}: both must be at least 1")
         resolved, places = self.resolved(settings), data_parallel_size(mesh_of(self.params))
@@ -184,7 +198,9 @@ class Pipeline:
 
         def batches() -> Iterator[tuple[Ready, list[int]]]:
             for part in parts:
-                ready = self.ready(*self.encode([prompts[i] for i in part], [shown[i] for i in part]), settings)
+                ready = self.ready(
+                    *self.encode([prompts[i] for i in part], [shown[i] for i in part]), settings
+                )
                 for few in fews:
                     yield ready, [resolved.seeds[i] for i in few] * len(part)
 
@@ -202,7 +218,8 @@ class Pipeline:
     def draw(self, batches: Iterable[tuple[Ready, Sequence[int]]]) -> Iterator[np.ndarray]:
         """Pictures of one batch of prompts and seeds after the other: see `sample`.
 
-        A batch's pictures are fetched, and whatever the caller does with them done, when the next one is under way.
+        A batch's pictures are fetched, and whatever the caller does with them done, when the next
+        one is under way.
         """
         before = None
         for ready, seeds in batches:
@@ -214,9 +231,14 @@ class Pipeline:
             yield before()
 
     def stream(
-        self, prompt: str, references: Sequence[Image.Image] = (), settings: Settings = Settings(), every: int = 1
+        self,
+        prompt: str,
+        references: Sequence[Image.Image] = (),
+        settings: Settings = Settings(),
+        every: int = 1,
     ) -> Iterator[Progress]:
-        """Draws one prompt's images, all at once, and says where it stands after every `every` steps and at the end.
+        """Draws one prompt's images, all at once, and says where it stands after every `every`
+        steps and at the end.
 
         Raises InputError as a call does.
         """
@@ -225,7 +247,9 @@ class Pipeline:
         ready = self.ready(*self.encode([prompt], [references]), settings)
         yield from self.stream_ready(ready, resolved.seeds, every)
 
-    def stream_ready(self, ready: Ready, seeds: Sequence[int], every: int = 1) -> Iterator[Progress]:
+    def stream_ready(
+        self, ready: Ready, seeds: Sequence[int], every: int = 1
+    ) -> Iterator[Progress]:
         """`stream` of images of prompts that are `ready`."""
         if every < 1:
             raise InputError(f"every is {every}; it must be at least 1")
@@ -234,13 +258,16 @@ class Pipeline:
         for start in range(0, steps, every):
             end = min(start + every, steps)
             span = np.array([start, end], np.int32)
-            state = run.sampler.denoise(self.params, state, run.prepared, run.schedule, run.scales, span)
+            state = run.sampler.denoise(
+                self.params, state, run.prepared, run.schedule, run.scales, span
+            )
             yield Progress(end, steps, stages[end - 1], state.x)
 
     def encode(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
     ) -> tuple[HiddenStates, list[list[np.ndarray]]]:
-        """What the frozen encoders make of prompts and their references: once, whatever is drawn from it."""
+        """What the frozen encoders make of prompts and their references: once, whatever is drawn
+        from it."""
         encoded = encode_prompts(self.encoders, self.config, prompts, references)
         if not self.keep_mllm:
             self.encoders.forget_reader()
@@ -253,13 +280,15 @@ class Pipeline:
         seeds: Sequence[int],
         settings: Settings = Settings(),
     ) -> jax.Array:
-        """Latent tokens [len(seeds), N, c] from hidden states and reference latents of as many prompts as divide the seeds:
-        each prompt's images stand in a row."""
+        """Latent tokens [len(seeds), N, c] from hidden states and reference latents of as many
+        prompts as divide the seeds: each prompt's images stand in a row."""
         return self._all_steps(self.run(states, latents, seeds, settings))
 
     def _all_steps(self, run: Run) -> jax.Array:
         whole = np.array([0, MAX_STEPS], np.int32)
-        return run.sampler.denoise(self.params, run.state, run.prepared, run.schedule, run.scales, whole).x
+        return run.sampler.denoise(
+            self.params, run.state, run.prepared, run.schedule, run.scales, whole
+        ).x
 
     def run(
         self,
@@ -272,10 +301,13 @@ class Pipeline:
         return self.begin(self.ready(states, latents, settings), seeds)
 
     def ready(
-        self, states: HiddenStates, latents: Sequence[Sequence[np.ndarray]], settings: Settings = Settings()
+        self,
+        states: HiddenStates,
+        latents: Sequence[Sequence[np.ndarray]],
+        settings: Settings = Settings(),
     ) -> Ready:
-        """What is made once for prompts, however many images are then drawn: the context, the references as the
-        transformer sees them, all modulation.
+        """What is made once for prompts, however many images are then drawn: the context, the
+        references as the transformer sees them, all modulation.
 
         Raises InputError for prompts with references beside others without: their stages differ.
         """
@@ -287,7 +319,9 @@ class Pipeline:
         if not self.uses_references:
             references = None
         elif len({bool(row) for row in latents}) > 1:
-            raise InputError("some prompts have references and some have none: draw them apart, since their stages differ")
+            raise InputError(
+                "some prompts have references and some have none: draw them apart, since their stages differ"
+            )
         schedule = resolved.make_schedule(self.config, references is not None)
         mesh = mesh_of(self.params)
         key = grid, tuple(scale != 1.0 for scale in resolved.scales), resolved.solver_config
@@ -301,17 +335,26 @@ class Pipeline:
             self._programs[key] = sampler
         states, references = shard_inputs(mesh, (states, references))
         prepared = sampler.prepare(self.params, states, references, schedule)
-        return Ready(sampler, prepared, schedule, jnp.asarray(resolved.scales, jnp.float32), resolved)
+        return Ready(
+            sampler, prepared, schedule, jnp.asarray(resolved.scales, jnp.float32), resolved
+        )
 
     def begin(self, ready: Ready, seeds: Sequence[int]) -> Run:
         """A run of as many images as there are seeds, each prompt's in a row."""
-        mesh, (rows, columns) = mesh_of(self.params), self.config.grid(ready.settings.height, ready.settings.width)
+        mesh, (rows, columns) = (
+            mesh_of(self.params),
+            self.config.grid(ready.settings.height, ready.settings.width),
+        )
         prompts = ready.prepared.context.mask.shape[0]
         if not seeds or len(seeds) % prompts:
             raise InputError(f"{len(seeds)} seeds for {prompts} prompts; give each prompt as many")
-        noise = shard_inputs(mesh, noise_for(list(seeds), rows * columns, self.config.model.dit.in_channels))
+        noise = shard_inputs(
+            mesh, noise_for(list(seeds), rows * columns, self.config.model.dit.in_channels)
+        )
         state = initial_state(noise, ready.settings.solver_config, self.config.model.dit.width)
-        if mesh is None:  # said where it lies, as every later state is: the first step is then no program of its own
+        if (
+            mesh is None
+        ):  # said where it lies, as every later state is: the first step is then no program of its own
             state = jax.device_put(state, next(iter(jax.tree.leaves(ready.prepared)[0].devices())))
         return Run(ready.sampler, state, ready.prepared, ready.schedule, ready.scales)
 
@@ -319,13 +362,17 @@ class Pipeline:
         """Pictures [B, height, width, 3] in [−1, 1] of latent tokens."""
         return self.decode_later(tokens, settings)()
 
-    def decode_later(self, tokens: jax.Array, settings: Settings | Resolved) -> Callable[[], np.ndarray]:
+    def decode_later(
+        self, tokens: jax.Array, settings: Settings | Resolved
+    ) -> Callable[[], np.ndarray]:
         """`decode` begun; what is returned waits for its end."""
         resolved = settings if isinstance(settings, Resolved) else self.resolved(settings)
         # Encoders on one device cannot read what lies on many.
         spread = isinstance(tokens, jax.Array) and len(tokens.devices()) > 1
         spread = spread and self.encoders.mesh is None
-        latents = unpack(to_host(tokens) if spread else tokens, self.config.grid(resolved.height, resolved.width))
+        latents = unpack(
+            to_host(tokens) if spread else tokens, self.config.grid(resolved.height, resolved.width)
+        )
         pictures = self.encoders.decode_later(latents)
         return lambda: np.clip(pictures(), -1.0, 1.0)
 
@@ -340,41 +387,3 @@ def encode_prompts(
     upright = [[to_rgb(image) for image in row] for row in references]
     latents = encode_references(encoders, upright, config.data.reference_long_side)
     return encoders.read(list(prompts), upright), latents
-
-
-def group_prompts(references: Sequence[Sequence[Any]], most: int, multiple: int = 1) -> list[list[int]]:
-    """Numbers of prompts in pieces (`split_evenly`) in which all have references or none has: their stages differ."""
-    pieces: list[list[int]] = []
-    for some in (True, False):
-        pieces += split_evenly([i for i, pictures in enumerate(references) if bool(pictures) == some], most, multiple)
-    return pieces
-
-
-def split_evenly(items: Sequence[int], most: int, multiple: int = 1) -> list[list[int]]:
-    """Items in pieces of one length, about `most`, since programs are compiled for a length; the last item fills up.
-
-    The length is a multiple of `multiple` where there are as many items: what a mesh divides evenly.
-    """
-    length = -(-len(items) // max(1, -(-len(items) // most)))
-    if len(items) >= multiple:
-        length = -(-length // multiple) * multiple
-    pieces = [list(items[start : start + length]) for start in range(0, len(items), length or 1)]
-    return [piece + piece[-1:] * (length - len(piece)) for piece in pieces]
-
-
-def pad_references(
-    latents: Sequence[Sequence[np.ndarray]],
-    target_grid: tuple[int, int],
-    positions_of: ReferencePositions = reference_positions,
-) -> References | None:
-    """Packs each sample's reference latents [h, w, c] into one padded, masked row.
-
-    `positions_of` is the backbone's (`BackboneConfig`). Returns None where no sample has any.
-    """
-    counts = [sum(math.prod(latent_grid(latent)) for latent in row) for row in latents]
-    if not max(counts, default=0):
-        return None
-    length = -(-max(counts) // REFERENCE_BUCKET) * REFERENCE_BUCKET
-    channels = PATCH * PATCH * next(latent.shape[-1] for row in latents for latent in row)
-    grids = [target_grid] * len(latents)
-    return References(*pack_references(latents, grids, length, channels, positions_of))

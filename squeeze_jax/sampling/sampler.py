@@ -1,7 +1,8 @@
 """The staged sampler: `prepare` computes what all steps share, `denoise` takes steps.
 
-A sampler is a denoiser (conditions of a stage, guidance), a solver and a cache policy. The number of steps, the stage
-borders and the guidance scales are arguments of the compiled programs, so that changing them compiles nothing.
+A sampler is a denoiser (conditions of a stage, guidance), a solver and a cache policy. The number
+of steps, the stage borders and the guidance scales are arguments of the compiled programs, so that
+changing them compiles nothing.
 """
 
 from collections.abc import Callable
@@ -35,16 +36,22 @@ class SolverState(NamedTuple):
 
 
 def prepare(
-    system: System, states: HiddenStates, references: References | None, schedule: Schedule, guidance: float
+    system: System,
+    states: HiddenStates,
+    references: References | None,
+    schedule: Schedule,
+    guidance: float,
 ) -> Prepared:
-    """Computes the context, the references as the backbone reads them, and all modulation: once, whatever the steps."""
+    """Computes the context, the references as the backbone reads them, and all modulation: once,
+    whatever the steps."""
     shown = None if references is None else system.prepare_references(references, guidance)
     modulation = system.make_modulation(jnp.asarray(schedule.times), guidance)
     return Prepared(system.aggregate(states), shown, modulation)
 
 
 def initial_state(noise: Float[Array, "B N c"], solver: SolverConfig, width: int) -> SolverState:
-    """The state before the first step of `denoise`; `width` is that of the backbone's hidden states."""
+    """The state before the first step of `denoise`; `width` is that of the backbone's hidden
+    states."""
     velocity = None if solver.solver == "euler" else jnp.zeros_like(noise)
     return SolverState(noise, velocity, solver.cache.init(noise, width))
 
@@ -63,7 +70,8 @@ def denoise(
 ) -> SolverState:
     """Takes the steps `span[0]` to `span[1]` - 1 of the schedule, stage by stage.
 
-    `guided` and `scales` have one entry a stage; a stage that is not guided evaluates the conditional branch alone.
+    `guided` and `scales` have one entry a stage; a stage that is not guided evaluates the
+    conditional branch alone.
     """
     times, take_step, cache = jnp.asarray(schedule.times), SOLVERS[solver.solver], solver.cache
     denoiser = Denoiser(system, target_grid, prepared, times, scales, guided, state.x.shape[0])
@@ -109,7 +117,9 @@ class Sampler(NamedTuple):
         """Samples latent tokens from noise."""
         prepared = self.prepare(params, states, references, schedule)
         state = initial_state(noise, self.solver, self.width)
-        return self.denoise(params, state, prepared, schedule, scales, np.array([0, MAX_STEPS], np.int32)).x
+        return self.denoise(
+            params, state, prepared, schedule, scales, np.array([0, MAX_STEPS], np.int32)
+        ).x
 
 
 def make_sampler(
@@ -122,7 +132,8 @@ def make_sampler(
     width: int = 0,
     mesh: Mesh | None = None,
 ) -> Sampler:
-    """Compiles `prepare` and `denoise`, with the system's params as first argument; `mesh` is what these lie on.
+    """Compiles `prepare` and `denoise`, with the system's params as first argument; `mesh` is what
+    these lie on.
 
     `width` is that of the backbone's hidden states, which a first-block cache keeps.
     """
@@ -139,7 +150,12 @@ def make_sampler(
 
     @compiled
     def denoise_on_mesh(
-        params: Any, state: SolverState, prepared: Prepared, schedule: Schedule, scales: Array, span: Array
+        params: Any,
+        state: SolverState,
+        prepared: Prepared,
+        schedule: Schedule,
+        scales: Array,
+        span: Array,
     ) -> SolverState:
         with use_mesh(mesh):
             return denoise(

@@ -20,10 +20,13 @@ class Step(NamedTuple):
     t: Float[Array, ""]
     t_next: Float[Array, ""]
     is_first: Bool[Array, ""]
-    """Whether this is the first step of a stage, whose conditions differ from those of the step before."""
+    """Whether this is the first step of a stage, whose conditions differ from those of the step
+    before."""
 
 
-Solver = Callable[[Float[Array, "B N c"], Float[Array, "B N c"], Float[Array, "B N c"], Step], jax.Array]
+Solver = Callable[
+    [Float[Array, "B N c"], Float[Array, "B N c"], Float[Array, "B N c"], Step], jax.Array
+]
 """(x at t, velocity at t, velocity at `t_before`, step) to x at `t_next`."""
 
 

@@ -71,7 +71,9 @@ def sample_randomness(
 
     def draw_row(key: Key) -> StepRandomness:
         times, noise, dropout = jax.random.split(key, 3)
-        mu = config.schedule_shift(length, config.sampling.steps)  # training sees the sampler's times
+        mu = config.schedule_shift(
+            length, config.sampling.steps
+        )  # training sees the sampler's times
         t = sample_times(times, 1, config.diffusion.time_sampling, mu)
         mllm, vae = stage.dropout.draw(dropout, 1)
         return StepRandomness(t[0], jax.random.normal(noise, (length, channels)), mllm[0], vae[0])

@@ -53,7 +53,9 @@ class PublishedProcessor:
 
     def __init__(self, tokenizer, most: int) -> None:
         from transformers import PreTrainedTokenizerFast
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+            GotOcr2ImageProcessorPil,
+        )
 
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left", chat_template=TEMPLATE

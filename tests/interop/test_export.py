@@ -24,7 +24,14 @@ from safetensors.numpy import load_file
 from small_dit import inputs, random_dit, run, run_twin
 from small_run import random_weights, small_config, write_home
 
-from squeeze_jax.checkpoints.manager import CHECKPOINTS, Checkpoints, Saved, read_weights, write_config, write_weights
+from squeeze_jax.checkpoints.manager import (
+    CHECKPOINTS,
+    Checkpoints,
+    Saved,
+    read_weights,
+    write_config,
+    write_weights,
+)
 from squeeze_jax.checkpoints.trained import load_trained, starting_leaves
 from squeeze_jax.commands import export, sample
 from squeeze_jax.config import (

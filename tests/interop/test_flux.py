@@ -15,7 +15,12 @@ from tiny import tiny_config
 
 from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.flux import config_from_json, config_to_json, diffusers_entries, original_entries
+from squeeze_jax.interop.flux import (
+    config_from_json,
+    config_to_json,
+    diffusers_entries,
+    original_entries,
+)
 from squeeze_jax.interop.load import load_dit, save_dit
 from squeeze_jax.interop.mapping import (
     Entry,

@@ -16,8 +16,19 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop import load_autoencoder, load_dit, load_internvl
-from squeeze_jax.interop.flux import config_from_shapes, config_to_json, diffusers_entries, original_entries
-from squeeze_jax.interop.load import WEIGHTS, autoencoder_source, dit_source, internvl_source, save_dit
+from squeeze_jax.interop.flux import (
+    config_from_shapes,
+    config_to_json,
+    diffusers_entries,
+    original_entries,
+)
+from squeeze_jax.interop.load import (
+    WEIGHTS,
+    autoencoder_source,
+    dit_source,
+    internvl_source,
+    save_dit,
+)
 from squeeze_jax.interop.mapping import export_entries, load_entries, parameters_by_path
 from squeeze_jax.interop.tensors import write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig

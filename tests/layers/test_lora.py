@@ -11,7 +11,16 @@ import pytest
 from flax import nnx
 from parity import relative_error
 from safetensors.numpy import load_file
-from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit, run_twin, torch_twin
+from small_dit import (
+    CONFIG,
+    arrays_of,
+    compiled,
+    inputs,
+    like_twin,
+    random_dit,
+    run_twin,
+    torch_twin,
+)
 from tiny import tiny_config
 
 from squeeze_jax.checkpoints.build import build_system, is_trained

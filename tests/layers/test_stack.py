@@ -8,7 +8,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.stack import ATTENTION, REMAT, rematerialised, scan_blocks, stack_blocks, unstack
+from squeeze_jax.layers.stack import (
+    ATTENTION,
+    REMAT,
+    rematerialised,
+    scan_blocks,
+    stack_blocks,
+    unstack,
+)
 
 DEPTH, WIDTH = 3, 6
 

@@ -11,7 +11,12 @@ from scipy.special import log_softmax
 
 from squeeze_jax.data.chat import IMAGE
 from squeeze_jax.miniature.critters import pair_at
-from squeeze_jax.miniature.train_autoencoder import DEMO_AUTOENCODER, critter_pictures, to_float, with_measured_scale
+from squeeze_jax.miniature.train_autoencoder import (
+    DEMO_AUTOENCODER,
+    critter_pictures,
+    to_float,
+    with_measured_scale,
+)
 from squeeze_jax.miniature.train_mllm import (
     MLLMTraining,
     Speaker,

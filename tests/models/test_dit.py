@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from parity import relative_error
-from small_dit import CONFIG, arrays_of, compiled, inputs, like_twin, random_dit, run, run_twin, torch_twin
+from small_dit import (
+    CONFIG,
+    arrays_of,
+    compiled,
+    inputs,
+    like_twin,
+    random_dit,
+    run,
+    run_twin,
+    torch_twin,
+)
 
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import reference_positions

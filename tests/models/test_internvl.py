@@ -12,8 +12,20 @@ import pytest
 from flax import nnx
 
 from squeeze_jax.interop.internvl import config_from_json, config_to_json, entries
-from squeeze_jax.interop.mapping import MappingError, export_entries, load_entries, parameters_by_path, to_ours
-from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig, split_hidden_states
+from squeeze_jax.interop.mapping import (
+    MappingError,
+    export_entries,
+    load_entries,
+    parameters_by_path,
+    to_ours,
+)
+from squeeze_jax.models.internvl import (
+    InternVL,
+    InternVLConfig,
+    TextConfig,
+    VisionConfig,
+    split_hidden_states,
+)
 from squeeze_jax.models.internvl_vision import pixel_shuffle
 
 CHECKPOINTS = Path(__file__).parents[1] / "interop" / "checkpoints"

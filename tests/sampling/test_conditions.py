@@ -30,7 +30,8 @@ from squeeze_jax.diffusion.latents import reference_positions
 from squeeze_jax.models.backbone import Backbone, BlockInputs, Modulation
 from squeeze_jax.models.system import System
 from squeeze_jax.planning.sampler_program import evaluations
-from squeeze_jax.sampling.pipeline import Pipeline, Settings, pad_references
+from squeeze_jax.sampling.batching import pad_references
+from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.schedule import make_schedule, noise_for
 
 CONFIG = tiny_config()

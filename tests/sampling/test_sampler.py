@@ -30,13 +30,8 @@ from squeeze_jax.evaluation.grids import Encoded, draw_examples
 from squeeze_jax.models import dit
 from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.models.system import System
-from squeeze_jax.sampling.pipeline import (
-    REFERENCE_BUCKET,
-    Pipeline,
-    Settings,
-    pad_references,
-    split_evenly,
-)
+from squeeze_jax.sampling.batching import REFERENCE_BUCKET, pad_references, split_evenly
+from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.sampler import make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, STAGE_NAMES, STAGES, make_schedule, noise_for
 from squeeze_jax.sharding import current_mesh, make_mesh, shardings
