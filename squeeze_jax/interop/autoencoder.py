@@ -187,7 +187,7 @@ def twin_codes(
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    twin = AutoencoderKL(**{k: v for k, v in config_to_json(config).items() if k[0] != "_"}).eval()
+    twin: Any = AutoencoderKL(**{k: v for k, v in config_to_json(config).items() if k[0] != "_"}).eval()
     state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in weights.items()}
     twin.load_state_dict(state, strict=True)
     channels_first = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (pictures, latents)]

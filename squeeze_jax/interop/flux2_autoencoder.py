@@ -102,7 +102,7 @@ def twin_codes(
     from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
     settings = {name: value for name, value in config_to_json(config).items() if name[0] != "_"}
-    twin = AutoencoderKLFlux2(**settings).eval()
+    twin: Any = AutoencoderKLFlux2(**settings).eval()
     state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in weights.items()}
     twin.load_state_dict({BATCHES: torch.zeros((), dtype=torch.long), **state}, strict=True)
     channels_first = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (pictures, latents)]

@@ -102,8 +102,6 @@ BLOCK_STACKS = ("double_blocks", "single_blocks")
 class DiT(Backbone):
     """Predicts the velocity ε − x_0 of the target tokens."""
 
-    config: DiTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(
         self,
         config: DiTConfig,
@@ -116,7 +114,8 @@ class DiT(Backbone):
     ) -> None:
         width = config.width
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
-        self.config, self.dtype, self.unroll = config, jnp.dtype(dtype), unroll
+        self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.dtype, self.unroll = jnp.dtype(dtype), unroll
         self.remat: Remat = remat
         self.img_in = Linear(config.in_channels, width, **kinds, rngs=rngs)
         self.txt_in = Linear(config.context_width, width, **kinds, rngs=rngs)

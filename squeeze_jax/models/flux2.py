@@ -114,8 +114,6 @@ class Flux2Config:
 class Flux2(Backbone):
     """Predicts the velocity ε − x_0 of the target tokens."""
 
-    config: Flux2Config  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(
         self,
         config: Flux2Config,
@@ -129,7 +127,8 @@ class Flux2(Backbone):
         width = config.width
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
         of_time: Any = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
-        self.config, self.dtype, self.unroll = config, jnp.dtype(dtype), unroll
+        self.config: Flux2Config = config  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.dtype, self.unroll = jnp.dtype(dtype), unroll
         self.remat: Remat = remat
         self.img_in = Linear(config.in_channels, width, use_bias=False, **kinds, rngs=rngs)
         self.txt_in = Linear(config.context_width, width, use_bias=False, **kinds, rngs=rngs)

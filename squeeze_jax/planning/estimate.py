@@ -45,6 +45,10 @@ KERNEL_SHARE = 0.6
 assumes 86 % where a kernel states its FLOPs)."""
 
 
+StackName = Literal["double", "single"]
+"""The kinds of a backbone's blocks."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Seconds of a step or of an image, on every chip."""
@@ -101,7 +105,7 @@ def step_estimate(
     dit = config.model.dit
     context, image = sequence(config, references if stage.references else 0)
     rows = config.data.batch_per_chip
-    kinds: tuple[Literal["double", "single"], ...] = ("double", "single")
+    kinds: tuple[StackName, ...] = ("double", "single")
     blocks = [block_program(config, mesh, kind, rows, context, image) for kind in kinds]
     depths = (dit.num_double_blocks, dit.num_single_blocks)
     compute = whole.expected(chip) + sum(
@@ -157,7 +161,7 @@ def _refiners(config: Config, stage: StageConfig, rows: int, references: int) ->
 def block_program(
     config: Config,
     mesh: Mesh,
-    kind: Literal["double", "single"],
+    kind: StackName,
     rows: int,
     context: int,
     image: int,

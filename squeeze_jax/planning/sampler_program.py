@@ -19,7 +19,14 @@ from squeeze_jax.checkpoints.inference import sampling_shapes
 from squeeze_jax.config import Config
 from squeeze_jax.models.backbone import Modulation
 from squeeze_jax.planning.chips import Chip
-from squeeze_jax.planning.estimate import KERNEL_SHARE, Estimate, Kernel, block_program, sequence
+from squeeze_jax.planning.estimate import (
+    KERNEL_SHARE,
+    Estimate,
+    Kernel,
+    StackName,
+    block_program,
+    sequence,
+)
 from squeeze_jax.planning.flops import matmul_flops
 from squeeze_jax.planning.network import network_seconds
 from squeeze_jax.planning.report import Report, described, reached
@@ -220,7 +227,11 @@ def batch_estimate(
         lengths.append((joint, steps))
         seen = joint + vae * (image - kept)  # keys that are only looked at
         kernels += steps * Kernel(joint, dit.width, blocks, seen).flops(False, False)
-    for name, depth in (("double", dit.num_double_blocks), ("single", dit.num_single_blocks)):
+    stacks: tuple[tuple[StackName, int], ...] = (
+        ("double", dit.num_double_blocks),
+        ("single", dit.num_single_blocks),
+    )
+    for name, depth in stacks:
         program = partial(
             block_program, config, mesh, name, rows, backward=False, merge_lora=merge_lora
         )
