@@ -1,4 +1,4 @@
-"""The shipped miniature: about 100 minutes on two CPU cores.
+"""The shipped miniature: about 105 minutes on two CPU cores.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python train.py configs/demo_weights.py \
         --data.batch-per-chip 16 --parallel.data 2 --parallel.fsdp 1

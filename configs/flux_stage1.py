@@ -1,6 +1,6 @@
 """Stage 1 of the paper (arXiv 2605.26111, "Training"): the MLLM's condition alone, 25,000 steps.
 
-    python -m squeeze_jax extract MANIFEST --out FEATURES --config configs/flux_stage1.py
+    python -m squeeze_jax extract SOURCE --out FEATURES --config configs/flux_stage1.py
     python train.py configs/flux_stage1.py --data.features FEATURES --workdir runs/stage1
 
 Licence of the weights: FLUX.1-dev Non-Commercial License. Hardware: a TPU pod slice. Fill in the

@@ -1,10 +1,11 @@
 """squeeze_jax: subject-driven image generation in JAX.
 
-from squeeze_jax import Pipeline, Settings
+    from PIL import Image
+    from squeeze_jax import Pipeline, Settings
 
-pipeline = Pipeline.load()  # the shipped miniature; or a run's, weights or exported folder pictures
-= pipeline("a big critter jumping on the beach", [Image.open("critter.png")],
-Settings(num_images=4))
+    pipeline = Pipeline.load()  # the shipped miniature; or a run's, weights or exported folder
+    critter = Image.open("critter.png")
+    pictures = pipeline("a critter on the beach", [critter], Settings(num_images=4))
 """
 
 from typing import TYPE_CHECKING, Any

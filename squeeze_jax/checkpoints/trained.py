@@ -38,7 +38,7 @@ from squeeze_jax.layers.lora import LoRAConfig, LoRAScale
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec
 
-Start = Literal["run", "lora", "transformer"]
+StartKind = Literal["run", "lora", "transformer"]
 """What a run can begin with: a folder of ours (a run's, weights, exported), a LoRA, a transformer."""
 
 
@@ -104,7 +104,7 @@ def other_base(folder: Path, wanted: str, found: str, config: Config) -> InputEr
     )
 
 
-def starting_leaves(
+def load_initial_params(
     start: Path, config: Config, base: str, mesh: Mesh, *, accept_changes: bool = False
 ) -> dict[str, Any]:
     """Trained leaves that a run begins with, laid out on its mesh: all of them from a run's or
@@ -120,7 +120,7 @@ def starting_leaves(
     def sharding_of(name: str, shape: tuple[int, ...]) -> Sharding:
         return NamedSharding(mesh, parameter_spec(name, shape, mesh))
 
-    kind, fresh = start_of(start), np.random.default_rng(config.training.seed)
+    kind, fresh = start_kind(start), np.random.default_rng(config.training.seed)
     if kind == "transformer":
         return transformer_leaves(start, config, sharding_of)
     if kind == "lora":
@@ -168,7 +168,7 @@ def rescale_adapters(leaves: dict[str, Any], saved: Config, config: Config) -> d
 def with_scale_of(start: Path, frozen: nnx.State) -> nnx.State:
     """A run's frozen leaves with the adapters' scale that a folder's weights were trained with,
     which is among them: to compare fingerprints. Of what has no config, as they are."""
-    saved = read_config(start) if start_of(start) == "run" else None
+    saved = read_config(start) if start_kind(start) == "run" else None
     if saved is None or saved.lora is None:
         return frozen
     scale = np.float32(_scale(saved.lora))
@@ -193,13 +193,13 @@ def _without_alpha(config: Config) -> LoRAConfig | None:
 def steps_behind(start: Path) -> int | None:
     """Steps of training behind the weights of a folder, those of the runs that it began with
     included; None of a LoRA or a transformer, which do not say."""
-    if start_of(start) != "run":
+    if start_kind(start) != "run":
         return None
     saved, step = read_config(start), saved_step(start)
     return saved.training.steps_before + (saved.total_steps if step is None else step)
 
 
-def start_of(folder: Path) -> Start:
+def start_kind(folder: Path) -> StartKind:
     """What `--from` names. Raises InputError for anything else."""
     if not folder.exists():
         raise InputError(f"--from {folder}: no such file or folder")

@@ -32,7 +32,7 @@ class Train:
     """Where checkpoints, metrics and pictures go; none: runs/<name of the preset>."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or
-    with an exported folder, a LoRA file, or a FLUX.1 transformer (under a config with a LoRA it
+    with an exported folder, a LoRA file, or a FLUX.1 or FLUX.2 transformer (under a config with a LoRA it
     becomes the base)."""
     accept_changes: Flag = False
     """Continue a run though the preset differs from the one that it was saved with; or begin with
@@ -65,7 +65,7 @@ def run(given: Train, overrides: list[str]) -> None:
     if given.distributed or any(part is not None for part in others):
         init_distributed(*others)
     # What follows may ask for devices, so it is imported once the processes have met.
-    from squeeze_jax.checkpoints.trained import start_of
+    from squeeze_jax.checkpoints.trained import start_kind
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.data.extraction import extract_features
     from squeeze_jax.data.sources import open_examples
@@ -87,7 +87,7 @@ def run(given: Train, overrides: list[str]) -> None:
         )
     if (
         start_from is not None
-        and start_of(Path(start_from)) == "transformer"
+        and start_kind(Path(start_from)) == "transformer"
         and config.lora is not None
     ):
         config = dataclasses.replace(

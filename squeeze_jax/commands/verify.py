@@ -16,9 +16,9 @@ class Verify:
     installed, block by block."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of a FLUX.1 transformer, its autoencoder or InternVL3; or a single-file transformer
+    """Folder of a FLUX.1 or FLUX.2 transformer, its autoencoder or InternVL3; or a single-file transformer
     or autoencoder."""
-    kind: Literal["flux", "autoencoder", "internvl"] | None = None
+    kind: Literal["flux", "flux2", "autoencoder", "internvl"] | None = None
     """What it is; none: found out from config.json or the names."""
     json: Path = Path("verify.json")
     """Report to write."""

@@ -52,7 +52,7 @@ class AggregatorConfig:
     refiner_blocks: int = 2
     """Attention blocks over the token axis after the join; they undo the MLLM's causal bias."""
     norm_eps: float = 1e-5
-    """What every RMSNorm adds to the mean square: Krea 2's (docs/decisions.md, "Inside the
+    """Epsilon of every RMSNorm, added to the mean square: Krea 2's (docs/decisions.md, "Inside the
     aggregator")."""
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class AggregatorConfig:
 
 
 class Aggregator(nnx.Module):
-    """Hidden states of the MLLM to context tokens, in the order of the MLLM's sequence."""
+    """Pools the MLLM's hidden states into context tokens, in the order of its sequence."""
 
     def __init__(
         self,
@@ -144,8 +144,7 @@ class Aggregator(nnx.Module):
 
     def _pool(self, states: HiddenStates) -> tuple[Float[Array, "B Lt C"], Float[Array, "B Li C"]]:
         reads, available = self.config.reads, states.text.shape[1]
-        # As many states as are read: they are those of `reads`, or `reads` is all layers, which
-        # comes to the same.
+        # Records hold exactly the layers in `reads`; other callers pass all layers, to be indexed.
         exact = available == len(reads)
         if not exact and reads[-1] >= available:
             raise ValueError(

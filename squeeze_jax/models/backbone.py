@@ -1,5 +1,5 @@
-"""What the rest of the system knows of a diffusion transformer: the base class `Backbone` and
-the values it exchanges.
+"""The interface of a diffusion transformer: the base class `Backbone` and the values that it
+exchanges.
 
 Aggregator, sampler, trainer, planner and export use these names alone. `models/dit.py` (FLUX.1)
 is the first backbone; `tests/toy_backbone.py` is the smallest one that can be trained and

@@ -2,9 +2,9 @@
 
 The context (aggregated MLLM tokens) and the image stream (target tokens, then reference tokens)
 meet in the attention of double-stream blocks, and go as one sequence through single-stream blocks
-(`dit_blocks.py`). A forward is `velocity`: `embed_inputs`, `apply_blocks`, `predict_velocity`.
-Module names are FLUX.1's own. Source: the published FLUX.1 architecture; references follow UNO
-(arXiv 2504.02160).
+(`dit_blocks.py`). The forward pass is `Backbone.velocity` (`backbone.py`): it calls `embed_inputs`,
+`apply_blocks` and `predict_velocity` below. Module names are FLUX.1's own. Source: the published
+FLUX.1 architecture; references follow UNO (arXiv 2504.02160).
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,8 @@ from squeeze_jax.models.backbone import (
     append_references,
     target_positions,
 )
-from squeeze_jax.models.dit_blocks import DoubleBlock, FinalLayer, QKNorm, SingleBlock
+from squeeze_jax.models.dit_blocks import DoubleBlock, FinalLayer, SingleBlock
 from squeeze_jax.sharding import constrain
-
-__all__ = ["BLOCK_STACKS", "DiT", "DiTConfig", "QKNorm"]
 
 Hidden = TypeVar("Hidden")
 """Hidden states between blocks: `Streams` of double blocks, the joint stream of single blocks."""
@@ -61,7 +59,7 @@ class DiTConfig:
     num_single_blocks: int = 38
     mlp_ratio: int = 4
     rope_axes: tuple[int, int, int] = (16, 56, 56)
-    """Channels of a head that turn with (unused index, row, column)."""
+    """Channels of a head that each position axis rotates: (0, row, column)."""
     guidance: bool = True
     """Whether the model takes the distilled guidance value (dev: yes, schnell: no)."""
     reference_attention: ReferenceAttention = "joint"
@@ -208,7 +206,7 @@ class DiT(Backbone):
         stop = double + single if stop is None else stop
         if start < double:
             block_range = (
-                None if (start, stop >= double) == (0, True) else range(start, min(stop, double))
+                None if start == 0 and stop >= double else range(start, min(stop, double))
             )
             streams, _ = self._scan("double", streams, inputs, block_range)
         if stop > double:
@@ -245,7 +243,7 @@ class DiT(Backbone):
         `return_kv` also returns every block's keys and values.
         """
         temb, rope, mask, cached_kv = inputs
-        # Each block's own, with a leading axis of depth: modulation, where known, and cached keys.
+        # Scanned over depth: precomputed modulation (if any) and cached keys and values.
         known = getattr(temb, kind) if isinstance(temb, Modulation) else None
         cached = None if cached_kv is None else getattr(cached_kv, kind)
 

@@ -59,7 +59,7 @@ class Denoiser:
         self.context: Context = jax.tree.map(repeat, prepared.context)
         self.references = references
         self.modulation, self.scales, self.guided = prepared.modulation, scales, guided
-        # Compiled apart, so that stages share what is traced of the unconditional branch.
+        # `jax.jit` caches one trace for each `Conditions`, so that all stages share the unconditional one.
         self._branch = jax.jit(self._evaluate, static_argnums=2)
 
     def velocity(

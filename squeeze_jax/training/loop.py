@@ -1,4 +1,4 @@
-"""The training loop: what a run trains on, where it begins, and its steps to the last."""
+"""The training loop: opens the data, restores or initialises the state, runs every training stage."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -21,7 +21,7 @@ from squeeze_jax.training.metrics import MetricsWriter, progress_bar
 from squeeze_jax.training.monitor import Monitor
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.profiling import Profiler
-from squeeze_jax.training.start import make_start
+from squeeze_jax.training.start import restore_or_initialize
 from squeeze_jax.training.state import Params, Split, begin_stage, state_shardings, to_saved
 from squeeze_jax.training.step import make_train_step
 from squeeze_jax.training.step_flops import StepFlops, WorkFunction
@@ -58,7 +58,7 @@ def train(
     `features`/held_out. With `data.online` it reads `examples` of these two names instead.
 
     Killed at any moment and started again with the same arguments, it ends with the same weights
-    bit for bit. `start_from` is what a new run begins with (`checkpoints.trained.starting_leaves`;
+    bit for bit. `start_from` is what a new run begins with (`checkpoints.trained.load_initial_params`;
     stage 2: stage 1's folder). `accept_changes` continues a run whose config differs. Several
     processes call it alike (`processes.init_distributed`). Raises InputError for what cannot be
     trained or continued, OutputError where a checkpoint cannot be written, and Preempted after
@@ -73,7 +73,7 @@ def train(
     say(data.describe())
     optimizer = make_optimizer(config)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
-    config, state, split, base, productive_seconds = make_start(
+    config, state, split, base, productive_seconds = restore_or_initialize(
         config,
         mesh,
         optimizer,
@@ -179,7 +179,8 @@ def train(
 
 
 def _is_due(step: int, every: int, end: int) -> bool:
-    """Whether what comes every so many steps (0: never before the stage's end) comes now."""
+    """Whether a periodic action is due after `step`: every `every` steps (0: none), and at the
+    stage's end."""
     return step == end or (every > 0 and step % every == 0)
 
 

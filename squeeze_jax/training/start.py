@@ -13,7 +13,12 @@ from jax.sharding import Mesh
 from squeeze_jax.checkpoints.compatibility import check_same_run
 from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.checkpoints.manager import Checkpoints, Saved, check_leaves, first_line
-from squeeze_jax.checkpoints.trained import start_of, starting_leaves, steps_behind, with_scale_of
+from squeeze_jax.checkpoints.trained import (
+    load_initial_params,
+    start_kind,
+    steps_behind,
+    with_scale_of,
+)
 from squeeze_jax.config import Config
 from squeeze_jax.data.pipeline import BatchIterator
 from squeeze_jax.errors import InputError
@@ -29,7 +34,7 @@ from squeeze_jax.training.state import (
 )
 
 
-class Start(NamedTuple):
+class InitialRun(NamedTuple):
     """What a run begins with."""
 
     config: Config
@@ -42,7 +47,7 @@ class Start(NamedTuple):
     """Time that went into the steps so far, in all of the run's processes."""
 
 
-def make_start(
+def restore_or_initialize(
     config: Config,
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
@@ -52,7 +57,7 @@ def make_start(
     start_from: Path | None,
     accept_changes: bool,
     say: Callable[[str], None],
-) -> Start:
+) -> InitialRun:
     """The state that a run begins with, on the mesh; `data` is set to the batch that comes next.
 
     Raises InputError where a checkpoint or the weights of `start_from` are not this config's.
@@ -66,7 +71,7 @@ def make_start(
         state, saved = restored
         say(f"continuing {checkpoints.workdir} from step {int(state.step)}")
         config = _after(saved.config.training.steps_before, config)
-        return Start(config, state, split, base, saved.productive_seconds)
+        return InitialRun(config, state, split, base, saved.productive_seconds)
     # 2. Weights from elsewhere, with fresh moments; what is drawn goes on where they ended.
     if start_from is not None:
         params = load_params(start_from, params, split, config, mesh, accept_changes, say)
@@ -75,7 +80,7 @@ def make_start(
     #    `create_params` has read.
     data.skip(config.training.steps_before)
     state = make_state(params, optimizer, config, mesh)
-    return Start(config, state, split, base, productive_seconds=0.0)
+    return InitialRun(config, state, split, base, productive_seconds=0.0)
 
 
 def _after(steps: int | None, config: Config) -> Config:
@@ -94,14 +99,14 @@ def load_params(
     accept_changes: bool,
     say: Callable[[str], None],
 ) -> Params:
-    """The trained leaves of a folder or file (`checkpoints.trained.starting_leaves`), float32.
+    """The trained leaves of a folder or file (`checkpoints.trained.load_initial_params`), float32.
 
     Only a LoRA or a transformer may lack some: those stay as they are in `params`.
     """
     base = fingerprint(with_scale_of(folder, split.frozen))
-    loaded = starting_leaves(folder, config, base, mesh, accept_changes=accept_changes)
+    loaded = load_initial_params(folder, config, base, mesh, accept_changes=accept_changes)
     fresh = {name: leaf for name, leaf in params.items() if name not in loaded}
-    check_leaves(params, loaded if start_of(folder) == "run" else fresh | loaded, folder)
+    check_leaves(params, loaded if start_kind(folder) == "run" else fresh | loaded, folder)
     say(f"starting from the weights of {folder}: {len(loaded)} arrays, {len(fresh)} begin anew")
     return {name: (fresh | loaded)[name].astype(np.float32) for name in params}
 

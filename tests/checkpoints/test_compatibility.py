@@ -17,7 +17,7 @@ from squeeze_jax.checkpoints.build import build_system
 from squeeze_jax.checkpoints.compatibility import RULES, check_same_run, check_start, rule_of
 from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.checkpoints.manager import write_weights
-from squeeze_jax.checkpoints.trained import starting_leaves, with_scale_of
+from squeeze_jax.checkpoints.trained import load_initial_params, with_scale_of
 from squeeze_jax.config import Config, CrittersConfig, StageConfig
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
@@ -235,10 +235,10 @@ def test_weights_begin_a_run_as_it_is_decided(trained, field):
     other, decision = with_other(config, field), rule_of(field).begin
     if decision in ("ask", "refused"):
         with pytest.raises(InputError, match=field.replace(".", r"\.") + "|has learned joint"):
-            starting_leaves(folder, other, "", MESH)
-        assert (decision == "ask") == accepted(starting_leaves, folder, other, "", MESH)
+            load_initial_params(folder, other, "", MESH)
+        assert (decision == "ask") == accepted(load_initial_params, folder, other, "", MESH)
         return
-    found = losses(other, starting_leaves(folder, other, "", MESH), frozen)
+    found = losses(other, load_initial_params(folder, other, "", MESH), frozen)
     rounded = {"model.dtype": 0.02}
     np.testing.assert_allclose(found, wanted, rtol=rounded.get(field, 1e-5))
 
@@ -276,7 +276,7 @@ def test_adapters_keep_their_strength_under_another_alpha(trained):
     folder, leaves, frozen, _, wanted = trained[ADAPTED.lora]
     other = with_other(ADAPTED, "lora.alpha")
     assert np.abs(losses(other, leaves, frozen) / wanted - 1).max() > 1e-3, "as they are"
-    carried = starting_leaves(folder, other, "", MESH)
+    carried = load_initial_params(folder, other, "", MESH)
     up = next(name for name in leaves if name.endswith("parts.0.up"))
     np.testing.assert_allclose(carried[up], 3.0 * leaves[up], rtol=1e-6)
     np.testing.assert_allclose(losses(other, carried, frozen), wanted, rtol=1e-5)

@@ -32,7 +32,7 @@ from squeeze_jax.checkpoints.manager import (
     write_config,
     write_weights,
 )
-from squeeze_jax.checkpoints.trained import load_trained, starting_leaves
+from squeeze_jax.checkpoints.trained import load_initial_params, load_trained
 from squeeze_jax.commands import export, sample
 from squeeze_jax.config import (
     load_preset,
@@ -447,18 +447,18 @@ def test_training_begins_with_an_exported_folder_a_lora_or_a_transformer(home, e
     _, wanted, _ = read_weights(home / "run")
     base = load_trained(home / "run").base
     for start in (exported, home / "run", exported / LORA):
-        leaves = starting_leaves(start, config, base, mesh)
+        leaves = load_initial_params(start, config, base, mesh)
         expected = {name: leaf for name, leaf in wanted.items() if start.suffix == "" or name.startswith("dit.")}
         assert leaves.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(leaves[name], expected[name], err_msg=name)
     assert len(jax_devices(leaves)) == 8
     whole = dataclasses.replace(config, lora=None)
-    leaves = starting_leaves(home / "base", whole, base, mesh)
+    leaves = load_initial_params(home / "base", whole, base, mesh)
     assert leaves.keys() == {name for name in random_weights(whole)[1] if name.startswith("dit.")}
     cached = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, reference_attention="cached"))
     with pytest.raises(InputError, match="has learned joint reference attention"):
-        starting_leaves(home / "run", dataclasses.replace(config, model=cached), base, mesh)
+        load_initial_params(home / "run", dataclasses.replace(config, model=cached), base, mesh)
 
 
 def test_unos_lora_begins_a_run_of_a_larger_rank(home, tmp_path):
@@ -469,7 +469,7 @@ def test_unos_lora_begins_a_run_of_a_larger_rank(home, tmp_path):
         for part in linear.adapter.parts if linear.adapter is not None else ():
             part.up.set_value(jnp.cos(jnp.arange(part.up.size, dtype=jnp.float32)).reshape(part.up.shape))
     save_lora(tmp_path / "uno.safetensors", dit, "xlabs")
-    leaves = starting_leaves(tmp_path / "uno.safetensors", small_config(home), "", make_mesh())
+    leaves = load_initial_params(tmp_path / "uno.safetensors", small_config(home), "", make_mesh())
     for path, linear in linears(dit):
         for number, part in enumerate(linear.adapter.parts if linear.adapter is not None else ()):
             down, up = (np.asarray(leaves.pop(f"dit.{path}.adapter.parts.{number}.{half}")) for half in ("down", "up"))
@@ -480,10 +480,10 @@ def test_unos_lora_begins_a_run_of_a_larger_rank(home, tmp_path):
     shared = small_config(home)
     save_lora(tmp_path / "apart.safetensors", separately_adapted(), "diffusers")
     with pytest.raises(InputError, match=r"set lora\.qkv to separate"):
-        starting_leaves(tmp_path / "apart.safetensors", shared, "", make_mesh())
+        load_initial_params(tmp_path / "apart.safetensors", shared, "", make_mesh())
     smaller = dataclasses.replace(shared, lora=LoRAConfig(rank=1))
     with pytest.raises(InputError, match=r"has rank 2, the config's lora\.rank is 1"):
-        starting_leaves(tmp_path / "uno.safetensors", smaller, "", make_mesh())
+        load_initial_params(tmp_path / "uno.safetensors", smaller, "", make_mesh())
 
 
 def separately_adapted():

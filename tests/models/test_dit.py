@@ -20,7 +20,8 @@ from small_dit import (
 
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import reference_positions
-from squeeze_jax.models.dit import DiTConfig, QKNorm
+from squeeze_jax.models.dit import DiTConfig
+from squeeze_jax.models.dit_blocks import QKNorm
 from squeeze_jax.sampling.caching import FirstBlockCache, velocity_by_first_block
 
 SCHNELL = DiTConfig(**{**vars(CONFIG), "guidance": False})
