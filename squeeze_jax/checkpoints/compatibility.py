@@ -44,8 +44,7 @@ RULES: dict[str, Rule] = {
         data.features data.workers data.batch_per_chip data.extract_batch data.max_text_tokens
         optimizer.accumulate
         training.validate_every training.sample_every
-        sampling.steps sampling.tau1 sampling.tau2 sampling.tau_tokens sampling.cfg_scale
-        sampling.shifted
+        sampling.tau1 sampling.tau2 sampling.tau_tokens sampling.cfg_scale
         parallel.data parallel.fsdp parallel.tensor parallel.remat parallel.unroll
         checkpoint.every checkpoint.keep checkpoint.keep_every
         log.every log.tensorboard log.profile log.grid log.score
@@ -65,6 +64,8 @@ RULES: dict[str, Rule] = {
         training.stages.N.dropout.both training.stages.N.dropout.mllm
         training.stages.N.dropout.vae training.stages.N.dropout.neither
     """),
+    # The times that training draws follow the sampler's schedule: asked where they change.
+    **_rows("ask", "free", "sampling.steps sampling.shifted"),
     # Precision, the optimizer's arrays, the order of records: of this run alone.
     **_rows("refused", "free", """
         model.dtype model.frozen_dtype optimizer.kind optimizer.ema training.seed
@@ -100,6 +101,15 @@ def rule_of(field: str) -> Rule:
     )
 
 
+OF_TIMES = ("sampling.steps", "sampling.shifted")
+
+
+def _training_shift(config: Config) -> float:
+    """The shift of the times that training draws, at the config's own size of target."""
+    rows, columns = config.target_grid
+    return config.schedule_shift(rows * columns, config.sampling.steps)
+
+
 def check_same_run(
     saved: Config, config: Config, workdir: Path, *, accept_changes: bool = False
 ) -> list[str]:
@@ -109,6 +119,8 @@ def check_same_run(
     Raises InputError where that would not continue the run.
     """
     decided = {line: rule_of(_field(line)).resume for line in differences(saved, config)}
+    if _training_shift(saved) == _training_shift(config):
+        decided = {line: rule for line, rule in decided.items() if _field(line) not in OF_TIMES}
     changed = {line: rule for line, rule in decided.items() if rule in ("ask", "refused")}
     fixed = [line for line, decision in changed.items() if decision == "refused"]
     if fixed or (changed and not accept_changes):

@@ -142,7 +142,7 @@ def load_initial_params(
         leaves = read_exported(start, config, sharding_of, fresh)
     else:
         leaves = rescale_adapters(read_weights(start, mesh)[1], saved, config)
-    same = _without_alpha(saved) == _without_alpha(config)
+    same = _arrays_of(saved) == _arrays_of(config)
     same &= saved.model.frozen_dtype == config.model.frozen_dtype
     # On-line, the fingerprint covers the encoders, too.
     online = config.data.online or (saved.data.online and not exported)
@@ -186,8 +186,9 @@ def _scale(lora: LoRAConfig) -> float:
     return (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
 
 
-def _without_alpha(config: Config) -> LoRAConfig | None:
-    return config.lora and replace(config.lora, alpha=None)
+def _arrays_of(config: Config) -> LoRAConfig | None:
+    """The LoRA's config without what decides no array of the base: its scale and first values."""
+    return config.lora and replace(config.lora, alpha=None, init_gain=1.0)
 
 
 def steps_behind(start: Path) -> int | None:

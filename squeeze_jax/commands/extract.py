@@ -65,7 +65,7 @@ def run(given: Extract, overrides: list[str]) -> None:
             manifest=None,
             critters=None,
             min_score=data.min_score if given.min_score is None else given.min_score,
-            limit=given.limit or data.limit,
+            limit=data.limit if given.limit is None else given.limit,
             skip_bad=given.skip_bad or data.skip_bad,
         ),
     )

@@ -152,9 +152,9 @@ def make_online(
     read = ReadRaw(rows, config)
     data = config.data
     settings = (data.height, data.width, data.reference_long_side, data.max_tiles)
-    described = sha256(repr((rows.source, settings, config.data.system_text)).encode()).hexdigest()[
-        :16
-    ]
+    cut = (data.max_text_tokens,) if data.long_captions == "cut" else ()  # else it changes no prompt
+    described = repr((rows.source, settings, data.system_text, *cut))
+    described = sha256(described.encode()).hexdigest()[:16]
     identity: dict[str, Any] = {
         "version": 1,
         "records": len(rows),

@@ -39,9 +39,22 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
     if source_of(config) is None:
         print(f"no sample grids: the records in {features} come without their pictures")
         return None
-    rows = open_examples(config, check_images=False)["held_out"]
-    examples = [rows[i] for i in range(min(config.log.grid, len(rows)))]
     encoders, parallel = FeatureExtractor.of(config), config.parallel
+    # The rows that records were made of: with `skip_bad` those that can be used.
+    rows = open_examples(config, check_images=config.data.skip_bad)["held_out"]
+    examples = []
+    for i in range(len(rows)):
+        if len(examples) == config.log.grid:
+            break
+        try:
+            encoders.reader.check(rows.prompt(i), rows.references(i))
+            examples.append(rows[i])
+        except InputError:
+            if not config.data.skip_bad:
+                raise
+    if not examples:
+        print("no sample grids: no held-out row can be used")
+        return None
     if not config.data.online:
         check_encoders(encoders, epath.Path(features))
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)

@@ -109,7 +109,8 @@ def encoder_configs(config: Config) -> tuple[AnyAutoencoderConfig, InternVLConfi
     mllm = INTERNVL3_2B if small else InternVLConfig()
     if model.autoencoder == "demo" or Path(model.autoencoder).exists():
         autoencoder = autoencoder_source(model.autoencoder).config
-    if model.mllm == "demo" or Path(model.mllm).exists():
+    ours = model.mllm_source == "internvl"  # else PyTorch runs it, and its sizes are its own
+    if ours and (model.mllm == "demo" or Path(model.mllm).exists()):
         mllm = internvl_source(model.mllm).config
     return autoencoder, mllm
 

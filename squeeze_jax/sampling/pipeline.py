@@ -17,6 +17,7 @@ from PIL import Image
 
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.checkpoints.inference import convert_for_sampling
+from squeeze_jax.checkpoints.manager import read_config
 from squeeze_jax.checkpoints.trained import load_trained
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FeatureExtractor
@@ -107,9 +108,12 @@ class Pipeline:
         whose steps a merged adapter would drown. `encoders` are the config's own that are there
         already (`FeatureExtractor.of`). Raises InputError for a folder that cannot be used.
         """
-        trained = load_trained(
-            DEMO / "system" if checkpoint is None else Path(checkpoint), mesh=mesh
-        )
+        folder = DEMO / "system" if checkpoint is None else Path(checkpoint)
+        if encoders is None and not keep_mllm:
+            # The MLLM has come and gone before the transformer is there: both need not fit.
+            encoders = FeatureExtractor.of(read_config(folder), mesh)
+            encoders.forget_reader()
+        trained = load_trained(folder, mesh=mesh)
         system = convert_for_sampling(trained.system, trained.config, merge_lora=merge_lora)
         encoders = FeatureExtractor.of(trained.config, mesh) if encoders is None else encoders
         pipeline = cls.of(system, trained.config, encoders, trained.step)
@@ -192,9 +196,11 @@ class Pipeline:
         resolved, places = self.resolved(settings), data_parallel_size(mesh_of(self.params))
         self._warn_of_empty_stages(resolved, any(shown))
         images, at_once = range(resolved.num_images), max(at_once, places)
+        fews = split_evenly(images, at_once)
         together = max(1, at_once // resolved.num_images)
-        share = places // math.gcd(places, len(images))  # prompts whose images fill the places
-        parts, fews = group_prompts(shown, together, share), split_evenly(images, at_once)
+        share = places // math.gcd(places, len(fews[0]))  # prompts whose images fill the places
+        share = share if share * len(fews[0]) <= at_once else 1  # else every place has them all
+        parts = group_prompts(shown, together, share)
 
         def batches() -> Iterator[tuple[Ready, list[int]]]:
             for part in parts:

@@ -18,7 +18,7 @@ from squeeze_jax.checkpoints.compatibility import RULES, check_same_run, check_s
 from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.checkpoints.manager import write_weights
 from squeeze_jax.checkpoints.trained import load_initial_params, with_scale_of
-from squeeze_jax.config import Config, CrittersConfig, StageConfig
+from squeeze_jax.config import Config, CrittersConfig, StageConfig, load_preset
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.sharding import make_mesh
@@ -255,12 +255,21 @@ def accepted(check, *given) -> bool:
 def test_a_run_is_resumed_as_it_is_decided(field):
     config = ADAPTED if field.startswith("lora.") else WHOLE
     other, decision = with_other(config, field), rule_of(field).resume
-    if decision in ("free", "carried"):
+    if decision in ("free", "carried") or field == "sampling.steps":  # FLUX.1's shift has no part in
         assert check_same_run(config, other, Path("work")) == []
         return
     with pytest.raises(InputError, match=field.replace(".", r"\.")):
         check_same_run(config, other, Path("work"))
     assert (decision == "ask") == accepted(check_same_run, config, other, Path("work"))
+
+
+def test_steps_are_asked_about_where_training_draws_other_times_with_them():
+    """FLUX.2's shift depends on the number of steps, and training draws the sampler's times."""
+    klein = load_preset(Path(__file__).parents[2] / "configs" / "klein_stage2.py")
+    fewer = replaced(klein, "sampling.steps", 10)
+    with pytest.raises(InputError, match=r"sampling\.steps: 50 → 10"):
+        check_same_run(klein, fewer, Path("work"))
+    assert check_same_run(klein, replaced(klein, "sampling.tau1", 0.9), Path("work")) == []
 
 
 @pytest.mark.parametrize(
