@@ -58,7 +58,7 @@ def adapter_leaves(
                 inside = [pair for pair in inside if pair is not None]
                 if not inside:
                     continue
-                changing = [pair for pair in inside if pair.b.any()] or inside[:1]
+                changing = [pair for pair in inside if pair.b.any()] or inside
                 if len(changing[0].a) > rank:  # q, k and v may be three blocks of one pair
                     changing = [_without_unused_ranks(pair) for pair in changing]
                 at, a = () if layer is None else (layer,), changing[0].a

@@ -108,9 +108,13 @@ def recognise(
     """The dialect that knows most of the keys; InputError unless it knows them all."""
     modules = {key: split[0] if (split := split_role(key)) else None for key in keys}
     tables = {name: spelled(dialect, config) for name, dialect in DIALECTS.items()}
-    best = max(
-        DIALECTS, key=lambda name: sum(module in tables[name] for module in modules.values())
-    )
+
+    def known(name: DialectName) -> tuple[int, bool]:
+        """How many layers a dialect knows, and whether it spells the matrices so, too."""
+        layers = sum(module in tables[name] for module in modules.values())
+        return layers, any(key.endswith(DIALECTS[name].down) for key in keys)
+
+    best = max(DIALECTS, key=known)
     unused = [key for key, module in modules.items() if module not in tables[best]]
     if unused:
         own = format_of(config)

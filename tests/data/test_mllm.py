@@ -218,8 +218,8 @@ def test_a_special_token_in_the_prompt_is_refused(llava_folder, name):
         reader.read([f"a critter {name}"], [[]])
     with pytest.raises(InputError, match="the prompt is empty"):
         reader.read([" "], [[]])
-    with pytest.raises(InputError, match="the limit is 128"):
-        reader.read(["critter " * 200], [[]])
+    with pytest.raises(InputError, match="the limit is 256"):
+        reader.read(["critter " * 400], [[]])
 
 
 def test_a_folder_that_transformers_cannot_load_is_named(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from squeeze_jax.diffusion.flow import no_shift, schedule_shift
 from squeeze_jax.diffusion.stages import MAX_TAU, ConditionDropout, plan_stages, time_steps
 from squeeze_jax.errors import InputError
 
@@ -76,7 +77,7 @@ def test_a_border_on_a_step_belongs_to_the_earlier_stage():
 def test_no_step_reaches_a_threshold_above_one(steps, tau1, tau2, kept):
     """Not even the first, t = 1: both conditions throughout, or the VAE alone throughout."""
     for shifted in (True, False):
-        stages = plan_stages(time_steps(steps, 1024, shifted), tau1, tau2)
+        stages = plan_stages(time_steps(steps, 1024, schedule_shift if shifted else no_shift), tau1, tau2)
         assert [(stage.mllm, stage.vae) for stage in stages] == [kept]
         assert stages[0].steps == (0, steps)
 

@@ -18,6 +18,7 @@ from qwen_like import qwen_like
 
 from squeeze_jax.config import load_preset
 from squeeze_jax.config_json import to_json
+from squeeze_jax.diffusion.flow import no_shift, schedule_shift
 from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
 from squeeze_jax.interop.exported import TORCH_FILES
 
@@ -149,7 +150,7 @@ def test_times_and_stages_are_those_of_our_sampler(theirs, steps, shifted):
     Thresholds that lie on a step's time are among them.
     """
     for tokens in (4, 64, 256, 1024, 1536, 4096, 9216):
-        ours = time_steps(steps, tokens, shifted)
+        ours = time_steps(steps, tokens, schedule_shift if shifted else no_shift)
         found = theirs.schedule(steps, tokens, shifted)
         np.testing.assert_array_equal(found, ours)
         assert found.dtype == ours.dtype

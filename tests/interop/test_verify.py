@@ -211,6 +211,8 @@ ANY = "model.safetensors"
 FIRST = {
     "flux-diffusers": "context_embedder.bias", "flux-original": "double_blocks.0.img_attn.norm.key_norm.scale",
     "autoencoder-diffusers": "decoder.conv_in.bias", "autoencoder-original": "decoder.conv_in.bias",
+    "flux2-diffusers": "context_embedder.weight",
+    "flux2-original": "double_blocks.0.img_attn.norm.key_norm.scale", "autoencoder-flux2": "bn.running_mean",
     "internvl": "language_model.lm_head.weight", "internvl-original": "language_model.lm_head.weight",
 }  # fmt: skip
 """A tensor of each layout that stands in the first of two shards."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as kernels
+from jax.sharding import NamedSharding, PartitionSpec
 
 from squeeze_jax.layers import attention as module
 from squeeze_jax.layers.attention import attention, plain_attention
@@ -91,8 +92,10 @@ def test_of_a_sample_without_keys_the_others_learn_nothing(reference):
 @pytest.mark.parametrize("shared", [1, 2])
 def test_on_a_mesh_rows_and_heads_are_cut(reference, shared):
     q, k, v, mask = arrays(batch=4, shared=shared)
-    with use_mesh(make_mesh(1, 2, 4)):
-        got = jax.jit(cudnn_attention)(q, k, v, mask)
+    mesh = make_mesh(1, 2, 4)
+    placed = jax.device_put((q, k, v, mask), NamedSharding(mesh, PartitionSpec()))
+    with use_mesh(mesh):
+        got = jax.jit(cudnn_attention)(*placed)
     np.testing.assert_allclose(
         got.astype(jnp.float32), plain_attention(q, k, v, mask).astype(jnp.float32), atol=2e-2
     )

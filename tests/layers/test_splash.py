@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from parity import relative_error
 
 from squeeze_jax.layers import splash
@@ -41,6 +42,8 @@ def test_output_and_gradients_equal_whole_products(mesh):
     q, k, v, mask = inputs()
     if mesh is not None:
         q, k, v, mask = (np.concatenate([x, x]) for x in (q, k, v, mask))
+        everywhere = NamedSharding(make_mesh(*mesh), PartitionSpec())
+        q, k, v, mask = jax.device_put((q, k, v, mask), everywhere)
 
     def kernel(q, k, v, mask):
         with use_mesh(make_mesh(*mesh) if mesh else None):

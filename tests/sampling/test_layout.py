@@ -33,8 +33,8 @@ DIT = DiTConfig(
     pooled_width=24,
     heads=4,
     head_width=16,
-    double_blocks=1,
-    single_blocks=2,
+    num_double_blocks=1,
+    num_single_blocks=2,
     rope_axes=(4, 6, 6),
 )
 SETTINGS = Settings(steps=4)

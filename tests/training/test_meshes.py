@@ -14,7 +14,7 @@ from tiny import STAGE, randomised, tiny_batch, tiny_config
 from squeeze_jax.config import OptimizerConfig, StageConfig
 from squeeze_jax.diffusion.flow import add_noise
 from squeeze_jax.layers.lora import LoRAConfig
-from squeeze_jax.models import dit
+from squeeze_jax.models import backbone, dit, dit_blocks
 from squeeze_jax.sharding import batch_sharding, current_mesh, make_mesh, shardings
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import (
@@ -133,7 +133,9 @@ def test_step_and_validation_are_traced_on_their_mesh(monkeypatch):
     """A kernel cannot be partitioned from outside: it has to know the mesh (sampling:
     test_sampler)."""
     seen = []
-    monkeypatch.setattr(dit, "constrain", lambda x, kind: (seen.append(current_mesh()), x)[1])
+    for module in (dit, dit_blocks, backbone):
+        watched = lambda x, kind: (seen.append(current_mesh()), x)[1]  # noqa: E731
+        monkeypatch.setattr(module, "constrain", watched)
     split, state = setup(CONFIG)
     mesh, batch = make_mesh(2, 4, 1), tiny_batch(rows=8)
     step = make_train_step(split, SGD, CONFIG, STAGE, state_shardings(state, mesh))

@@ -60,7 +60,20 @@ def sampled(tau1, tau2, cfg):
     return {"sampling": (25, tau1, tau2, cfg, True, None)}
 
 
+KLEIN = {
+    "takes_guidance": False,
+    "blocks": (5, 20, 24, 128),
+    "context_width": 7680,
+    "sampling": (50, 0.95, 0.85, 4.0, True, None),
+}
+"""FLUX.2 [klein]: docs/decisions.md, "FLUX.2 as the backbone"."""
+KLEIN_ONE = ONE | KLEIN | {"sampling": (50, 0.0, 0.0, 4.0, True, None)}
 OTHERS = {
+    "klein_stage1": KLEIN_ONE,
+    "klein_stage2": KLEIN,
+    "klein_multi_subject": KLEIN | {"learning_rate": 5e-5, "steps": (2_000,)},
+    "klein_small_stage1": KLEIN_ONE | {"width": 1536},
+    "klein_small_stage2": KLEIN | {"width": 1536},
     "flux_stage1": ONE,
     "flux_stage2": {},
     "flux_krea": {},
