@@ -30,7 +30,7 @@ class Export:
     """Work, weights or exported folder; `demo` is the shipped miniature."""
     out: Path
     """Folder to write; it must not exist."""
-    lora_format: Literal["diffusers", "comfyui", "kohya"] = "diffusers"
+    lora_format: Literal["diffusers", "comfyui", "kohya", "ai_toolkit"] = "diffusers"
     """A second LoRA file in this dialect, in a folder of its name; diffusers' is written always."""
     merge: bool = False
     """Also the whole transformer with the LoRA merged in, in shards."""
@@ -107,6 +107,9 @@ def run(given: Export) -> None:
 def check_exportable(config: "Config", given: Export) -> None:
     """Raises InputError for what the exported pipeline could not run."""
     from squeeze_jax.errors import InputError
+    from squeeze_jax.interop.load import encoder_configs
+    from squeeze_jax.models.flux2 import Flux2Config
+    from squeeze_jax.models.flux2_autoencoder import Flux2AutoencoderConfig
 
     if config.model.mllm_source != "internvl":
         raise InputError(
@@ -118,6 +121,15 @@ def check_exportable(config: "Config", given: Export) -> None:
         raise InputError(
             f"{given.checkpoint} has learned cached reference attention; "
             "the exported pipeline knows joint attention only"
+        )
+    kinds = (Flux2Config, config.model.dit), (Flux2AutoencoderConfig, encoder_configs(config)[0])
+    transformer, autoencoder = (
+        "FLUX.2" if isinstance(value, kind) else "FLUX.1" for kind, value in kinds
+    )
+    if transformer != autoencoder:
+        raise InputError(
+            f"{given.checkpoint} has {transformer}'s transformer with {autoencoder}'s autoencoder "
+            f"({config.model.autoencoder}); the exported pipeline draws with {transformer}'s alone"
         )
     if config.lora is None and given.lora_format != "diffusers":
         raise InputError(
