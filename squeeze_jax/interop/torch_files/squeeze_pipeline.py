@@ -83,7 +83,7 @@ class SqueezePipeline(DiffusionPipeline):
 
         def check(name: str, found: str) -> None:
             if found != (kind := cls.classes[name].__name__):
-                raise ValueError(f"{name} is a {found}, but {home} goes with a {kind}")
+                raise ValueError(f"{name} is of class {found}, but {home} goes with {kind}")
 
         def part(name: str, given: Any) -> Any:
             kind, place, where = cls.classes[name], home, {"subfolder": name}
