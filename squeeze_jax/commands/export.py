@@ -107,9 +107,7 @@ def run(given: Export) -> None:
 def check_exportable(config: "Config", given: Export) -> None:
     """Raises InputError for what the exported pipeline could not run."""
     from squeeze_jax.errors import InputError
-    from squeeze_jax.interop.load import encoder_configs
-    from squeeze_jax.models.flux2 import Flux2Config
-    from squeeze_jax.models.flux2_autoencoder import Flux2AutoencoderConfig
+    from squeeze_jax.interop.load import check_autoencoder, encoder_configs
 
     if config.model.mllm_source != "internvl":
         raise InputError(
@@ -122,15 +120,8 @@ def check_exportable(config: "Config", given: Export) -> None:
             f"{given.checkpoint} has learned cached reference attention; "
             "the exported pipeline knows joint attention only"
         )
-    kinds = (Flux2Config, config.model.dit), (Flux2AutoencoderConfig, encoder_configs(config)[0])
-    transformer, autoencoder = (
-        "FLUX.2" if isinstance(value, kind) else "FLUX.1" for kind, value in kinds
-    )
-    if transformer != autoencoder:
-        raise InputError(
-            f"{given.checkpoint} has {transformer}'s transformer with {autoencoder}'s autoencoder "
-            f"({config.model.autoencoder}); the exported pipeline draws with {transformer}'s alone"
-        )
+    autoencoder, _ = encoder_configs(config)
+    check_autoencoder(config.model.autoencoder, autoencoder, config.model.dit)
     if config.lora is None and given.lora_format != "diffusers":
         raise InputError(
             f"{given.checkpoint} has no LoRA, its transformer was trained whole; "

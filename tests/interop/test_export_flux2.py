@@ -19,7 +19,7 @@ from small_flux2 import CONFIG, inputs, run, run_twin
 from small_run import random_weights, small_config, write_home
 
 from squeeze_jax.checkpoints.manager import read_weights, write_weights
-from squeeze_jax.checkpoints.trained import load_trained, starting_leaves
+from squeeze_jax.checkpoints.trained import load_initial_params, load_trained
 from squeeze_jax.commands import export, sample
 from squeeze_jax.config import load_preset
 from squeeze_jax.data.images import resize_for_reference, to_uint8
@@ -302,7 +302,7 @@ def test_training_begins_with_an_exported_folder_or_its_lora(home, exported):
     _, wanted, _ = read_weights(home / "run")
     base = load_trained(home / "run").base
     for start in (exported, exported / LORA):
-        leaves = starting_leaves(start, config, base, mesh)
+        leaves = load_initial_params(start, config, base, mesh)
         kept = "" if start == exported else "dit."
         assert leaves.keys() == {name for name in wanted if name.startswith(kept)}
         for name, leaf in leaves.items():
@@ -366,7 +366,7 @@ def test_what_cannot_be_exported_is_named(capsys, home, exported, flux1, tmp_pat
     mixed = dataclasses.replace(config.model, autoencoder=str(flux1 / "vae"))
     weights = random_weights(dataclasses.replace(config, model=mixed))
     write_weights(tmp_path / "mixed", *weights, jnp.float32)
-    words = "FLUX.2's transformer with FLUX.1's autoencoder", str(flux1 / "vae")
+    words = f"{flux1 / 'vae'} is FLUX.1's autoencoder", "model.dit is FLUX.2's"
     refused(capsys, [tmp_path / "mixed", "--out", tmp_path / "out"], *words)
     save_dit(tmp_path / "base", random_dit(), jnp.float32)
     other = dataclasses.replace(config.model, dit_weights=str(tmp_path / "base"))
