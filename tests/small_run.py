@@ -9,6 +9,7 @@ from flax import nnx
 from qwen_like import qwen_like
 from small_dit import CONFIG as DIT
 from small_dit import random_dit
+from small_flux2 import random_flux2
 from small_internvl import INTERNVL, randomly, write_internvl
 
 from squeeze_jax.checkpoints.build import build_system, is_trained
@@ -22,15 +23,16 @@ from squeeze_jax.config import (
     TrainingConfig,
 )
 from squeeze_jax.data.chat import IMAGE
-from squeeze_jax.interop.autoencoder import save_autoencoder
-from squeeze_jax.interop.load import save_dit
+from squeeze_jax.interop.load import autoencoder_format, autoencoder_of, save_dit
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.models.aggregator import AggregatorConfig
-from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from squeeze_jax.models.autoencoder import AutoencoderConfig
 from squeeze_jax.models.dit import DiTConfig
+from squeeze_jax.models.flux2 import Flux2Config
+from squeeze_jax.models.flux2_autoencoder import Flux2AutoencoderConfig
 
 
-def small_config(home: Path, dit: DiTConfig = DIT) -> Config:
+def small_config(home: Path, dit: DiTConfig | Flux2Config = DIT) -> Config:
     """Every part with random weights: 64x64 pictures are 4x4 tokens, references at most 32 pixels.
 
     The base is kept in bfloat16, as real runs do, though its file is float32.
@@ -51,11 +53,19 @@ def small_config(home: Path, dit: DiTConfig = DIT) -> Config:
     )  # fmt: skip
 
 
-def write_home(home: Path, dit: DiTConfig = DIT) -> Path:
+def write_home(home: Path, dit: DiTConfig | Flux2Config = DIT) -> Path:
     """base, vae, mllm as published folders, and a weights folder `run`."""
-    save_dit(home / "base", random_dit(dit), jnp.float32)
-    small = AutoencoderConfig(block_out_channels=(8, 16, 16, 24), norm_groups=4)
-    save_autoencoder(randomly(lambda: Autoencoder(small, rngs=nnx.Rngs(0))), home / "vae")
+    base = random_flux2(dit) if isinstance(dit, Flux2Config) else random_dit(dit)
+    save_dit(home / "base", base, jnp.float32)
+    sizes = {"block_out_channels": (8, 16, 16, 24), "norm_groups": 4}
+    small = AutoencoderConfig(**sizes)
+    if isinstance(dit, Flux2Config):
+        small = Flux2AutoencoderConfig(latent_channels=dit.in_channels // 4, **sizes)
+    autoencoder = randomly(lambda: autoencoder_of(small)(small, rngs=nnx.Rngs(0)))
+    if isinstance(dit, Flux2Config):
+        variance = np.random.default_rng(1).uniform(0.3, 3.0, dit.in_channels)
+        autoencoder.bn.running_var.set_value(jnp.asarray(variance, jnp.float32))
+    autoencoder_format(small).save_autoencoder(autoencoder, home / "vae")
     tokenizer = qwen_like()
     write_internvl(
         home / "mllm", dataclasses.replace(INTERNVL, image_token_id=tokenizer.token_to_id(IMAGE))

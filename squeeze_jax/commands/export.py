@@ -30,7 +30,7 @@ class Export:
     """Work, weights or exported folder; `demo` is the shipped miniature."""
     out: Path
     """Folder to write; it must not exist."""
-    lora_format: Literal["diffusers", "comfyui", "kohya"] = "diffusers"
+    lora_format: Literal["diffusers", "comfyui", "kohya", "ai_toolkit"] = "diffusers"
     """A second LoRA file in this dialect, in a folder of its name; diffusers' is written always."""
     merge: bool = False
     """Also the whole transformer with the LoRA merged in, in shards."""
@@ -107,6 +107,7 @@ def run(given: Export) -> None:
 def check_exportable(config: "Config", given: Export) -> None:
     """Raises InputError for what the exported pipeline could not run."""
     from squeeze_jax.errors import InputError
+    from squeeze_jax.interop.load import check_autoencoder, encoder_configs
 
     if config.model.mllm_source != "internvl":
         raise InputError(
@@ -119,6 +120,8 @@ def check_exportable(config: "Config", given: Export) -> None:
             f"{given.checkpoint} has learned cached reference attention; "
             "the exported pipeline knows joint attention only"
         )
+    autoencoder, _ = encoder_configs(config)
+    check_autoencoder(config.model.autoencoder, autoencoder, config.model.dit)
     if config.lora is None and given.lora_format != "diffusers":
         raise InputError(
             f"{given.checkpoint} has no LoRA, its transformer was trained whole; "

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,16 @@ from squeeze_jax.data.images import load_image, to_uint8
 from squeeze_jax.data.placement import mesh_of, shard_inputs
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.errors import OutputError
-from squeeze_jax.interop.autoencoder import save_autoencoder
-from squeeze_jax.interop.exported import ENCODERS, TRANSFORMER, about_of
+from squeeze_jax.interop.exported import (
+    ENCODERS,
+    TRANSFORMER,
+    TorchCode,
+    about_of,
+    torch_code,
+)
 from squeeze_jax.interop.load import (
     DEMO,
+    autoencoder_format,
     autoencoder_source,
     dit_source,
     internvl_source,
@@ -48,7 +55,6 @@ grey level (float32)."""
 PROMPT = "a small critter running on the beach at night, with a blue flag, on the left"
 STEPS = 8
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers", "peft", "safetensors")
-MODULES = ("squeeze_pipeline", "squeeze_aggregator")
 
 
 def certificate(
@@ -88,9 +94,9 @@ def certificate(
             if (
                 config.lora is not None and (folder / TRANSFORMER).is_dir()
             ):  # whoever loads the folder alone gets this one
-                theirs.register_modules(
-                    transformer=_transformer(folder / TRANSFORMER, torch.float32)
-                )
+                kind = theirs.classes[TRANSFORMER]
+                merged = _transformer(kind, folder / TRANSFORMER, torch.float32)
+                theirs.register_modules(transformer=merged)
                 rows["merged transformer, velocity"] = velocity()
     for name, error in rows.items():
         progress(f"  {name:32}{error:.1e}")
@@ -142,7 +148,8 @@ def _parts(
     rows["aggregator"] = relative_error(
         theirs.aggregator(torch.tensor(sequence), torch.tensor(is_image)).numpy(), ours
     )
-    encoded = torch.cat([theirs.encode(picture).flatten() for picture in pictures])
+    shown = [theirs.encode(picture) for picture in pictures]
+    encoded = torch.cat([latent.flatten() for latent in shown])
     in_their_order = [latent.transpose(2, 0, 1).ravel() for latent in latents]
     rows["autoencoder, encode"] = relative_error(encoded.numpy(), np.concatenate(in_their_order))
     references = pad_references([latents], grid, config.model.dit.reference_positions)
@@ -158,8 +165,7 @@ def _parts(
     inputs = shard_inputs(mesh, (noise, np.array([0.7], np.float32), context, references))
     expected = ours_of(system, *inputs)
     kept, x = references.mask[0], torch.from_numpy(noise)
-    places = np.concatenate([np.indices(grid).reshape(2, -1).T, references.positions[0, kept]])
-    positions = torch.tensor(np.pad(places, ((0, 0), (1, 0))), dtype=torch.float32)
+    positions = theirs.positions(grid, shown).float()
     conditions = positions, torch.tensor(ours), torch.tensor(references.tokens[:, kept])
 
     def velocity() -> float:
@@ -198,31 +204,27 @@ def torch_pipeline(folder: Path, trained: Trained) -> Iterator[Any]:
     """
     import torch
 
-    with tempfile.TemporaryDirectory() as rewritten, exported_modules(folder) as module:
+    model = trained.config.model
+    code = torch_code(model.dit)
+    with tempfile.TemporaryDirectory() as rewritten, exported_pipeline(folder, code) as pipeline:
         parts: dict[str, Any] = {}
-        model = trained.config.model
         if trained.config.lora is not None and model.dit_weights is not None:
             kept = (
                 torch.float32 if model.frozen_dtype == "float32" else torch.bfloat16
             )  # what the run knew of it
-            parts[TRANSFORMER] = _transformer(
-                _in_their_layout(TRANSFORMER, model.dit_weights, Path(rewritten)), kept
-            )
+            base = _in_their_layout(TRANSFORMER, model.dit_weights, Path(rewritten))
+            parts[TRANSFORMER] = _transformer(pipeline.classes[TRANSFORMER], base, kept)
         for name, field in ENCODERS.items():
             if not (folder / name).is_dir():
                 parts[name] = _in_their_layout(name, getattr(model, field), Path(rewritten))
-        loaded = module.SqueezePipeline.load(str(folder), **parts, torch_dtype=torch.float32)
+        loaded = pipeline.load(str(folder), **parts, torch_dtype=torch.float32)
         loaded.set_progress_bar_config(disable=True)
         yield loaded
 
 
-def _transformer(folder: str | Path, dtype: Any) -> Any:
-    """A transformer's folder, rounded to a type, as a float32 module."""
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-    model: Any = FluxTransformer2DModel.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True
-    )
+def _transformer(kind: Any, folder: str | Path, dtype: Any) -> Any:
+    """A transformer's folder as a float32 module of the class `kind`, rounded to a type."""
+    model = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     return model.float().eval()
 
 
@@ -238,7 +240,7 @@ def _in_their_layout(name: str, source: str, rewritten: Path) -> str:
     if name == TRANSFORMER:
         save_dit(into, load_dit(source, jnp.float32), jnp.float32)
     elif name == "vae":
-        save_autoencoder(load_autoencoder(source), into)
+        autoencoder_format(read.config).save_autoencoder(load_autoencoder(source), into)
     else:
         save_internvl(into, load_internvl(source, jnp.float32), jnp.float32)
         (into / "tokenizer.json").write_bytes((Path(source) / "tokenizer.json").read_bytes())
@@ -246,8 +248,8 @@ def _in_their_layout(name: str, source: str, rewritten: Path) -> str:
 
 
 @contextmanager
-def exported_modules(folder: Path) -> Iterator[Any]:
-    """The pipeline's Python file of a folder, imported as its user imports it, and forgotten
+def exported_pipeline(folder: Path, code: TorchCode) -> Iterator[Any]:
+    """The pipeline's class of a folder, imported as its user imports it, and forgotten
     afterwards."""
     import transformers
 
@@ -258,13 +260,11 @@ def exported_modules(folder: Path) -> Iterator[Any]:
     )  # nothing but what was exported is in the folder
     transformers.utils.logging.disable_progress_bar()
     try:
-        import squeeze_pipeline  # pyright: ignore[reportMissingImports]
-
-        yield squeeze_pipeline
+        yield getattr(import_module(code.modules[0]), code.pipeline)
     finally:
         sys.dont_write_bytecode = kept
         sys.path.remove(str(folder))
-        for name in MODULES:
+        for name in code.modules:
             sys.modules.pop(name, None)
 
 

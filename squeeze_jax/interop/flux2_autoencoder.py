@@ -4,6 +4,7 @@ The encoder and the decoder are FLUX.1's but for a convolution each, so that the
 `interop/autoencoder.py`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as flux1
 from squeeze_jax.interop.mapping import Entry, Renamed, Tensors, export_entries
+from squeeze_jax.interop.tensors import write_json, write_tensors
 from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2AutoencoderConfig
 
 BATCHES = "bn.num_batches_tracked"
@@ -42,6 +44,12 @@ def export_autoencoder(autoencoder: Flux2Autoencoder) -> dict[str, np.ndarray]:
     """Every tensor that diffusers' model has, `BATCHES` with them."""
     tensors = export_entries(autoencoder, entries(autoencoder.config))
     return {**tensors, BATCHES: np.zeros((), np.int64)}
+
+
+def save_autoencoder(autoencoder: Flux2Autoencoder, directory: Path) -> None:
+    """Writes `config.json` and the weights as diffusers lays them out."""
+    write_tensors(directory / flux1.WEIGHTS_FILE, export_autoencoder(autoencoder))
+    write_json(directory / flux1.CONFIG_FILE, config_to_json(autoencoder.config))
 
 
 def config_from_json(values: dict[str, Any]) -> Flux2AutoencoderConfig:

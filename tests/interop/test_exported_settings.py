@@ -18,9 +18,10 @@ from qwen_like import qwen_like
 
 from squeeze_jax.config import load_preset
 from squeeze_jax.config_json import to_json
-from squeeze_jax.diffusion.flow import no_shift, schedule_shift
+from squeeze_jax.diffusion.flow import empirical_shift, no_shift, schedule_shift
 from squeeze_jax.diffusion.stages import carry_tau, plan_stages, time_steps
 from squeeze_jax.interop.exported import TORCH_FILES
+from squeeze_jax.models.flux2 import Flux2Config
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
 pytest.importorskip("diffusers")
@@ -39,13 +40,22 @@ def theirs():
         sys.path.remove(str(TORCH_FILES))
 
 
+def pipeline_of(theirs, config):
+    """The pipeline's class for a config."""
+    if not isinstance(config.model.dit, Flux2Config):
+        return theirs.SqueezePipeline
+    from squeeze_flux2 import SqueezeFlux2Pipeline
+
+    return SqueezeFlux2Pipeline
+
+
 def preset(name):
     return load_preset(ROOT / "configs" / f"{name}.py")
 
 
 def steps_of(theirs, config, references=1, **arguments):
-    """Of every velocity of a run: t, and whether the MLLM's and the references' tokens were there."""
-    told, encoded = [], []
+    """Of every velocity of a run: t, and whether the MLLM's and references' tokens were there."""
+    told, encoded, kind = [], [], pipeline_of(theirs, config)
 
     def velocity(x, t, positions, context, references):
         told.append((t, len(context) > 0, references is not None))
@@ -60,11 +70,12 @@ def steps_of(theirs, config, references=1, **arguments):
         vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=(1, 1, 1, 1))),
         transformer=SimpleNamespace(config=SimpleNamespace(in_channels=64)),
         aggregator=lambda *read: torch.zeros(3, 8), read=lambda prompt, pictures: (), encode=encode,
-        pack=theirs.SqueezePipeline.pack, velocity=velocity, progress_bar=lambda steps: steps,
+        pack=kind.pack, positions=kind.positions, schedule=kind.schedule,
+        velocity=velocity, progress_bar=lambda steps: steps,
         _execution_device="cpu", maybe_free_model_hooks=lambda: None, 
     )  # fmt: skip
     pictures = [Image.new("RGB", (32, 32))] * references
-    theirs.SqueezePipeline.__call__(own, "a prompt", pictures, output_type="latent", **arguments)
+    kind.__call__(own, "a prompt", pictures, output_type="latent", **arguments)
     return told, encoded
 
 
@@ -122,6 +133,31 @@ def test_schnell_takes_four_even_steps_without_guidance(theirs):
     told, _ = steps_of(theirs, preset("flux_schnell"))
     assert [t for t, *_ in told] == [1.0, 0.75, 0.5, 0.25]
     assert [tuple(seen) for _, *seen in told] == [(True, False), (True, True)] + [(False, True)] * 2
+
+
+def test_klein_takes_its_empirical_schedule_in_the_papers_stages(theirs):
+    """Times of diffusers' `compute_empirical_mu`; guidance contrasts with the target alone."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    told, _ = steps_of(theirs, preset("klein_stage2"), references=2)
+    s, factor = 1.0 - np.arange(50) / 50, math.exp(compute_empirical_mu(1024, 50))
+    expected = factor * s / (factor * s + 1.0 - s)
+    np.testing.assert_allclose([t for t, *_ in told[::2]], expected, atol=1e-6)
+    assert [tuple(seen) for _, *seen in told[::2]] == [
+        (True, False) if t >= 0.95 else (True, True) if t >= 0.85 else (False, True)
+        for t in expected
+    ]
+    assert [tuple(seen) for _, *seen in told[1::2]] == [(False, False)] * 50
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 50, 100])
+@pytest.mark.parametrize("tokens", [4, 1024, 4096, 4300, 4301, 9216])
+def test_kleins_times_are_those_of_our_sampler(theirs, steps, tokens):
+    """The same bits, on both sides of the formula's border."""
+    schedule = pipeline_of(theirs, preset("klein_stage2")).schedule
+    for shift, shifted in ((empirical_shift, True), (no_shift, False)):
+        ours = time_steps(steps, tokens, shift)
+        np.testing.assert_array_equal(schedule(steps, tokens, shifted), ours)
 
 
 def test_a_stage_that_no_step_begins_in_is_named(theirs):

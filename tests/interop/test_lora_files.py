@@ -104,7 +104,7 @@ def test_a_pair_lands_in_its_layer_and_nowhere_else(tmp_path, dialect, key, name
     ("key", "roles", "dialect"),
     [
         ("base_model.model.x_embedder", ("lora_A.default.weight", "lora_B.default.weight"), "peft"),
-        ("diffusion_model.img_in", (A, B), "comfyui"),
+        ("diffusion_model.img_in", (A, B), "ai_toolkit"),
         ("img_in", (A, B), "comfyui"),
         ("diffusion_model.x_embedder", (A, B), "diffusers"),
     ],

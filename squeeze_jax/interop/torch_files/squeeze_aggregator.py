@@ -1,8 +1,9 @@
-"""The aggregator in PyTorch: every hidden state of a multimodal LLM to the context tokens of a FLUX.1 transformer.
+"""The aggregator in PyTorch: hidden states of a multimodal LLM to a transformer's context tokens.
 
-Layerwise attention pooling (UniFusion, arXiv 2510.12789) lets each token attend across the layers of its own stack of
-hidden states and mixes them to one vector; the Dual Layer Aggregator (arXiv 2605.26111) has one such pool for text tokens
-and one for image tokens. Refiner blocks then attend over the tokens, in both directions.
+Layerwise attention pooling (UniFusion, arXiv 2510.12789) lets each token attend across the layers
+of its own stack of hidden states and mixes them to one vector; the Dual Layer Aggregator (arXiv
+2605.26111) has one such pool for text tokens and one for image tokens. Refiner blocks then attend
+over the tokens, in both directions.
 """
 
 import json
@@ -15,18 +16,20 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 
 class Aggregator(nn.Module):
-    """`kind`: `dla` (a pool each for text and image tokens), `lap` (one for all), `last_layer`, or `last_layer_vit` (image
-    tokens blended with the vision tower's features). `layers`: which hidden states are read, 0 = the embeddings.
+    """`kind`: `dla` (a pool each for text and image tokens), `lap` (one for all), `last_layer`, or
+    `last_layer_vit` (image tokens blended with the vision tower's features). `layers`: which hidden
+    states are read, 0 = the embeddings.
     """
 
     def __init__(
-        self, kind: str, layers: list[int], width: int, out_width: int, heads: int, mlp_width: int, layer_blocks: int,
-        refiner_blocks: int, norm_eps: float = 1e-5,
+        self, kind: str, layers: list[int], width: int, out_width: int, heads: int, mlp_width: int,
+        layer_blocks: int, refiner_blocks: int, norm_eps: float = 1e-5,
     ) -> None:  # fmt: skip
         super().__init__()
         self.kind, self.layers, sizes = kind, list(layers), (width, heads, mlp_width, norm_eps)
         pools = {"dla": ("text", "image"), "lap": ("shared",)}.get(kind, ())
-        self.pools = nn.ModuleDict({name: LayerPool(len(layers), layer_blocks, *sizes) for name in pools})
+        made = {name: LayerPool(len(layers), layer_blocks, *sizes) for name in pools}
+        self.pools = nn.ModuleDict(made)
         if kind == "last_layer_vit":
             self.vision_weight = nn.Parameter(torch.zeros(()))
         self.refiner_blocks = nn.ModuleList(FusionBlock(*sizes) for _ in range(refiner_blocks))
@@ -37,7 +40,8 @@ class Aggregator(nn.Module):
         """From a folder with `config.json` and `model.safetensors`."""
         with torch.device("meta"):
             module = cls(**json.loads((Path(folder) / "config.json").read_text()))
-        module.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=True, assign=True)
+        weights = load_file(Path(folder) / "model.safetensors")
+        module.load_state_dict(weights, strict=True, assign=True)
         return module.to(dtype).eval()
 
     @property
@@ -51,19 +55,22 @@ class Aggregator(nn.Module):
     def forward(self, states: Tensor, is_image: Tensor) -> Tensor:
         """Context tokens [L, out_width] of one sequence, in its order.
 
-        states: all hidden states [layers + 1, L, width], the last one after the final norm; is_image: bool [L].
+        states: all hidden states [layers + 1, L, width], the last one after the final norm;
+        is_image: bool [L].
         """
         x = states[self.layers].transpose(0, 1).to(self.dtype)  # [L, M, width]
         if self.kind == "dla":
             tokens = torch.empty_like(x[:, 0])
-            tokens[~is_image], tokens[is_image] = self.pools["text"](x[~is_image]), self.pools["image"](x[is_image])
+            tokens[~is_image] = self.pools["text"](x[~is_image])
+            tokens[is_image] = self.pools["image"](x[is_image])
         elif self.kind == "lap":
             tokens = self.pools["shared"](x)
         else:
             tokens = x[:, -1]
             if self.kind == "last_layer_vit":
                 weight, embeddings = torch.sigmoid(self.vision_weight), states[0].to(self.dtype)
-                tokens = torch.where(is_image[:, None], tokens * (1 - weight) + embeddings * weight, tokens)
+                blended = tokens * (1 - weight) + embeddings * weight
+                tokens = torch.where(is_image[:, None], blended, tokens)
         tokens = tokens[None]
         for block in self.refiner_blocks:
             tokens = block(tokens)
@@ -89,7 +96,10 @@ class LayerPool(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Pre-norm attention with normed queries and keys and a sigmoid gate, then SwiGLU; no biases, no positions."""
+    """Pre-norm attention with normed queries and keys and a sigmoid gate, then SwiGLU.
+
+    There are no biases and no positions.
+    """
 
     def __init__(self, width: int, heads: int, mlp_width: int, norm_eps: float) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Staged subject-driven sampling in PyTorch: new pictures from a prompt and pictures of a subject.
 
-Time t runs from 1 (noise) to 0 on FLUX.1's schedule. At t ≥ tau1 the transformer sees the
-multimodal LLM's tokens alone, at tau2 ≤ t < tau1 these and the references' latents, at t < tau2 the
+Time t runs from 1 (noise) to 0 on the transformer's schedule. At t ≥ tau1 the transformer sees
+the LLM's tokens alone, at tau2 ≤ t < tau1 these and the references' latents, at t < tau2 the
 references alone (arXiv 2605.26111). The first step begins at t = 1, so that tau1 = 1.1 with
 tau2 = 0 keeps both on throughout. What a stage does not use is left out of the sequence.
 Classifier-free guidance contrasts with the target alone.
@@ -11,11 +11,11 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel, ModelMixin
 from PIL import Image, ImageOps
 from squeeze_aggregator import Aggregator
 from tokenizers import Tokenizer
@@ -32,15 +32,17 @@ MAX_TAU = 1.1  # no step has t >= tau above 1
 
 
 class SqueezePipeline(DiffusionPipeline):
-    """transformer: with its LoRA, if it has one. mllm: InternVL3 in transformers' layout.
+    """Samples with FLUX.1. transformer: with its LoRA, if it has one. settings: see `settings_of`.
 
-    settings: see `settings_of`.
+    mllm: InternVL3 in transformers' layout.
     """
 
     model_cpu_offload_seq = "mllm->aggregator->transformer->vae"
+    classes: ClassVar = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
+    time_proj, rope_axes = "time_text_embed.time_proj", 3
 
     def __init__(
-        self, transformer: FluxTransformer2DModel, vae: AutoencoderKL, aggregator: Aggregator,
+        self, transformer: ModelMixin, vae: ModelMixin, aggregator: Aggregator,
         mllm: InternVLForConditionalGeneration, tokenizer: Tokenizer,
         settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -60,7 +62,7 @@ class SqueezePipeline(DiffusionPipeline):
         # diffusers rounds time and guidance to the transformer's dtype; what is embedded is put
         # back in float32.
         self.told: list[Tensor] = []
-        transformer.time_text_embed.time_proj.register_forward_pre_hook(
+        transformer.get_submodule(self.time_proj).register_forward_pre_hook(
             lambda module, given: (self.told.pop(0),) if self.told else given
         )
 
@@ -74,24 +76,34 @@ class SqueezePipeline(DiffusionPipeline):
         Else say where they are. transformer, vae: a module, a folder, or a name on the hub (with a
         `subfolder` of that name if it is a whole pipeline).
         """
-        home, kinds = Path(folder), {"torch_dtype": torch_dtype, "use_safetensors": True}
+        home, options = Path(folder), {"torch_dtype": torch_dtype, "use_safetensors": True}
+        config = json.loads((home / "config.json").read_text())
+        if len(config["model"]["dit"].get("rope_axes", [16, 56, 56])) != cls.rope_axes:
+            raise ValueError(f"{home} is not for {cls.__name__}; its README.md names the class")
 
-        def part(kind: Any, name: str, given: Any) -> Any:
-            if given is not None and not isinstance(given, (str, Path)):
-                return given
+        def check(name: str, found: str) -> None:
+            if found != (kind := cls.classes[name].__name__):
+                raise ValueError(f"{name} is of class {found}, but {home} goes with {kind}")
+
+        def part(name: str, given: Any) -> Any:
+            kind, place, where = cls.classes[name], home, {"subfolder": name}
             if given is None and not (home / name).is_dir():
                 raise ValueError(f"{home} has no {name}: say where it is, {name}=…")
-            place, whole = home, True
-            if given is not None:
-                place, whole = given, not (Path(given) / "config.json").is_file()
-            return kind.from_pretrained(place, subfolder=name if whole else None, **kinds)
+            if isinstance(given, (str, Path)):
+                place, where = given, {} if (Path(given) / "config.json").is_file() else where
+            elif given is not None:
+                if isinstance(given, ModelMixin) and not isinstance(given, kind):
+                    check(name, type(given).__name__)
+                return given
+            check(name, kind.load_config(place, **where).get("_class_name", kind.__name__))
+            return kind.from_pretrained(place, **where, **options)
 
         if mllm is None and not (home / "mllm").is_dir():
             raise ValueError(
                 f"{home} has no mllm: say where InternVL3 is, mllm='OpenGVLab/InternVL3-8B-hf'"
             )
         reader = str(mllm or home / "mllm")
-        model = part(FluxTransformer2DModel, "transformer", transformer)
+        model = part("transformer", transformer)
         merged = transformer is None and (home / "transformer").is_dir()
         if (home / LORA).is_file() and not merged:
             model.load_lora_adapter(str(home), weight_name=LORA)
@@ -99,13 +111,10 @@ class SqueezePipeline(DiffusionPipeline):
             reader, dtype=torch_dtype, use_safetensors=True
         )
         return cls(
-            model.eval(),
-            part(AutoencoderKL, "vae", vae).eval(),
-            Aggregator.load(home / "aggregator", torch_dtype),
-            read_by.eval(),
-            Tokenizer.from_file(cached_file(reader, "tokenizer.json")),
-            settings_of(json.loads((home / "config.json").read_text())),
-        )
+            model.eval(), part("vae", vae).eval(),
+            Aggregator.load(home / "aggregator", torch_dtype), read_by.eval(),
+            Tokenizer.from_file(cached_file(reader, "tokenizer.json")), settings_of(config),
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -146,9 +155,9 @@ class SqueezePipeline(DiffusionPipeline):
             device = getattr(generator, "device", "cpu")
             latents = torch.randn(shape, generator=generator, device=device)
         x = latents.to(self._execution_device, torch.float32)
-        positions = grid_positions(grid, reference_origins(grid, shown), shown).to(x)
+        positions = self.positions(grid, shown).to(x)
         tokens = torch.cat([self.pack(latent) for latent in shown], dim=1) if shown else None
-        times = schedule(num_inference_steps or own["steps"], grid[0] * grid[1], own["shifted"])
+        times = self.schedule(num_inference_steps or own["steps"], count, own["shifted"])
         kept = stages(times, tau1, tau2) if shown else [(True, False)] * (len(times) - 1)
         for i in self.progress_bar(range(len(kept))):
             (mllm, identity), t, t_next = kept[i], times[i], times[i + 1]
@@ -168,10 +177,7 @@ class SqueezePipeline(DiffusionPipeline):
     def velocity(
         self, x: Tensor, t: float, positions: Tensor, context: Tensor, references: Tensor | None
     ) -> Tensor:
-        """v = ε - x_0 of target tokens x [B, N, c] at time t.
-
-        context [L, width], references [1, R, c] or None.
-        """
+        """v = ε - x_0 of tokens x [B, N, c] at time t; context [L, width], references [1, R, c]."""
         batch, count, model, tokens, told = len(x), x.shape[1], self.transformer, x, None
         if references is not None:
             tokens = torch.cat([x, references.to(x).expand(batch, -1, -1)], dim=1)
@@ -179,44 +185,28 @@ class SqueezePipeline(DiffusionPipeline):
             told = torch.full((batch,), self.settings["guidance"], device=x.device)
         time = torch.full((batch,), t, device=x.device)
         self.told = [1000.0 * value for value in (time, told) if value is not None]
-        width = model.config.pooled_projection_dim
         output = model(
-            hidden_states=tokens.to(model.dtype),
+            hidden_states=tokens.to(model.dtype), timestep=time, guidance=told,
             encoder_hidden_states=context.to(model.dtype).expand(batch, -1, -1),
-            pooled_projections=x.new_zeros(batch, width, dtype=model.dtype),
-            timestep=time,
-            guidance=told,
-            img_ids=positions[: tokens.shape[1]],
-            txt_ids=positions.new_zeros(len(context), 3),
-        )
+            img_ids=positions[: tokens.shape[1]], **self.context_inputs(x, len(context)),
+        )  # fmt: skip
         return output.sample[:, :count].float()
 
     def read(self, prompt: str, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """All hidden states [layers + 1, L, width] of the chat's one user turn.
-
-        And which tokens [L] are a picture's.
-        """
+        """Hidden states [layers + 1, L, width] of the user's turn; which tokens [L] are images."""
         config, device = self.mllm.config, self._execution_device
-        found = [
-            self.tiles(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures
-        ]
+        found = [self.tiles(images=one, return_tensors="pt")["pixel_values"] for one in pictures]
         lengths = [len(tiles) * config.image_seq_length for tiles in found]
         ids = torch.tensor([self.token_ids(prompt, lengths)])
         pixels = torch.cat(found).to(device, self.mllm.dtype) if found else None
         states = self.mllm(
-            input_ids=ids.to(device),
-            pixel_values=pixels,
-            output_hidden_states=True,
-            use_cache=False,
-            logits_to_keep=1,
-        ).hidden_states
+            input_ids=ids.to(device), pixel_values=pixels, output_hidden_states=True,
+            use_cache=False, logits_to_keep=1,
+        ).hidden_states  # fmt: skip
         return torch.cat(states), ids[0].to(device) == config.image_token_id
 
     def token_ids(self, prompt: str, images: list[int]) -> list[int]:
-        """References first, then the prompt, no answer's header.
-
-        A special token's name in the prompt is plain text.
-        """
+        """References, then the prompt, where special tokens' names are text; no answer's header."""
         if not prompt.strip():
             raise ValueError("the prompt is empty; say what the picture should show")
         special, model = self.tokenizer.token_to_id, self.tokenizer.model
@@ -254,22 +244,19 @@ class SqueezePipeline(DiffusionPipeline):
         longest = self.settings["reference_long_side"]
         scale = min(1.0, longest / max(picture.size))
         most = longest // MULTIPLE * MULTIPLE
-        size = [
-            max(MULTIPLE, min(most, round(side * scale / MULTIPLE) * MULTIPLE))
-            for side in picture.size
-        ]
+        size = [round(side * scale / MULTIPLE) * MULTIPLE for side in picture.size]
+        size = [max(MULTIPLE, min(most, side)) for side in size]
         resized = picture.resize(size, Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(resized, np.float32) / 127.5 - 1.0)
         x = pixels.permute(2, 0, 1)[None].to(self._execution_device, self.vae.dtype)
-        mean = self.vae.encode(x).latent_dist.mode().float()
-        return (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return self.normalise(self.vae.encode(x).latent_dist.mode().float())
 
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
         """Pictures [B, height, width, 3] in [-1, 1] of tokens [B, N, c]."""
         x = tokens.unflatten(1, grid).unflatten(3, (-1, 2, 2))
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-        x = x / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        pictures = self.vae.decode(x.to(self.vae.dtype)).sample.clamp(-1, 1)
+        x = self.denormalise(x).to(self.vae.dtype)
+        pictures = self.vae.decode(x).sample.clamp(-1, 1)
         return pictures.permute(0, 2, 3, 1).float().cpu().numpy()
 
     @staticmethod
@@ -277,6 +264,39 @@ class SqueezePipeline(DiffusionPipeline):
         """Latents [B, C, h, w] to tokens [B, (h/2)(w/2), 4C]: channels go (channel, dy, dx)."""
         x = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, rows, dy, columns, dx]
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    # What another family does otherwise.
+
+    def context_inputs(self, x: Tensor, length: int) -> dict[str, Tensor]:
+        """What the transformer takes beside `length` context tokens: positions, a pooled vector."""
+        model = self.transformer
+        pooled = x.new_zeros(len(x), model.config.pooled_projection_dim, dtype=model.dtype)
+        return {"pooled_projections": pooled, "txt_ids": x.new_zeros(length, 3)}
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents [B, C, h, w] as the transformer knows them."""
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    @staticmethod
+    def positions(grid: tuple[int, int], references: list[Tensor]) -> Tensor:
+        """(0, row, column) of every token of the target and then of the references.
+
+        Each picture's grid begins diagonally past all before it (UNO, arXiv 2504.02160).
+        """
+        places, row, column = [], 0, 0
+        for rows, columns in [grid, *((x.shape[2] // 2, x.shape[3] // 2) for x in references)]:
+            ranges = torch.arange(row, row + rows), torch.arange(column, column + columns)
+            places.append(torch.cartesian_prod(torch.tensor([0]), *ranges))
+            row, column = row + rows, column + columns
+        return torch.cat(places)
+
+    @staticmethod
+    def schedule(steps: int, target_tokens: int, shifted: bool) -> np.ndarray:
+        return schedule(steps, target_tokens, shifted)
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -291,13 +311,14 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedule(steps: int, target_tokens: int, shifted: bool) -> np.ndarray:
-    """steps + 1 times from 1 to 0: t = e^μ / (e^μ + 1/s - 1).
-
-    μ is linear in the target's tokens, .5 at 256 and 1.15 at 4,096; not shifted (schnell): t = s.
-    """
-    s = 1.0 - np.arange(steps + 1) / steps
+    """μ is linear in the target's tokens, .5 at 256 and 1.15 at 4,096; not shifted (schnell): 0."""
     mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (target_tokens - 256)
-    shift = math.exp(mu) if shifted else 1.0
+    return shifted_times(steps, mu if shifted else 0.0)
+
+
+def shifted_times(steps: int, mu: float) -> np.ndarray:
+    """steps + 1 times from 1 to 0: t = e^μ / (e^μ + 1/s - 1)."""
+    s, shift = 1.0 - np.arange(steps + 1) / steps, math.exp(mu)
     return (shift * s / (shift * s + (1.0 - s))).astype(np.float32)
 
 
@@ -326,27 +347,6 @@ def carry_tau(tau: float, base_tokens: int, tokens: int) -> float:
         return tau
     odds = tau / (1.0 - tau) * math.sqrt(tokens / base_tokens)
     return odds / (1.0 + odds)
-
-
-def reference_origins(grid: tuple[int, int], references: list[Tensor]) -> list[tuple[int, int]]:
-    """Where each picture's grid begins: diagonally past all before it (UNO, arXiv 2504.02160)."""
-    origins = [(0, 0), grid]
-    for latent in references:
-        row, column = origins[-1]
-        origins.append((row + latent.shape[2] // 2, column + latent.shape[3] // 2))
-    return origins[:-1]
-
-
-def grid_positions(
-    grid: tuple[int, int], origins: list[tuple[int, int]], references: list[Tensor]
-) -> Tensor:
-    """(0, row, column) of every token of the target and then of the references."""
-    grids = [grid, *((latent.shape[2] // 2, latent.shape[3] // 2) for latent in references)]
-    places = [
-        torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) + torch.tensor(origin)
-        for (rows, columns), origin in zip(grids, origins)
-    ]
-    return torch.nn.functional.pad(torch.cat(places), (1, 0))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
