@@ -489,6 +489,9 @@ def test_unos_lora_begins_a_run_of_a_larger_rank(home, tmp_path):
 def separately_adapted():
     dit = random_dit()
     add_lora(dit, LoRAConfig(rank=2, qkv="separate"), rngs=nnx.Rngs(3))
+    for _, linear in linears(dit):
+        for part in linear.adapter.parts if linear.adapter is not None else ():
+            part.up.set_value(part.up[...] + 1)  # of pairs without effect it would not matter
     return dit
 
 
