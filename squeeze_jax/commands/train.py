@@ -72,6 +72,7 @@ def run(given: Train, overrides: list[str]) -> None:
     from squeeze_jax.data.storage import reachable
     from squeeze_jax.errors import InputError
     from squeeze_jax.evaluation.grids import grid_sampler
+    from squeeze_jax.interop.formats import distilled_name
     from squeeze_jax.planning.work import step_work
     from squeeze_jax.training.loop import train
 
@@ -95,6 +96,11 @@ def run(given: Train, overrides: list[str]) -> None:
         )
         say(f"the base under the LoRA: {start_from}")
         start_from = None
+    if name := distilled_name(config.model.dit_weights):
+        say(
+            f"warning: {name} is distilled to 4 steps and not made for training; "
+            "take its base, FLUX.2-klein-base-4B or -9B"
+        )
     folder = Path(workdir) if workdir else Path("runs") / given.preset.stem
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -5,6 +5,7 @@ name that here.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from squeeze_jax.interop.flux import FLUX1
@@ -13,6 +14,19 @@ from squeeze_jax.interop.transformer_format import TransformerFormat
 from squeeze_jax.models.backbone import BackboneConfig
 
 FORMATS: tuple[TransformerFormat[Any], ...] = (FLUX1, FLUX2)
+
+
+DISTILLED = ("FLUX.2-klein-4B", "FLUX.2-klein-9B")
+"""Names on the hub of models that have the arrays of a base and were distilled to 4 steps."""
+
+
+def distilled_name(place: str | None) -> str | None:
+    """Returns which distilled model a folder of weights is, by the names on its path; None: none.
+
+    Nothing in the files tells: shapes and config.json are the base's.
+    """
+    parts = Path(place or "").parts
+    return next((part for part in parts if part.removesuffix(".safetensors") in DISTILLED), None)
 
 
 def format_of(config: BackboneConfig) -> TransformerFormat[Any]:

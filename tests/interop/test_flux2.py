@@ -18,6 +18,7 @@ from squeeze_jax.interop.flux2 import (
     diffusers_entries,
     original_entries,
 )
+from squeeze_jax.interop.formats import distilled_name
 from squeeze_jax.interop.load import DIT_PREFIXES
 from squeeze_jax.interop.mapping import (
     ArrayTensors,
@@ -185,3 +186,16 @@ def test_a_single_file_tells_its_sizes(config):
         shape = shape if entry.layer is None else shape[1:]
         file[entry.sources[0]] = np.broadcast_to(np.float32(0), shape[::-1])
     assert config_from_shapes(ArrayTensors(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("weights/FLUX.2-klein-4B/transformer", "FLUX.2-klein-4B"),
+        ("FLUX.2-klein-base-4B/transformer", None),
+        ("FLUX.1-dev/transformer", None),
+        (None, None),
+    ],
+)
+def test_a_distilled_model_is_known_by_its_name(place, name):
+    assert distilled_name(place) == name
