@@ -29,6 +29,8 @@ def environment(tmp_path_factory):
     return {**os.environ, "SQUEEZE_JAX_CACHE": str(tmp_path_factory.mktemp("cache")), "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_global_random_state(tmp_path, environment):
     drawn = []
     for number in (1, 2):

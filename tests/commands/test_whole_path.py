@@ -148,6 +148,8 @@ def flat(tree, prefix=""):
         yield prefix, np.asarray(tree)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_real_photographs_go_the_whole_way(tmp_path, environment, monkeypatch, capsys):
     data = pytest.importorskip("skimage.data")
