@@ -2,7 +2,8 @@
 
     python train.py configs/klein_multi_subject.py --data.features FEATURES --workdir runs/multi --from runs/stage2
 
-Licence of the weights: Apache-2.0. Hardware: four small TPU chips or one GPU (docs/scaling.md).
+Licence of the weights: Apache-2.0. Hardware: ask
+`python -m squeeze_jax plan configs/klein_multi_subject.py --topology v5e:2x2`.
 The paper gives no number of steps; this one, and the smaller rate, are our decision.
 """
 

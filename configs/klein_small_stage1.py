@@ -4,8 +4,9 @@ values.
     python -m squeeze_jax extract SOURCE --out FEATURES --config configs/klein_small_stage1.py
     python train.py configs/klein_small_stage1.py --data.features FEATURES --workdir runs/stage1
 
-Licence of klein: Apache-2.0; InternVL3-2B has its own card. Hardware: four small TPU chips
-or one GPU (docs/scaling.md). The choice of the smaller reader is ours; the paper's is InternVL3-8B.
+Licence of klein: Apache-2.0; InternVL3-2B has its own card. Hardware: ask
+`python -m squeeze_jax plan configs/klein_small_stage1.py --topology v5e:2x2`.
+The choice of the smaller reader is ours; the paper's is InternVL3-8B.
 """
 
 import dataclasses

@@ -4,8 +4,9 @@ alone.
     python -m squeeze_jax extract SOURCE --out FEATURES --config configs/klein_stage1.py
     python train.py configs/klein_stage1.py --data.features FEATURES --workdir runs/stage1
 
-Licence of the weights: Apache-2.0 (FLUX.2 [klein] base 4B, the undistilled one). Hardware: four
-small TPU chips or one GPU (docs/scaling.md). Fill in the three folders below.
+Licence of the weights: Apache-2.0 (FLUX.2 [klein] base 4B, the undistilled one). Hardware: ask
+`python -m squeeze_jax plan configs/klein_stage1.py --topology v5e:2x2`. Fill in the three folders
+below.
 """
 
 from squeeze_jax.config import (

@@ -3,7 +3,8 @@ stage 1's weights.
 
     python train.py configs/klein_stage2.py --data.features FEATURES --workdir runs/stage2 --from runs/stage1
 
-Licence of the weights: Apache-2.0. Hardware: four small TPU chips or one GPU (docs/scaling.md). The
+Licence of the weights: Apache-2.0. Hardware: ask
+`python -m squeeze_jax plan configs/klein_stage2.py --topology v5e:2x2`. The
 LoRA stands where FLUX.1's preset has it, at rank 512: on q, k, v and the projections behind
 attention.
 """
