@@ -125,6 +125,8 @@ def topology_mesh(
     options: dict[str, Any] = dict(chip.options)
     if slices > 1:
         options["num_slices"] = slices
+    if set(topology.partition(":")[2].split("x")) == {"1"}:  # a host has four chips unless told
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:  # the plugin raises plain runtime errors of many texts

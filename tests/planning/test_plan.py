@@ -65,6 +65,20 @@ def run(out, *arguments, **options):
     return json.loads(out.read_text())
 
 
+def test_a_single_chip_is_a_topology(tmp_path):
+    """A host of v5e and v6e has four chips unless the compiler is told otherwise."""
+    pytest.importorskip("libtpu", reason="needs the `tpu` extra")
+    code = (
+        "from squeeze_jax.planning.train_program import topology_mesh\n"
+        "sizes = {'data': 1, 'fsdp': -1, 'tensor': 1}\n"
+        "print([topology_mesh(f'{chip}:1x1', sizes)[0].size for chip in ('v5e', 'v6e')])"
+    )
+    environment = os.environ | plan.ENVIRONMENT
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == "[1, 1]", ran.stderr[-500:]
+
+
 def check(report):
     """What holds of every plan."""
     memory = report["hbm_per_chip"]
