@@ -4,7 +4,7 @@
 
 Every mutant runs the tests of its room, the file's own first, until one fails. A line of the report
 is written when a mutant is judged, so that a run that was stopped goes on. Minutes a mutant; the
-aim is 90 % of at least 200 caught, and a reason for every survivor (RESULTS.md).
+aim is 90 % of at least 200 caught, and a reason for every survivor.
 """
 
 import argparse

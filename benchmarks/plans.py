@@ -41,7 +41,7 @@ KLEIN = {
     )
     for preset, suffix, flags in (
         ("klein_small_stage2", "", ()),
-        ("klein_small_stage2", "_online", ("--data.online", "True")),
+        ("klein_small_stage2", "_online", ("--data.online",)),
         ("klein_stage2", "", ()),
     )
 }  # fmt: skip

@@ -25,7 +25,6 @@ from squeeze_jax.layers.modulation import Embedder, sinusoidal
 from squeeze_jax.layers.rope import Rotation, rotation
 from squeeze_jax.layers.stack import Remat, scan_blocks, stack_blocks
 from squeeze_jax.models.backbone import (
-    Backbone,
     BlockInputs,
     CachedReferences,
     KeysValues,
@@ -36,6 +35,7 @@ from squeeze_jax.models.backbone import (
     target_positions,
 )
 from squeeze_jax.models.dit_blocks import DoubleBlock, FinalLayer, SingleBlock
+from squeeze_jax.models.two_stacks import TwoStackBackbone
 from squeeze_jax.sharding import constrain
 
 Hidden = TypeVar("Hidden")
@@ -97,7 +97,7 @@ BLOCK_STACKS = ("double_blocks", "single_blocks")
 """The transformer's stacks of blocks, by their names in it."""
 
 
-class DiT(Backbone):
+class DiT(TwoStackBackbone):
     """Predicts the velocity ε − x_0 of the target tokens."""
 
     def __init__(
@@ -140,12 +140,7 @@ class DiT(Backbone):
         """The conditioning vector, which every block's modulation reads: embedded time, guidance
         and pooled vector, summed in float32.
         """
-        if (guidance is None) == self.config.guidance:
-            raise ValueError(
-                "this transformer takes a guidance value: pass guidance=[B]"
-                if self.config.guidance
-                else "this transformer takes no guidance value: leave guidance out"
-            )
+        self.check_guidance(guidance)
         temb = self.time_in(sinusoidal(t))
         if self.guidance_in is not None:
             temb = temb + self.guidance_in(sinusoidal(guidance))
@@ -173,8 +168,8 @@ class DiT(Backbone):
         """
         inputs = BlockInputs(temb, self._rope(references.positions, 0), references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
-        (_, img), double = self._scan("double", (img[:, :0], img), inputs, return_kv=True)
-        _, single = self._scan("single", img, inputs, return_kv=True)
+        (_, img), double = self.run_stack("double", (img[:, :0], img), inputs, return_kv=True)
+        _, single = self.run_stack("single", img, inputs, return_kv=True)
         assert double is not None and single is not None
         return CachedReferences(double, single, references.mask)
 
@@ -196,28 +191,6 @@ class DiT(Backbone):
         streams = self.txt_in(context), self.img_in(tokens)
         return (constrain(streams[0], "tokens"), constrain(streams[1], "tokens")), inputs
 
-    def apply_blocks(
-        self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
-    ) -> Streams:
-        """Runs the blocks `start` to `stop` - 1 (None: to the last): double blocks first, then
-        single blocks.
-        """
-        double, single = self.config.num_double_blocks, self.config.num_single_blocks
-        stop = double + single if stop is None else stop
-        if start < double:
-            block_range = (
-                None if start == 0 and stop >= double else range(start, min(stop, double))
-            )
-            streams, _ = self._scan("double", streams, inputs, block_range)
-        if stop > double:
-            first, last = max(start - double, 0), stop - double
-            length = streams[0].shape[1]
-            x = jnp.concatenate(streams, axis=1)
-            block_range = None if (first, last) == (0, single) else range(first, last)
-            x, _ = self._scan("single", x, inputs, block_range)
-            streams = x[:, :length], x[:, length:]
-        return streams
-
     def predict_velocity(
         self, hidden: Float[Array, "B N C"], inputs: BlockInputs
     ) -> Float[Array, "B N c"]:
@@ -228,24 +201,24 @@ class DiT(Backbone):
         )
         return self.final_layer(hidden, final)
 
-    def _scan(
+    def run_stack(
         self,
-        kind: Literal["double", "single"],
+        stack: Literal["double", "single"],
         hidden: Hidden,
         inputs: BlockInputs,
         block_range: range | None = None,
         *,
         return_kv: bool = False,
     ) -> tuple[Hidden, KeysValues | None]:
-        """Runs the blocks of a kind, all or those in `block_range`, on both streams or on the
+        """Runs the blocks of a stack, all or those in `block_range`, on both streams or on the
         joint one.
 
         `return_kv` also returns every block's keys and values.
         """
         temb, rope, mask, cached_kv = inputs
         # Scanned over depth: precomputed modulation (if any) and cached keys and values.
-        known = getattr(temb, kind) if isinstance(temb, Modulation) else None
-        cached = None if cached_kv is None else getattr(cached_kv, kind)
+        known = getattr(temb, stack) if isinstance(temb, Modulation) else None
+        cached = None if cached_kv is None else getattr(cached_kv, stack)
 
         def apply(
             block: DoubleBlock | SingleBlock,
@@ -254,12 +227,12 @@ class DiT(Backbone):
         ) -> tuple[Hidden, KeysValues | None]:
             modulation, cached = per_block
             modulation = block.modulation(temb) if modulation is None else modulation
-            streams: Any = hidden if kind == "double" else (hidden,)
+            streams: Any = hidden if stack == "double" else (hidden,)
             run: Any = block
             hidden, kv = run(*streams, modulation, rope, mask, cached)
             return hidden, kv if return_kv else None
 
-        blocks = self.double_blocks if kind == "double" else self.single_blocks
+        blocks = self.double_blocks if stack == "double" else self.single_blocks
         return scan_blocks(
             blocks,
             apply,

@@ -1,4 +1,5 @@
-"""The parts of FLUX.1's transformer: its two kinds of block, and the final layer.
+"""The parts of FLUX.1's transformer: its two kinds of block, and the final layer. FLUX.2 takes
+attention, norms and final layer from here, without biases.
 
 Module names are FLUX.1's own, so that weight tables are literal.
 """
@@ -22,13 +23,19 @@ class SelfAttention(nnx.Module):
     """Fused q/k/v projection, q/k RMSNorm and output projection of one stream."""
 
     def __init__(
-        self, width: int, heads: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        *,
+        use_bias: bool = True,
+        dtype: DType,
+        param_dtype: DType,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.qkv = Linear(width, 3 * width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kinds: Any = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype}
+        self.qkv = Linear(width, 3 * width, **kinds, rngs=rngs)
         self.norm = QKNorm(width // heads, param_dtype=param_dtype)
-        self.proj = Linear(
-            width, width, tensor_axis="in", dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.proj = Linear(width, width, tensor_axis="in", **kinds, rngs=rngs)
         self.heads = heads
 
     def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -173,13 +180,14 @@ class FinalLayer(nnx.Module):
         width: int,
         out_channels: int,
         *,
+        use_bias: bool = True,
         dtype: DType,
         param_dtype: DType,
         rngs: nnx.Rngs,
     ) -> None:
-        self.adaLN_modulation = AdaLN(width, 2, param_dtype=param_dtype, rngs=rngs)
-        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.linear = Linear(width, out_channels, gain=0.0, **kinds)
+        kinds: Any = {"use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.adaLN_modulation = AdaLN(width, 2, **kinds)
+        self.linear = Linear(width, out_channels, gain=0.0, dtype=dtype, **kinds)
 
     def __call__(self, x: Float[Array, "B N C"], modulated: Modulated) -> Float[Array, "B N c"]:
         shift, scale = modulated

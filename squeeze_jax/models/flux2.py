@@ -22,22 +22,22 @@ from squeeze_jax.diffusion.flow import empirical_shift
 from squeeze_jax.diffusion.latents import Grid, timed_reference_positions
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.linear import Linear
-from squeeze_jax.layers.modulation import AdaLN, Embedder, modulate, sinusoidal
+from squeeze_jax.layers.modulation import AdaLN, Embedder, sinusoidal
 from squeeze_jax.layers.rope import Rotation, rotation
 from squeeze_jax.layers.stack import Remat, scan_blocks, stack_blocks
 from squeeze_jax.models.backbone import (
-    Backbone,
     BlockInputs,
     CachedReferences,
     KeysValues,
-    Modulated,
     Modulation,
     ReferenceAttention,
     Streams,
     append_references,
     target_positions,
 )
+from squeeze_jax.models.dit_blocks import FinalLayer
 from squeeze_jax.models.flux2_blocks import DoubleBlock, SingleBlock
+from squeeze_jax.models.two_stacks import TwoStackBackbone
 from squeeze_jax.sharding import constrain
 
 
@@ -111,7 +111,7 @@ class Flux2Config:
             )
 
 
-class Flux2(Backbone):
+class Flux2(TwoStackBackbone):
     """Predicts the velocity ε − x_0 of the target tokens."""
 
     def __init__(
@@ -144,7 +144,9 @@ class Flux2(Backbone):
         self.single_blocks = stack_blocks(
             lambda r: SingleBlock(*sizes, **kinds, rngs=r), config.num_single_blocks, rngs
         )
-        self.final_layer = FinalLayer(config, **kinds, rngs=rngs)
+        self.final_layer = FinalLayer(
+            width, config.in_channels, use_bias=False, **kinds, rngs=rngs
+        )
 
     def embed_timestep(
         self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None
@@ -153,12 +155,7 @@ class Flux2(Backbone):
 
         Raises ValueError where the model takes a guidance value and none is given, or vice versa.
         """
-        if (guidance is None) == self.config.guidance:
-            raise ValueError(
-                "this transformer takes a guidance value: pass guidance=[B]"
-                if self.config.guidance
-                else "this transformer takes no guidance value: leave guidance out"
-            )
+        self.check_guidance(guidance)
         temb = self.time_in(sinusoidal(t))
         return temb if self.guidance_in is None else temb + self.guidance_in(sinusoidal(guidance))
 
@@ -177,8 +174,8 @@ class Flux2(Backbone):
         rope = self._rope(references.positions, 0)
         inputs = BlockInputs(self.make_modulation(temb), rope, references.mask, None)
         img = constrain(self.img_in(references.tokens), "tokens")
-        (_, img), double = self._apply("double", (img[:, :0], img), inputs, None, return_kv=True)
-        _, single = self._apply("single", img, inputs, None, return_kv=True)
+        (_, img), double = self.run_stack("double", (img[:, :0], img), inputs, return_kv=True)
+        _, single = self.run_stack("single", img, inputs, return_kv=True)
         return CachedReferences(double, single, references.mask)
 
     def embed_inputs(
@@ -204,21 +201,6 @@ class Flux2(Backbone):
         streams = self.txt_in(context), self.img_in(tokens)
         return (constrain(streams[0], "tokens"), constrain(streams[1], "tokens")), inputs
 
-    def apply_blocks(
-        self, streams: Streams, inputs: BlockInputs, start: int = 0, stop: int | None = None
-    ) -> Streams:
-        """Runs the blocks `start` to `stop` - 1 (None: to the last), double blocks first."""
-        double, single = self.config.num_double_blocks, self.config.num_single_blocks
-        stop = double + single if stop is None else stop
-        if start < double:
-            streams, _ = self._apply("double", streams, inputs, range(start, min(stop, double)))
-        if stop > double:
-            length = streams[0].shape[1]
-            blocks = range(max(start - double, 0), stop - double)
-            x, _ = self._apply("single", jnp.concatenate(streams, axis=1), inputs, blocks)
-            streams = x[:, :length], x[:, length:]
-        return streams
-
     def predict_velocity(
         self, hidden: Float[Array, "B N C"], inputs: BlockInputs
     ) -> Float[Array, "B N c"]:
@@ -226,12 +208,12 @@ class Flux2(Backbone):
         assert isinstance(inputs.temb, Modulation)
         return self.final_layer(hidden, inputs.temb.final)
 
-    def _apply(
+    def run_stack(
         self,
         stack: Literal["double", "single"],
-        carry: Any,
+        hidden: Any,
         inputs: BlockInputs,
-        block_range: range | None,
+        block_range: range | None = None,
         *,
         return_kv: bool = False,
     ) -> tuple[Any, Any]:
@@ -244,15 +226,13 @@ class Flux2(Backbone):
         modulated = jax.tree.map(lambda x: x[0], getattr(modulation, stack))
 
         def apply(
-            block: DoubleBlock | SingleBlock, carry: Any, cached: KeysValues | None
+            block: DoubleBlock | SingleBlock, hidden: Any, cached: KeysValues | None
         ) -> tuple[Any, Any]:
-            carry, kv = block(carry, modulated, rope, mask, cached)
-            return carry, kv if return_kv else None
+            hidden, kv = block(hidden, modulated, rope, mask, cached)
+            return hidden, kv if return_kv else None
 
-        if block_range == range(getattr(self.config, f"num_{stack}_blocks")):
-            block_range = None  # a whole stack is scanned as it lies
         return scan_blocks(
-            blocks, apply, carry, cached_kv and getattr(cached_kv, stack),
+            blocks, apply, hidden, cached_kv and getattr(cached_kv, stack),
             remat=self.remat, unroll=self.unroll, block_range=block_range,
         )  # fmt: skip
 
@@ -263,18 +243,3 @@ class Flux2(Backbone):
         context = jnp.broadcast_to(context, (image.shape[0], context_length, 4))
         positions = jnp.concatenate([context, image], axis=1)
         return rotation(positions, self.config.rope_axes, self.config.rope_theta)
-
-
-class FinalLayer(nnx.Module):
-    """Modulated norm and the projection back to latent tokens."""
-
-    def __init__(
-        self, config: Flux2Config, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
-    ) -> None:
-        kinds: Any = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
-        self.adaLN_modulation = AdaLN(config.width, 2, **kinds)
-        self.linear = Linear(config.width, config.in_channels, gain=0.0, dtype=dtype, **kinds)
-
-    def __call__(self, x: Float[Array, "B N C"], modulated: Modulated) -> Float[Array, "B N c"]:
-        shift, scale = modulated
-        return self.linear(modulate(x, shift, scale))

@@ -5,7 +5,6 @@ Source: diffusers 0.42.1, `Flux2TransformerBlock` and `Flux2SingleTransformerBlo
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,7 +13,7 @@ from squeeze_jax.layers.linear import Linear, silu
 from squeeze_jax.layers.modulation import add_gated, modulate
 from squeeze_jax.layers.rope import Rotation
 from squeeze_jax.models.backbone import KeysValues, Modulated, Streams, joint_attention, split_heads
-from squeeze_jax.models.dit_blocks import QKNorm
+from squeeze_jax.models.dit_blocks import QKNorm, SelfAttention
 from squeeze_jax.sharding import constrain
 
 
@@ -32,9 +31,9 @@ class DoubleBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.img_attn = SelfAttention(width, heads, **kinds)
+        self.img_attn = SelfAttention(width, heads, use_bias=False, **kinds)
         self.img_mlp = MLP(width, mlp_width, **kinds)
-        self.txt_attn = SelfAttention(width, heads, **kinds)
+        self.txt_attn = SelfAttention(width, heads, use_bias=False, **kinds)
         self.txt_mlp = MLP(width, mlp_width, **kinds)
 
     def __call__(
@@ -104,23 +103,6 @@ class SingleBlock(nnx.Module):
         )
         update = self.linear2(jnp.concatenate([mixed, swiglu(hidden)], axis=-1))
         return constrain(add_gated(x, gate, update), "tokens"), kv
-
-
-class SelfAttention(nnx.Module):
-    """Fused q/k/v projection, q/k RMSNorm and output projection of one stream."""
-
-    def __init__(
-        self, width: int, heads: int, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
-    ) -> None:
-        kinds: Any = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.qkv = Linear(width, 3 * width, **kinds)
-        self.norm = QKNorm(width // heads, param_dtype=param_dtype)
-        self.proj = Linear(width, width, tensor_axis="in", **kinds)
-        self.heads = heads
-
-    def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q, k, v, each [B T H D], q and k normalised."""
-        return self.norm(*split_heads(self.qkv(x), self.heads))
 
 
 class MLP(nnx.Module):
