@@ -304,6 +304,20 @@ def test_the_base_is_still_told_apart_under_another_alpha(trained):
     assert fingerprint(with_scale_of(folder, weaker)) == fingerprint(frozen)
 
 
+@pytest.mark.parametrize("field", ["lora.alpha", "lora.init_gain"])
+def test_the_base_is_compared_whatever_the_adapters_began_with(
+    trained, tmp_path, monkeypatch, field
+):
+    """On a pre-trained base, of which another fingerprint is given than the weights began with."""
+    based = replaced(ADAPTED, "model.dit_weights", "base")
+    _, leaves, _, _, _ = trained[ADAPTED.lora]
+    write_weights(tmp_path, based, leaves, np.float32)
+    monkeypatch.setattr("squeeze_jax.checkpoints.trained.saved_base", lambda folder: "one")
+    other = replaced(based, field, OTHERS[field])
+    with pytest.raises(InputError, match=r"another base \(fingerprint one\)"):
+        load_initial_params(tmp_path, other, "two", MESH)
+
+
 def test_a_random_base_belongs_to_its_seed():
     """Adapters on random weights: no fingerprint tells these apart."""
     seeded = with_other(ADAPTED, "training.seed")

@@ -170,3 +170,11 @@ def test_a_source_that_is_not_there_is_one_sentence(command, tmp_path, capsys):
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_of_nothing_is_not_everything(tmp_path, capsys):
+    source = make("webdataset", tmp_path / "set")
+    words = [source, "--out", str(tmp_path / "out"), "--config", DEMO, "--limit", "0"]
+    assert extract.main(words) == 2
+    assert "limit" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from squeeze_jax.config import load_preset
+from squeeze_jax.interop.load import encoder_configs
 from squeeze_jax.planning import estimate as estimate_module
 from squeeze_jax.planning import report as report_module
 from squeeze_jax.planning.chips import CHIPS, chip_of
@@ -89,3 +90,12 @@ def test_the_search_leaves_out_what_does_not_fit(monkeypatch):
         found = candidates(config, [mesh()], dataclasses.replace(chip, memory=memory), stage)
         assert bool(found) == (memory >= 8 * GIB)
         assert all(one.memory <= memory and one.batch * GIB < memory for one in found)
+
+
+def test_an_mllm_that_pytorch_runs_needs_no_sizes_of_ours(tmp_path):
+    """Its config.json is another model's, and its memory PyTorch's own."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    config = load_preset("configs/flux_stage2.py")
+    theirs = dataclasses.replace(config.model, mllm=str(tmp_path), mllm_source="transformers")
+    found = encoder_configs(dataclasses.replace(config, model=theirs))
+    assert found == encoder_configs(config)
