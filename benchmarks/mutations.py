@@ -9,17 +9,26 @@ aim is 90 % of at least 200 caught, and a reason for every survivor.
 
 import argparse
 import ast
+import contextlib
+import importlib
 import json
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+import pytest
+
+# Imported once, before any fork; none of them starts a backend.
+for _library in ("jax", "flax.nnx", "optax", "orbax.checkpoint", "torch", "diffusers", "transformers"):
+    importlib.import_module(_library)
 
 ROOT = Path(__file__).parents[1]
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -85,49 +94,114 @@ def mutate(node: ast.AST) -> str | None:
     return None
 
 
-def mutants(path: Path) -> Iterator[Mutant]:
-    """Every mutant of a file."""
-    text = path.read_text()
-    count = sum(1 for _ in nodes(ast.parse(text)))
-    for index in range(count):
-        tree = ast.parse(text)
-        node = list(nodes(tree))[index]
-        line = getattr(node, "lineno", 0)
-        if (change := mutate(node)) is not None:
-            yield Mutant(str(path.relative_to(ROOT)), line, change, ast.unparse(tree))
+def places(path: Path) -> Iterator[tuple[Path, int]]:
+    """Every place of a file that can be changed: the file and the node's number."""
+    for index, node in enumerate(list(nodes(ast.parse(path.read_text())))):
+        if mutate(node) is not None:
+            yield path, index
+
+
+def make_mutant(path: Path, index: int) -> Mutant:
+    """The file with one node changed."""
+    tree = ast.parse(path.read_text())
+    node = list(nodes(tree))[index]
+    change = mutate(node)
+    assert change is not None
+    return Mutant(str(path.relative_to(ROOT)), getattr(node, "lineno", 0), change, ast.unparse(tree))
+
+
+def distance(mutant: Mutant, test: str) -> int:
+    """0: the test bears the file's name; 1: it names the module; 2: it is of the same room."""
+    stem = Path(mutant.file).stem
+    if Path(test).stem == f"test_{stem}":
+        return 0
+    room = Path(mutant.file).parent.name
+    text = (ROOT / test).read_text()
+    named = f"{room}.{stem}" in text or any(
+        stem in line for line in text.splitlines() if line.startswith(f"from squeeze_jax.{room} import")
+    )
+    return 1 if named else 2
 
 
 def chosen(count: int, seed: int) -> list[tuple[Mutant, tuple[str, ...]]]:
-    """Equally many mutants of every room, with its tests; a file's own test goes first."""
+    """Equally many mutants of every room, with the files of its tests, the nearest first."""
     rng, found = random.Random(seed), []
     for pattern, tests in ROOMS.items():
         files = sorted((ROOT / "squeeze_jax").glob(pattern))
-        every = [mutant for file in files for mutant in mutants(file)]
-        for mutant in rng.sample(every, min(len(every), -(-count // len(ROOMS)))):
-            own = sorted(ROOT.glob(f"tests/*/test_{Path(mutant.file).stem}.py"))
-            found.append((mutant, (*(str(path.relative_to(ROOT)) for path in own), *tests)))
+        every = [place for file in files for place in places(file)]
+        names = [str(path.relative_to(ROOT)) for test in tests for path in sorted(
+            (ROOT / test).rglob("test_*.py") if (ROOT / test).is_dir() else [ROOT / test])]  # fmt: skip
+        for place in rng.sample(every, min(len(every), -(-count // len(ROOMS)))):
+            mutant = make_mutant(*place)
+            found.append((mutant, tuple(sorted(names, key=lambda name: distance(mutant, name)))))
+    rng.shuffle(found)  # every worker gets of every room
     return found
 
 
-def judge(mutant: Mutant, tests: tuple[str, ...]) -> dict[str, object]:
-    """Runs the tests on a copy of the repository with the fault in it."""
+def run_tests(copy: Path, tests: tuple[str, ...]) -> str | None:
+    """Runs tests of a copy in a forked process, libraries already imported; what failed, or None."""
+    log = copy / "pytest.log"
+    if (child := os.fork()) == 0:
+        try:
+            os.setsid()  # so that what a test started ends with it
+            signal.alarm(SECONDS)
+            with log.open("w") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+            os.chdir(copy)
+            os.environ["PYTHONPATH"] = str(copy)
+            sys.path[:0] = [str(copy)]
+            ignored = "ignore::pytest.PytestAssertRewriteWarning"  # of what is imported already
+            flags = ["-x", "-q", "-p", "no:cacheprovider", "-W", ignored]
+            os._exit(int(pytest.main([*flags, *tests])))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)  # the parent's folders are not this process's to delete
+    status = os.waitpid(child, 0)[1]
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if os.WIFSIGNALED(status):
+        return "time limit" if os.WTERMSIG(status) == signal.SIGALRM else f"signal {os.WTERMSIG(status)}"
+    failed = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return None if os.WEXITSTATUS(status) == 0 else "; ".join(failed) or "not collected"
+
+
+def judge(mutant: Mutant, tests: tuple[str, ...], copy: Path) -> dict[str, object]:
+    """Runs the tests on a copy of the repository with the fault in it: the nearest files first."""
+    right = (copy / mutant.file).read_text()
+    (copy / mutant.file).write_text(mutant.source)
+    try:
+        by = next((found for some in batched(tests) if (found := run_tests(copy, some))), None)
+    finally:
+        (copy / mutant.file).write_text(right)
+    about = {"file": mutant.file, "line": mutant.line, "change": mutant.change}
+    return about | {"caught": by is not None, "by": by or ""}
+
+
+def batched(tests: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The nearest file alone, then three, then all that are left."""
+    yield from (some for some in (tests[:1], tests[1:4], tests[4:]) if some)
+
+
+def work(todo: list[tuple[Mutant, tuple[str, ...]]], out: Path) -> None:
+    """One worker: judges its share in a copy of its own and writes a line for each."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "docs")
         shutil.copytree(ROOT, copy, ignore=ignored)
-        (copy / mutant.file).write_text(mutant.source)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        environment = os.environ | {"PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
-        try:
-            ran = subprocess.run(
-                command, cwd=copy, env=environment, capture_output=True, text=True,
-                check=False, timeout=SECONDS,
-            )  # fmt: skip
-            caught, by = ran.returncode != 0, ran.stdout.strip().splitlines()[-3:]
-        except subprocess.TimeoutExpired:
-            caught, by = True, ["time limit"]
-    about = {"file": mutant.file, "line": mutant.line, "change": mutant.change}
-    return about | {"caught": caught, "by": by if caught else []}
+        if failed := run_tests(copy, ("tests/diffusion",)):
+            raise SystemExit(f"tests fail without a fault: {failed}")
+        for mutant, tests in todo:
+            result = judge(mutant, tests, copy)
+            with out.open("a") as lines:
+                lines.write(json.dumps(result, ensure_ascii=False) + "\n")
+            place = f"{result['file']}:{result['line']} {result['change']}"
+            print("caught  " if result["caught"] else "SURVIVED", place, flush=True)
+
+
+def read_report(path: Path) -> list[dict[str, object]]:
+    """The lines written so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:
@@ -137,16 +211,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("mutations.jsonl"))
     given = parser.parse_args()
-    lines = given.out.read_text().splitlines() if given.out.exists() else []
-    judged = [json.loads(line) for line in lines]
+    judged = read_report(given.out)
     known = {(one["file"], one["line"], one["change"]) for one in judged}
-    left = [(m, tests) for m, tests in chosen(given.count, given.seed) if m[:3] not in known]
-    with given.out.open("a") as out, ThreadPoolExecutor(given.jobs) as pool:
-        for result in pool.map(lambda one: judge(*one), left):
-            judged.append(result)
-            out.write(json.dumps(result) + "\n")
-            out.flush()
-            print("caught  " if result["caught"] else "SURVIVED", result["file"], result["line"], result["change"])
+    left = [one for one in chosen(given.count, given.seed) if one[0][:3] not in known]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["SQUEEZE_TEST_CACHE"] = cache  # what a mutant leaves alone is compiled once
+        children = []
+        for index in range(given.jobs):
+            if (child := os.fork()) == 0:
+                work(left[index :: given.jobs], given.out)
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+    judged = read_report(given.out)
     caught = sum(bool(one["caught"]) for one in judged)
     print(f"{caught} of {len(judged)} mutants caught ({100 * caught / max(len(judged), 1):.0f} %)")
 

@@ -40,6 +40,7 @@ def run(given: Evaluate) -> None:
     setup()
     from squeeze_jax.errors import InputError
     from squeeze_jax.evaluation.grids import CHUNK
+    from squeeze_jax.folder_lock import hold
     from squeeze_jax.interop.load import DEMO
     from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.miniature.evaluation import score_critters
@@ -58,4 +59,5 @@ def run(given: Evaluate) -> None:
             f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this "
             "checkpoint's data"
         )
-    score_critters(pipeline, given.out, given.pairs, checkpoint=str(given.checkpoint or "demo"))
+    with hold(given.out.with_name(given.out.name + ".lock"), f"an evaluation into {given.out.name}"):
+        score_critters(pipeline, given.out, given.pairs, checkpoint=str(given.checkpoint or "demo"))

@@ -72,6 +72,7 @@ def run(given: Train, overrides: list[str]) -> None:
     from squeeze_jax.data.storage import reachable
     from squeeze_jax.errors import InputError
     from squeeze_jax.evaluation.grids import grid_sampler
+    from squeeze_jax.folder_lock import hold_for_run
     from squeeze_jax.interop.formats import distilled_name
     from squeeze_jax.planning.work import step_work
     from squeeze_jax.training.loop import train
@@ -110,17 +111,18 @@ def run(given: Train, overrides: list[str]) -> None:
         barrier("records extracted")
     if not config.data.online:
         say(f"records: {features}; {time.perf_counter() - started:.0f} s")
-    result = train(
-        config,
-        folder,
-        features,
-        start_from=Path(start_from) if start_from else None,
-        accept_changes=given.accept_changes,
-        sample=grid_sampler(config, folder, features),
-        work=lambda stage, batch: step_work(config, stage, batch),
-        examples=open_examples(config) if config.data.online else None,
-        say=say,
-    )
+    with hold_for_run(folder / "run.lock", "a run"):
+        result = train(
+            config,
+            folder,
+            features,
+            start_from=Path(start_from) if start_from else None,
+            accept_changes=given.accept_changes,
+            sample=grid_sampler(config, folder, features),
+            work=lambda stage, batch: step_work(config, stage, batch),
+            examples=open_examples(config) if config.data.online else None,
+            say=say,
+        )
     say(
         f"trained {result.step} steps, validation loss {result.validation:.4f}; "
         f"{time.perf_counter() - started:.0f} s"

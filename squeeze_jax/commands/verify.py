@@ -20,6 +20,9 @@ class Verify:
     or autoencoder."""
     kind: Literal["flux", "flux2", "autoencoder", "internvl"] | None = None
     """What it is; none: found out from config.json or the names."""
+    variant: str | None = None
+    """Which variant of the folder's files (`fp16` for `….fp16.safetensors`); none: the standard
+    names, or the only variant that there is."""
     json: Path = Path("verify.json")
     """Report to write."""
 
@@ -44,7 +47,7 @@ def run(given: Verify) -> None:
         print(f"  {row.part:40}{judged}", flush=True)
 
     check_writable(given.json, "--json")
-    report = verify(given.folder, given.kind, progress=show)
+    report = verify(given.folder, given.kind, variant=given.variant, progress=show)
     write_json(given.json, report.to_json())
     print(
         f"{report.folder}: {report.kind} in the layout of {report.layout}, {report.parameters:,} values"

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -25,6 +27,7 @@ from squeeze_jax.data.sources import Examples, open_examples
 from squeeze_jax.data.sources.contract import most_references, parts_of
 from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
+from squeeze_jax.folder_lock import hold
 
 MOST_ROWS, MOST_BYTES = 1024, 2 * 2**30
 """Of a shard: rows, and about how large it may become (a record alone: its format's limit). A
@@ -120,7 +123,7 @@ def extract_features(
     """Writes `out`/train and `out`/held_out; finished shards are kept: a killed extraction goes on.
 
     Where all is there, neither pictures nor encoders are looked at.
-    Raises InputError that lists what cannot be read.
+    Raises InputError that lists what cannot be read, or where another process is at this shard.
     """
     out, data = reachable(out), config.data
     if is_extracted(config, open_examples(config, check_images=False), out):
@@ -142,7 +145,7 @@ def extract_features(
 
     if not data.skip_bad:
         check_prompts(sources, reader, own)
-    with progress() as bar:
+    with hold_shard(out, shard), progress() as bar:
 
         def say_skipped(error: RowError) -> None:
             bar.console.print(
@@ -178,6 +181,15 @@ def extract_features(
                     f"{split}: {rows.cut:,} of {rows.read:,} captions that were read are cut at a "
                     "sentence's end"
                 )
+
+
+def hold_shard(out: epath.Path, shard: tuple[int, int]) -> AbstractContextManager[None]:
+    """One process a shard; a bucket has no locks."""
+    if "://" in str(out):
+        return nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    index, count = shard
+    return hold(Path(out) / f".extract-{index}-of-{count}.lock", "an extraction of this shard")
 
 
 def progress() -> Progress:

@@ -30,6 +30,7 @@ from squeeze_jax.interop.mapping import (
     without_prefix,
 )
 from squeeze_jax.interop.tensors import TensorFolder, read_json, write_json, write_tensors
+from squeeze_jax.interop.variants import is_standard
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from squeeze_jax.models.backbone import Backbone, BackboneConfig, ReferenceAttention
 from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2AutoencoderConfig
@@ -56,6 +57,7 @@ def load_dit(
     compute_dtype: DType | None = None,
     mesh: Mesh | None = None,
     reference_attention: ReferenceAttention = "joint",
+    variant: str | None = None,
     **options: Any,
 ) -> Backbone:
     """Loads a transformer of a family in `formats.FORMATS`.
@@ -63,10 +65,11 @@ def load_dit(
     `folder`: a diffusers folder, or Black Forest Labs' single file (or a folder with it). Weights
     are kept in `dtype` and products computed in `compute_dtype` (default: the same). On a mesh they
     lie as the sharding table says, and each process reads its own part alone. How references are
-    seen (`reference_attention`) is no property of published weights. `options` go to the module
-    (remat, unroll). Raises InputError for what is no such checkpoint.
+    seen (`reference_attention`) is no property of published weights. `variant` (`fp16`) is read
+    where a folder has several. `options` go to the module (remat, unroll). Raises InputError for
+    what is no such checkpoint.
     """
-    source = dit_source(folder)
+    source = dit_source(folder, variant)
     config = dataclasses.replace(source.config, reference_attention=reference_attention)
     family, source = format_of(config), source._replace(config=config)
     kinds: Any = {"dtype": compute_dtype or dtype, "param_dtype": dtype}
@@ -75,24 +78,30 @@ def load_dit(
 
 
 def load_autoencoder(
-    folder: str | Path, dtype: DType = jnp.float32, mesh: Mesh | None = None
+    folder: str | Path,
+    dtype: DType = jnp.float32,
+    mesh: Mesh | None = None,
+    variant: str | None = None,
 ) -> Autoencoder:
     """Loads FLUX.1's or FLUX.2's autoencoder, whose class its config.json or its names tell.
 
     `folder`: a diffusers folder, or the single file `ae.safetensors`; `demo` is the miniature's.
     """
-    source = autoencoder_source(folder)
+    source = autoencoder_source(folder, variant)
     module = autoencoder_of(source.config)
     make = lambda: module(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
     return _load(make, source, dtype, folder, mesh)
 
 
 def load_internvl(
-    folder: str | Path, dtype: DType = jnp.bfloat16, mesh: Mesh | None = None
+    folder: str | Path,
+    dtype: DType = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    variant: str | None = None,
 ) -> InternVL:
     """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the
     miniature's)."""
-    source = internvl_source(folder)
+    source = internvl_source(folder, variant)
     make = lambda: InternVL(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
     return _load(make, source, dtype, folder, mesh)
 
@@ -126,9 +135,9 @@ class Source(NamedTuple):
     """Whose names it has."""
 
 
-def dit_source(folder: str | Path) -> Source:
+def dit_source(folder: str | Path, variant: str | None = None) -> Source:
     """A transformer's checkpoint. What no family's mark is on is taken for the first one's, FLUX.1."""
-    tensors = without_prefix(TensorFolder(folder), DIT_PREFIXES)
+    tensors = without_prefix(TensorFolder(folder, variant), DIT_PREFIXES)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     file = _config_file(folder)
     class_name = read_json(file).get("_class_name") if file is not None else None
@@ -194,10 +203,10 @@ def check_autoencoder(folder: str | Path, found: AnyAutoencoderConfig, dit: Back
         )
 
 
-def autoencoder_source(folder: str | Path) -> Source:
+def autoencoder_source(folder: str | Path, variant: str | None = None) -> Source:
     """An autoencoder's checkpoint; one without config.json has the published sizes."""
     folder = encoder_folder(folder, "autoencoder")
-    tensors = without_prefix(TensorFolder(folder), AUTOENCODER_PREFIXES)
+    tensors = without_prefix(TensorFolder(folder, variant), AUTOENCODER_PREFIXES)
     tensors = flux2_autoencoder.without_batches(tensors)
     file = _config_file(folder)
     class_name = None if file is None else read_json(file).get("_class_name")
@@ -222,14 +231,14 @@ def autoencoder_format(config: AnyAutoencoderConfig) -> ModuleType:
     return flux2_autoencoder if flux2 else flux1_autoencoder
 
 
-def internvl_source(folder: str | Path) -> Source:
+def internvl_source(folder: str | Path, variant: str | None = None) -> Source:
     """An MLLM's checkpoint."""
     folder = encoder_folder(folder, "mllm")
     if folder.is_file():
         raise InputError(
             f"{folder}: InternVL is read from its folder, with config.json and tokenizer.json; give that"
         )
-    tensors = TensorFolder(folder)
+    tensors = TensorFolder(folder, variant)
     file = folder / "config.json"
     if "llm_config" in read_json(file):
         config = _config(internvl_format.original_config_from_json, file)
@@ -273,8 +282,10 @@ def encoder_folder(folder: str | Path, part: str) -> Path:
 
 
 def _config_file(folder: str | Path) -> Path | None:
-    """The config.json in a folder; a single file's is not looked for, it may be another model's."""
-    path = Path(folder) / "config.json"
+    """The config.json in a folder, or beside a file that bears a folder's standard name; another
+    file's is not looked for, it may be another model's."""
+    path = Path(folder)
+    path = (path.parent if is_standard(path) else path) / "config.json"
     return path if path.is_file() else None
 
 

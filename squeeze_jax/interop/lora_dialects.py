@@ -54,15 +54,18 @@ ROLES = {
     "lora_A.weight": "A",
     "lora_A.default.weight": "A",
     "lora_down.weight": "A",
+    "lora.down.weight": "A",  # diffusers' older files
     "down.weight": "A",
     "lora_B.weight": "B",
     "lora_B.default.weight": "B",
     "lora_up.weight": "B",
+    "lora.up.weight": "B",
     "up.weight": "B",
     "alpha": "alpha",
 }
 """How a key ends → which matrix, or which number, it holds."""
-TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoder(_\d)?\.|text_encoders\.).*")
+TEXT_ENCODERS = re.compile(r"(lora_te\d?_|text_encoder(_\d)?\.|text_encoders\.|bundle_emb\.).*")
+"""Keys of text encoders, and OneTrainer's embeddings for them."""
 REFUSED = (
     (
         r".*(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from squeeze_jax.errors import InputError
+from squeeze_jax.interop.variants import choose_weights, say_ignored
 
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 DTYPES = {
@@ -34,7 +35,9 @@ class TensorFolder:
     as their product, in bfloat16; the scales themselves are not listed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, variant: str | None = None) -> None:
+        """`variant`: which of a folder's variants is read (`fp16` for `….fp16.safetensors`);
+        None: the standard names, or the only variant that there is."""
         path = Path(path)
         self.files: dict[str, Path] = {}
         """Tensor name → file."""
@@ -42,52 +45,25 @@ class TensorFolder:
         """Float8 tensor → its scale."""
         self._opened: dict[Path, Any] = {}
         self._hidden: frozenset[str] = frozenset()
-        if _is_file(path):
-            self._add_all(path)
-        elif not path.is_dir():
+        if not path.is_dir() and not _is_file(path):
             raise InputError(
                 f"{path}: no such folder; give the folder that holds config.json and .safetensors files"
             )
+        chosen = choose_weights(path, variant) if path.is_dir() else path
+        if chosen.name.endswith(".json"):  # an index of shards
+            self._add_index(chosen.parent, chosen)
         else:
-            self._add_folder(path)
+            if path.is_dir():
+                _check_inside(path, chosen)
+            self._add_all(chosen)
+        if path.is_dir():
+            say_ignored(path, chosen, set(self.files.values()))
         for name in self.files:
             if (kind := self._slice(name).get_dtype()) not in DTYPES:
                 raise InputError(
                     f"{self.files[name]}: {name} is of type {kind}, which is not supported"
                 )
         self._find_scales(path)
-
-    def _add_folder(self, path: Path) -> None:
-        indexes, singles = (
-            sorted(path.glob("*.safetensors.index.json")),
-            sorted(path.glob("*.safetensors")),
-        )
-        if len(indexes) == 1:
-            self._add_index(path, indexes[0])
-        elif len(singles) == 1:
-            _check_inside(path, singles[0])
-            self._add_all(singles[0])
-        elif not singles:
-            pickles = [
-                *path.glob("*.bin"),
-                *path.glob("*.pt"),
-                *path.glob("*.ckpt"),
-                *path.glob("*.pth"),
-            ]
-            hint = (
-                f"; {pickles[0].name} is a pickle, which is never read: convert it"
-                if pickles
-                else ""
-            )
-            raise InputError(f"{path}: no .safetensors file in it{hint}")
-        elif indexes:
-            raise InputError(
-                f"{path}: {len(indexes)} indexes of shards ({indexes[0].name}, …); keep one of them"
-            )
-        else:
-            raise InputError(
-                f"{path}: {len(singles)} .safetensors files and no index that says which belong together"
-            )
 
     def _add_index(self, folder: Path, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -256,21 +232,26 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     people meet."""
     try:
         with file.open("rb") as start:
-            head = start.read(8)
-            length = int.from_bytes(head, "little")
-            if head.startswith(b"version "):
-                raise InputError(
-                    f"{file}: a download pointer (git-lfs) in place of the file; fetch it with git lfs pull"
-                )
-            for beginning, kind in OTHER_FORMATS.items():
-                if head.startswith(beginning):
+            head = start.read(9)
+            length = int.from_bytes(head[:8], "little")
+            whole = length <= file.stat().st_size - 8
+            # A header's length may begin with another format's bytes (640 is 80 02): what has
+            # a whole header that opens a JSON object is no other format.
+            if not (whole and head[8:] == b"{"):
+                if head.startswith(b"version "):
                     raise InputError(
-                        f"{file}: {kind}, which is not read; take the safetensors file of the same weights"
+                        f"{file}: a download pointer (git-lfs) in place of the file; fetch it with git lfs pull"
                     )
-            if len(head) < 8 or length > file.stat().st_size - 8:
+                for beginning, kind in OTHER_FORMATS.items():
+                    if head.startswith(beginning):
+                        raise InputError(
+                            f"{file}: {kind}, which is not read; take the safetensors file of the same weights"
+                        )
+            if len(head) < 8 or not whole:
                 raise InputError(
                     f"{file}: not a whole safetensors file (its header does not end); download it again"
                 )
+            start.seek(8)
             header = json.loads(start.read(length), object_pairs_hook=_no_duplicates)
     except InputError:
         raise

@@ -104,12 +104,12 @@ class Report:
         }
 
 
-def detect(folder: str | Path) -> Kind:
+def detect(folder: str | Path, variant: str | None = None) -> Kind:
     """What a folder or file holds, by its config.json or else by its names."""
     path = Path(folder) / "config.json"
     values = read_json(path) if path.is_file() else {}
     name = values.get("_class_name") or values.get("model_type") or ""
-    names = without_prefix(TensorFolder(folder), DIT_PREFIXES).names()
+    names = without_prefix(TensorFolder(folder, variant), DIT_PREFIXES).names()
     if (family := find_format(name, names)) is not None:
         return family.kind
     kinds = {"AutoencoderKL": "autoencoder", "internvl": "internvl"}
@@ -133,15 +133,16 @@ def verify(
     folder: str | Path,
     kind: Kind | None = None,
     *,
+    variant: str | None = None,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> Report:
     """Checks a checkpoint's names and shapes, then its numbers. Raises InputError where it
-    cannot be read at all."""
-    kind = kind or detect(folder)
+    cannot be read at all. `variant`: which one is read where a folder has several (`fp16`)."""
+    kind = kind or detect(folder, variant)
     if kind not in KINDS:
         raise InputError(f"no kind {kind!r}; choose one of {', '.join(KINDS)}")
     read, class_of, parts = KINDS[kind]
-    source = read(folder)
+    source = read(folder, variant)
     module = nnx.eval_shape(lambda: class_of(source.config)(source.config, rngs=nnx.Rngs(0)))
     table = source.entries(source.config)
     count = sum(int(np.prod(leaf.shape)) for leaf in parameters_by_path(module).values())

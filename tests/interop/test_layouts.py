@@ -198,8 +198,10 @@ def test_internvl_is_read_from_a_folder(tmp_path):
 
 def test_diffusers_names_in_a_single_file_need_their_folder(tmp_path):
     save_dit(tmp_path, random_dit(), jnp.float32)
+    load_dit(tmp_path / WEIGHTS, jnp.float32)  # its folder's config.json is beside it
+    (tmp_path / WEIGHTS).rename(tmp_path / "mine.safetensors")
     with pytest.raises(InputError, match="give the folder that has both"):
-        load_dit(tmp_path / WEIGHTS)
+        load_dit(tmp_path / "mine.safetensors")
 
 
 def test_a_fused_tensor_of_another_size_is_named(tmp_path):

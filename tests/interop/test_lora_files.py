@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,8 @@ def test_a_pair_lands_in_its_layer_and_nowhere_else(tmp_path, dialect, key, name
         ("diffusion_model.img_in", (A, B), "ai_toolkit"),
         ("img_in", (A, B), "comfyui"),
         ("diffusion_model.x_embedder", (A, B), "diffusers"),
+        ("transformer.x_embedder", ("lora.down.weight", "lora.up.weight"), "diffusers"),
+        ("x_embedder", ("lora.down.weight", "lora.up.weight"), "diffusers"),
     ],
 )
 def test_other_spellings_of_the_same(tmp_path, key, roles, dialect):
@@ -291,11 +294,12 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path, key, shapes, message):
 def test_keys_of_text_encoders_are_skipped_aloud(tmp_path):
     file, product = one(tmp_path)
     te = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
-    names = (te, "text_encoder.x.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight")
+    embedding = "bundle_emb.<animal>.clip_l"  # as OneTrainer writes
+    names = (te, "text_encoder.x.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight", embedding)
     others = {name: np.ones((2, 8)) for name in names}
     write(file, {**load_file(file), **others})
     dit = random_dit()
-    with pytest.warns(UserWarning, match="3 keys for text encoders are skipped"):
+    with pytest.warns(UserWarning, match="4 keys for text encoders are skipped"):
         report = load_lora(dit, file)
     assert te in report.skipped
     (found,) = deltas(dit).values()
@@ -426,7 +430,7 @@ def test_every_dialect_spells_every_layer_once():
 # --- against PyTorch --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "peft"])
+@pytest.mark.parametrize("dialect", ["diffusers", "older diffusers", "peft"])
 def test_the_file_means_the_same_to_diffusers_and_peft(tmp_path, dialect):
     torch, twin = torch_twin()
     peft = pytest.importorskip("peft")
@@ -435,12 +439,18 @@ def test_the_file_means_the_same_to_diffusers_and_peft(tmp_path, dialect):
         dict(linears(dit))[path].adapter = linear.adapter
     folder = tmp_path / dialect
     folder.mkdir()
-    save_lora(folder / "adapter_model.safetensors", dit, dialect)
+    file = folder / "adapter_model.safetensors"
+    save_lora(file, dit, "peft" if dialect == "peft" else "diffusers")
+    if dialect == "older diffusers":  # the same under the names of before PEFT: they mean the same to both
+        names = {"lora_A": "lora.down", "lora_B": "lora.up"}
+        write(file, {re.sub("lora_[AB]", lambda m: names[m[0]], k): v for k, v in load_file(file).items()})
+        remove_lora(dit)
+        assert load_lora(dit, file).dialect == "diffusers"
     if dialect == "peft":
         loaded = peft.PeftModel.from_pretrained(twin, folder)
         model = loaded.base_model.model
     else:
-        twin.load_lora_adapter(load_torch(torch, folder / "adapter_model.safetensors"))
+        twin.load_lora_adapter(load_torch(torch, file))
         model = twin
     x = inputs()
     with torch.no_grad():

@@ -52,7 +52,8 @@ def test_bfloat16_keeps_its_bits_and_its_name(tmp_path):
 def test_the_index_is_the_authority(tmp_path):
     sharded(tmp_path, one={"a": np.ones(2)}, two={"b": np.zeros((3, 4))})
     save_file({"a": np.full(2, 7.0), "c": np.ones(1)}, tmp_path / "stray.safetensors")
-    folder = TensorFolder(tmp_path)
+    with pytest.warns(match="stray.safetensors is not read beside model.safetensors.index.json"):
+        folder = TensorFolder(tmp_path)
     assert sorted(folder.names()) == ["a", "b"]
     assert folder.shape("b") == (3, 4)
     np.testing.assert_array_equal(folder.read("a"), [1, 1])
@@ -124,6 +125,67 @@ def test_what_is_no_safetensors_file_says_so(tmp_path, content, message):
     assert str(refused.value).count("x.safetensors") == 1, "said once"
 
 
+@pytest.mark.parametrize("length", [0x280, 0x10280, 0x20280])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, length):
+    header = json.dumps({"a": entry("F32", [2], 0, 8)}).encode().ljust(length)
+    file = raw(tmp_path / "x.safetensors", header, np.array([3.0, 5.0], np.float32).tobytes())
+    assert file.read_bytes()[:2] == b"\x80\x02"
+    np.testing.assert_array_equal(load_file(file)["a"], [3, 5])
+    np.testing.assert_array_equal(TensorFolder(file).read("a"), [3, 5])
+    import torch
+
+    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    assert file.read_bytes()[:2] == b"\x80\x02", "an old pickle"
+    with pytest.raises(InputError, match="a pickle"):
+        TensorFolder(file)
+
+
+def save(folder, name, value):
+    """A file with one tensor, `a`, of one value."""
+    folder.mkdir(exist_ok=True)
+    save_file({"a": np.full(2, value)}, folder / name)
+
+
+def save_shards(folder, index, shard, value):
+    """One shard and its index."""
+    save(folder, shard, value)
+    (folder / index).write_text(json.dumps({"weight_map": {"a": shard}}))
+
+
+MODEL = "diffusion_pytorch_model"
+
+
+def test_the_standard_name_wins_over_variants_and_strays(tmp_path):
+    save(tmp_path, f"{MODEL}.safetensors", 1.0)
+    save(tmp_path, f"{MODEL}.fp16.safetensors", 2.0)
+    save_shards(tmp_path, f"{MODEL}.safetensors.index.bf16.json", f"{MODEL}.bf16-00001-of-00001.safetensors", 3.0)
+    for variant, value in ((None, 1), ("fp16", 2), ("bf16", 3)):
+        np.testing.assert_array_equal(TensorFolder(tmp_path, variant).read("a"), [value, value])
+    with pytest.raises(InputError, match=r"no variant 'fp8' in it; it has: bf16, fp16"):
+        TensorFolder(tmp_path, "fp8")
+    save(tmp_path, "pytorch_lora_weights.safetensors", 4.0)
+    with pytest.warns(match=rf"pytorch_lora_weights.safetensors is not read beside {MODEL}.safetensors"):
+        np.testing.assert_array_equal(TensorFolder(tmp_path).read("a"), [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("index", "shard"),
+    [
+        (None, f"{MODEL}.fp16.safetensors"),
+        (f"{MODEL}.safetensors.index.fp16.json", f"{MODEL}.fp16-00001-of-00001.safetensors"),
+        ("model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors"),
+        ("model.fp16.safetensors.index.json", "model-00001-of-00001.fp16.safetensors"),
+    ],
+)
+def test_an_only_variant_is_taken_and_said(tmp_path, index, shard):
+    save(tmp_path, shard, 2.0) if index is None else save_shards(tmp_path, index, shard, 2.0)
+    with pytest.warns(match="the variant fp16 is read, since there is no other"):
+        np.testing.assert_array_equal(TensorFolder(tmp_path).read("a"), [2, 2])
+    save(tmp_path, f"{MODEL}.bf16.safetensors", 3.0)
+    with pytest.raises(InputError, match=r"several variants \(bf16, fp16\).*--variant"):
+        TensorFolder(tmp_path)
+
+
 def test_an_empty_tensor_loads(tmp_path):
     save_file({"a": np.zeros((0, 3), np.float32), "b": np.ones(1)}, tmp_path / "x.safetensors")
     assert TensorFolder(tmp_path).read("a").shape == (0, 3)
@@ -159,6 +221,8 @@ def test_names_that_no_file_has_and_folders_in_a_files_place(tmp_path):
     with pytest.raises(InputError, match=r"index\.json: not JSON"):
         TensorFolder(tmp_path)
     (tmp_path / "model.fp16.safetensors.index.json").write_text("{}")
+    index.rename(tmp_path / "one.safetensors.index.json")
+    (tmp_path / "model.fp16.safetensors.index.json").rename(tmp_path / "two.safetensors.index.json")
     with pytest.raises(InputError, match="2 indexes of shards"):
         TensorFolder(tmp_path)
     other = tmp_path / "other"
