@@ -166,21 +166,19 @@ def run_tests(copy: Path, tests: tuple[str, ...]) -> str | None:
     return None if os.WEXITSTATUS(status) == 0 else "; ".join(failed) or "not collected"
 
 
-def judge(mutant: Mutant, tests: tuple[str, ...], copy: Path) -> dict[str, object]:
-    """Runs the tests on a copy of the repository with the fault in it: the nearest files first."""
+def judge(mutant: Mutant, tests: tuple[str, ...], copy: Path) -> str | None:
+    """Runs the tests on a copy of the repository with the fault in it; what failed, or None."""
     right = (copy / mutant.file).read_text()
     (copy / mutant.file).write_text(mutant.source)
     try:
-        by = next((found for some in batched(tests) if (found := run_tests(copy, some))), None)
+        return run_tests(copy, tests)
     finally:
         (copy / mutant.file).write_text(right)
-    about = {"file": mutant.file, "line": mutant.line, "change": mutant.change}
-    return about | {"caught": by is not None, "by": by or ""}
 
 
-def batched(tests: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The nearest file alone, then three, then all that are left."""
-    yield from (some for some in (tests[:1], tests[1:4], tests[4:]) if some)
+ROUNDS = (slice(0, 1), slice(1, 4), slice(4, None))
+"""Every mutant meets the nearest file of tests; who survives it three more; who survives those, all
+that are left. So the count of those caught is known long before the last survivor is."""
 
 
 def work(todo: list[tuple[Mutant, tuple[str, ...]]], out: Path) -> None:
@@ -191,12 +189,20 @@ def work(todo: list[tuple[Mutant, tuple[str, ...]]], out: Path) -> None:
         shutil.copytree(ROOT, copy, ignore=ignored)
         if failed := run_tests(copy, ("tests/diffusion",)):
             raise SystemExit(f"tests fail without a fault: {failed}")
-        for mutant, tests in todo:
-            result = judge(mutant, tests, copy)
-            with out.open("a") as lines:
-                lines.write(json.dumps(result, ensure_ascii=False) + "\n")
-            place = f"{result['file']}:{result['line']} {result['change']}"
-            print("caught  " if result["caught"] else "SURVIVED", place, flush=True)
+        for some in ROUNDS:
+            survivors = []
+            for mutant, tests in todo:
+                by = judge(mutant, tests[some], copy) if tests[some] else None
+                if by is None and some is not ROUNDS[-1]:
+                    survivors.append((mutant, tests))
+                    continue
+                place = f"{mutant.file}:{mutant.line} {mutant.change}"
+                print("SURVIVED" if by is None else "caught  ", place, flush=True)
+                about = {"file": mutant.file, "line": mutant.line, "change": mutant.change}
+                about |= {"caught": by is not None, "by": by or ""}
+                with out.open("a") as lines:
+                    lines.write(json.dumps(about, ensure_ascii=False) + "\n")
+            todo = survivors
 
 
 def read_report(path: Path) -> list[dict[str, object]]:

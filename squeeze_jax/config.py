@@ -16,11 +16,13 @@ import tyro
 from squeeze_jax.config_checks import Checked, above_zero, between
 from squeeze_jax.config_data import CrittersConfig as CrittersConfig
 from squeeze_jax.config_data import DataConfig
+from squeeze_jax.config_flags import set_optional
 from squeeze_jax.config_names import current_flag
 from squeeze_jax.diffusion.flow import TimeSampling, no_shift
 from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.diffusion.stages import MAX_TAU, ConditionDropout
 from squeeze_jax.errors import InputError
+from squeeze_jax.finite import not_finite
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.layers.stack import REMAT, Remat
 from squeeze_jax.models.aggregator import AggregatorConfig
@@ -259,6 +261,7 @@ class Config(Checked):
 
     def _problems(self) -> Iterator[str]:
         """Yields a sentence for what cannot work between sections; each checks itself."""
+        yield from not_finite(self)
         dit, aggregator, model, data = self.model.dit, self.aggregator, self.model, self.data
         if aggregator.out_width != dit.context_width:
             yield (
@@ -354,8 +357,10 @@ def load_preset(path: str | Path) -> Config:
 def override(config: Config, arguments: list[str], prog: str) -> Config:
     """`config` with `--path.to.field value` applied; old names of fields count, too.
 
-    For an unknown field tyro prints the nearest ones and exits with 2.
+    `--section None` leaves an optional section out (`lora`, `data.critters`). For an unknown field
+    tyro prints the nearest ones and exits with 2.
     """
+    config, left = set_optional(config, [*map(current_flag, arguments)])
     # Without the marker a union would be a subcommand; the kind that the default is of, stays.
     kind = tyro.conf.AvoidSubcommands[Config]
-    return tyro.cli(kind, default=config, args=[*map(current_flag, arguments)], prog=prog)
+    return tyro.cli(kind, default=config, args=left, prog=prog)

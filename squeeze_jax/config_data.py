@@ -35,6 +35,9 @@ class DataConfig(Checked):
     webdataset:DIR (docs/data.md); or `critters` below; or ready `features`."""
     manifest: str | None = None
     """`source`, by the name that it had when it was a JSON list always."""
+    image_root: str | None = None
+    """Folder below which the pictures of a JSON list, JSON lines or an image folder lie, absolute
+    paths among them, and where relative ones begin; None: the folder of the list."""
     critters: CrittersConfig | None = None
     features: str | None = None
     """Folder of feature records (train and held-out below it); None: extracted into the work

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from squeeze_jax.config import Config
 from squeeze_jax.config_names import RENAMED
 from squeeze_jax.errors import InputError
+from squeeze_jax.finite import load_json
 
 MEANT = {"max_text_tokens": 128}
 """What a missing field of `data` meant before there was a choice, where that is not its default."""
@@ -23,11 +24,13 @@ def from_json(text: str) -> Config:
     config.
     """
     try:
-        value = json.loads(text)
+        value = load_json(text)
         if isinstance(value, dict) and isinstance(data := value.get("data", {}), dict):
             value["data"] = MEANT | data
         return _build(Config, value, "config")
-    except (TypeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InputError(f"not a config ({error})") from error
 
 
@@ -80,16 +83,16 @@ def _with_new_names(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """`path: old → new` for every field that differs."""
+    """`path: old → new` for every field that differs, `training.stages.1.steps` among them; where
+    one has no such section or stage its value is None."""
 
     def flat(prefix: str, value: Any) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {
-                k: v
-                for name, item in value.items()
-                for k, v in flat(f"{prefix}.{name}".lstrip("."), item).items()
-            }
-        return {prefix: value}
+        if isinstance(value, tuple) and value and all(isinstance(item, dict) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}  # stages, one by one
+        if not isinstance(value, dict):
+            return {prefix: value}
+        parts = [flat(f"{prefix}.{name}".lstrip("."), item) for name, item in value.items()]
+        return {name: item for part in parts for name, item in part.items()}
 
     a, b = flat("", dataclasses.asdict(old)), flat("", dataclasses.asdict(new))
     return [

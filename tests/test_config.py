@@ -47,9 +47,44 @@ def test_overrides_reach_nested_fields_and_keep_the_rest():
     other = override(config, ["--optimizer.learning-rate", "3e-4", "--training.stages.0.steps", "7"], "train.py")
     assert differences(config, other) == [
         "optimizer.learning_rate: 0.01 → 0.0003",
-        f"training.stages: {dataclasses.asdict(config.training)['stages']} → "
-        f"{dataclasses.asdict(other.training)['stages']}",
+        f"training.stages.0.steps: {config.training.stages[0].steps} → 7",
     ]
+
+
+def test_an_optional_section_is_one_flag():
+    config = load_preset(ROOT / "configs" / "demo.py")
+    bare = override(config, ["--data.critters", "None", "--log.score=0"], "train.py")
+    assert bare == dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, critters=None),
+        log=dataclasses.replace(config.log, score=0),
+    )
+    assert override(tiny_config(lora=None), ["--lora=none"], "train.py").lora is None
+    begun = override(tiny_config(lora=None), ["--lora.rank", "3", "--lora.qkv=separate"], "train.py")
+    assert begun.lora == LoRAConfig(rank=3, qkv="separate")
+    again = override(config, ["--data.critters.train", "7"], "train.py").data.critters
+    assert again == dataclasses.replace(config.data.critters, train=7)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "field",
+    ["optimizer.learning_rate", "sampling.tau2", "lora.alpha", "aggregator.norm_eps",
+     "training.stages.0.dropout.vae", "diffusion.guidance"],
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused_by_name(field, number, capsys):
+    with pytest.raises((InputError, SystemExit)) as stop:
+        override(tiny_config(lora=LoRAConfig()), [f"--{field}={number}"], "train.py")
+    said = " ".join((str(stop.value) + capsys.readouterr().err).replace("│", " ").split())
+    assert re.search(rf"{re.escape(field)} is {number}|dropout \(both.*{number}", said), said
+    values = json.loads(to_json(tiny_config(lora=LoRAConfig())))
+    *sections, name = field.split(".")
+    section = values
+    for part in sections:
+        section = section[int(part) if part.isdigit() else part]
+    section[name] = float(number)
+    with pytest.raises(InputError, match=r"number -?(NaN|Infinity) is not finite"):
+        from_json(json.dumps(values))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from squeeze_jax.commands.run import guarded, setup
+from squeeze_jax.commands.run import check_finite, guarded, setup
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Describe:
     tokenizer, which makes about three times as many tokens of a text as InternVL3's."""
     min_score: float | None = None
     """Leave pairs out that were scored lower (UNO-1M: score_final; Subjects200K: any of three)."""
+    image_root: str | None = None
+    """Folder below which a list's pictures lie; none: the preset's, or the list's own."""
     limit: int | None = None
     """Take only so many of the first examples that pass."""
 
@@ -59,7 +61,9 @@ def run(given: Describe) -> None:
     if given.limit is not None and given.limit < 1:
         raise InputError(f"--limit {given.limit} must be at least 1")
     config = load_preset(given.config) if given.config else Config(name="describe")
-    options = Options(given.min_score, given.limit)
+    check_finite(given)
+    image_root = given.image_root or config.data.image_root
+    options = Options(given.min_score, given.limit, image_root=image_root)
     found, sheet = describe(given.source, options, config)
     print(f"{found.source}: {found.kept:,} of {found.examples:,} examples in {found.rows:,} rows")
     for reason, count in sorted(found.dropped.items(), key=lambda item: -item[1]):

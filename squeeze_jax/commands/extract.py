@@ -55,6 +55,8 @@ def run(given: Extract, overrides: list[str]) -> None:
         part, parts = (int(number) for number in given.shard.split("/"))
     except ValueError:
         raise InputError(f"--shard {given.shard!r} must be i/n, such as 0/4") from None
+    if not 0 <= part < parts:
+        raise InputError(f"--shard {given.shard}: the first number must be from 0 to {parts - 1}")
     config = override(load_preset(given.config), overrides, "squeeze_jax extract")
     data = config.data
     config = replace(

@@ -106,6 +106,7 @@ def check(given: Plan) -> None:
         )
     if given.search and given.mesh is not None:
         raise InputError("--search tries every mesh; leave --mesh out, or --search")
+    check_finite(given)
     if given.chip_hour is not None and given.chip_hour <= 0:
         raise InputError(f"--chip-hour {given.chip_hour:g} must be above 0")
 

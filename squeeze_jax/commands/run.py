@@ -19,6 +19,15 @@ def setup() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def check_finite(given: object) -> None:
+    """Raises InputError where a command's flag is NaN or infinite: no comparison would see it."""
+    from squeeze_jax.errors import InputError
+    from squeeze_jax.finite import not_finite
+
+    for problem in not_finite(given):
+        raise InputError("--" + problem.replace("_", "-"))
+
+
 def guarded(main: Callable[[], None]) -> int:
     """Runs a command; what its user can mend ends in one sentence and the exit code that `errors`
     names."""

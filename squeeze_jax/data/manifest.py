@@ -1,4 +1,5 @@
-"""The manifest: a JSON list of examples as UNO writes it, with paths relative to the file.
+"""The manifest: a JSON list of examples as UNO writes it, with paths relative to the file
+(or to `data.image_root`).
 
     [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "sofa.png"}, …]
 
@@ -21,7 +22,7 @@ FIELDS = ("prompt", "image_paths", "image_tgt_path")
 
 
 class Row(NamedTuple):
-    """One example; paths are absolute and lie inside the manifest's folder."""
+    """One example; paths are absolute and lie inside the folder of pictures."""
 
     number: int
     """Place in the file, from 1."""
@@ -60,12 +61,15 @@ def read_manifest(
     check_images: bool = True,
     skip_bad: bool = False,
     limit: int | None = None,
+    image_root: str | Path | None = None,
 ) -> Manifest:
     """Reads and validates a manifest before anything is made of it.
 
     need_targets: training learns from targets; sampling and evaluation do without. check_images:
     decodes every picture once, since a truncated file opens without complaint. skip_bad: leaves bad
     rows out, each with a warning. limit: looks at no more rows once so many are good.
+    image_root: the folder below which all pictures lie, absolute paths among them, and where
+    relative ones begin; None: the manifest's own.
     Raises InputError that lists every bad row with its number, the file or value, and the remedy.
     """
     path = Path(path)
@@ -73,7 +77,7 @@ def read_manifest(
     values = enumerate(_rows(path, content), 1)
     return check_rows(
         path,
-        path.parent,
+        root_of(path.parent, image_root),
         values,
         content,
         need_targets=need_targets,
@@ -81,6 +85,14 @@ def read_manifest(
         skip_bad=skip_bad,
         limit=limit,
     )
+
+
+def root_of(folder: Path, image_root: str | Path | None) -> Path:
+    """The folder of a list's pictures. Raises InputError where there is none."""
+    root = folder if image_root is None else Path(image_root)
+    if not root.is_dir():
+        raise InputError(f"data.image_root {root}: no such folder; give the one of the pictures")
+    return root
 
 
 def check_rows(
@@ -253,10 +265,11 @@ def _resolve(folder: Path, name: Any) -> tuple[Path | None, str]:
         if not resolved.is_relative_to(folder.resolve()):
             return (
                 None,
-                f'"{name}" leads out of the manifest\'s folder {folder}; move the picture into it',
+                f'"{name}" leads out of the folder of pictures {folder}; move the picture into it, or '
+                "name a folder that holds them all: --data.image-root DIR",
             )
         if not resolved.is_file():
-            return None, f'"{name}": no such file in {folder}; paths are relative to the manifest'
+            return None, f'"{name}": no such file in {folder}; paths are relative to it'
     except (OSError, ValueError) as error:  # a null byte, a name that is too long, a loop of links
         return None, f'"{name}" is not a usable path ({error}); correct it'
     return resolved, ""

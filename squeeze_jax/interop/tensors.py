@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from squeeze_jax.errors import InputError
+from squeeze_jax.finite import load_json
 from squeeze_jax.interop.variants import choose_weights, say_ignored
 
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
@@ -287,7 +288,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; InputError names the file and the place of a mistake."""
     try:
-        value = json.loads(path.read_text())
+        value = load_json(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:

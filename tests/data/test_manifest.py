@@ -112,7 +112,23 @@ def test_paths_that_leave_the_folder_are_refused(folder, tmp_path_factory):
     message = error_of(folder, [row(image_paths=[name]) for name in names])
     for number in range(1, len(names) + 1):
         assert f"row {number}: image_paths[0]" in message
-    assert message.count("leads out of the manifest's folder") == len(names)
+    assert message.count("leads out of the folder of pictures") == len(names)
+
+
+def test_pictures_may_lie_on_another_disk_below_one_folder(folder, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    for name in ("pictures/a.png", "pictures/b.png", "other/c.png"):
+        (disk / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(disk / name)
+    absolute, relative = str(disk / "pictures" / "a.png"), "b.png"
+    path = write(folder, [row(image_paths=[absolute, relative], image_tgt_path=relative)])
+    (read,) = read_manifest(path, need_targets=True, image_root=disk / "pictures").rows
+    assert read.references == (disk / "pictures" / "a.png", disk / "pictures" / "b.png")
+    path = write(folder, [row(image_paths=[str(disk / "other" / "c.png")], image_tgt_path=relative)])
+    with pytest.raises(InputError, match=r"leads out of .*/pictures; .*--data\.image-root DIR"):
+        read_manifest(path, need_targets=True, image_root=disk / "pictures")
+    with pytest.raises(InputError, match=r"data\.image_root .*/gone: no such folder"):
+        read_manifest(path, need_targets=True, image_root=disk / "gone")
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000, ".", None, ["a.png"]], ids=str)

@@ -82,7 +82,7 @@ def open_examples(config: Config, *, check_images: bool = True) -> dict[str, Exa
     if name == "critters":
         return import_module(DRAWN).open_source(config, check_images=check_images)
     text: str = getattr(data, name)
-    options = Options(data.min_score, data.limit, check_images, data.skip_bad)
+    options = Options(data.min_score, data.limit, check_images, data.skip_bad, data.image_root)
     opened = open_source(text, options)
     if check_images:
         for line in opened.report.warnings:

@@ -92,6 +92,8 @@ class Options(NamedTuple):
     """Decodes every picture that is a file of its own."""
     skip_bad: bool = False
     """Counts rows that cannot be used, instead of refusing them."""
+    image_root: str | None = None
+    """`data.image_root`."""
 
 
 class Left(NamedTuple):

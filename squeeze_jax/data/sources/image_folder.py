@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from squeeze_jax.data.manifest import Unreadable, check_rows, read_text_file
+from squeeze_jax.data.manifest import Unreadable, check_rows, read_text_file, root_of
 from squeeze_jax.data.sources.contract import Opened, Options, refuse_scores
 from squeeze_jax.data.sources.json_lines import parse_lines
 from squeeze_jax.data.sources.listed import opened
@@ -34,7 +34,7 @@ def open_rows(path: Path, options: Options) -> Opened:
     rows = ((number, as_manifest_row(value)) for number, value in lines(found[0], content))
     manifest = check_rows(
         found[0],
-        path,
+        root_of(path, options.image_root),
         rows,
         content,
         need_targets=True,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from squeeze_jax.data.manifest import Unreadable, check_rows, read_text_file
+from squeeze_jax.data.manifest import Unreadable, check_rows, read_text_file, root_of
 from squeeze_jax.data.sources.contract import Opened, Options, refuse_scores
 from squeeze_jax.data.sources.listed import opened
 from squeeze_jax.errors import InputError
@@ -15,7 +15,7 @@ def open_rows(path: Path, options: Options) -> Opened:
     content = read_text_file(path, "give the path of a file of JSON lines")
     manifest = check_rows(
         path,
-        path.parent,
+        root_of(path.parent, options.image_root),
         parse_lines(path, content),
         content,
         need_targets=True,

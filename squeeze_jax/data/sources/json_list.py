@@ -15,5 +15,6 @@ def open_rows(path: Path, options: Options) -> Opened:
         check_images=options.check_images,
         skip_bad=options.skip_bad,
         limit=options.limit,
+        image_root=options.image_root,
     )
     return opened("manifest", manifest)
