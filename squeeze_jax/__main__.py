@@ -1,4 +1,4 @@
-"""`python -m squeeze_jax COMMAND`."""
+"""`squeeze-jax COMMAND`, or `python -m squeeze_jax COMMAND`."""
 
 import sys
 from importlib import import_module
@@ -19,7 +19,7 @@ COMMANDS = {
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: python -m squeeze_jax COMMAND …   (COMMAND --help explains its flags)\n")
+        print("usage: squeeze-jax COMMAND …   (COMMAND --help explains its flags; train --list lists presets)\n")
         print("\n".join(f"  {name:15}{what}" for name, what in COMMANDS.items()))
         return 0 if len(sys.argv) > 1 else 2
     name, *arguments = sys.argv[1:]

@@ -28,6 +28,7 @@ from squeeze_jax.layers.stack import REMAT, Remat
 from squeeze_jax.models.aggregator import AggregatorConfig
 from squeeze_jax.models.dit import DiTConfig
 from squeeze_jax.models.flux2 import Flux2Config
+from squeeze_jax.preset_files import find_preset
 
 Precision = Literal["float32", "bfloat16"]
 TransformerConfig = DiTConfig | Flux2Config
@@ -333,15 +334,9 @@ def global_batch(config: Config, mesh_shape: Mapping[str, int]) -> int:
 
 
 def load_preset(path: str | Path) -> Config:
-    """The `config` of a preset file. Raises InputError if there is none."""
-    path = Path(path)
-    if not path.is_file():
-        nearby = (
-            sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        )
-        raise InputError(
-            f"no preset {path}" + (f"; there are {', '.join(nearby)}" if nearby else "")
-        )
+    """The `config` of a preset: a file, or the name of a shipped one. Raises InputError if there is
+    none."""
+    path = find_preset(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

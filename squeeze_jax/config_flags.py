@@ -18,8 +18,8 @@ def set_optional(section: Any, arguments: list[str], prefix: str = "") -> tuple[
             left = _without(arguments, path)
             if len(left) < len(arguments):
                 value, arguments = None, left
-            elif value is None and any(_names(argument, f"{path}.") for argument in arguments):
-                value = kinds[0]()
+            elif value is None and any(_names(one, f"{path}.") for one in arguments):
+                value = kinds[0]()  # pyright: ignore[reportCallIssue]
         if dataclasses.is_dataclass(value):
             value, arguments = set_optional(value, arguments, f"{path}.")
         if value is not getattr(section, field.name):

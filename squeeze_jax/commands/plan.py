@@ -36,7 +36,7 @@ class Plan:
     """
 
     preset: Annotated[Path, tyro.conf.Positional]
-    """File of configs/; paths of checkpoints in it are not looked at."""
+    """File of configs/, or the name of one; paths of checkpoints in it are not looked at."""
     topology: str
     """Chip and shape of a slice, such as v5p:2x2x4."""
     slices: int = 1

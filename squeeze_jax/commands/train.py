@@ -27,7 +27,7 @@ class Train:
     """
 
     preset: Annotated[Path, tyro.conf.Positional]
-    """A file of configs/."""
+    """A file of configs/, or the name of one (`demo`, `klein_stage2`); `train --list` lists them."""
     workdir: str | None = None
     """Where checkpoints, metrics and pictures go; none: runs/<name of the preset>."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
@@ -47,12 +47,22 @@ class Train:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--list"]:
+        return guarded(print_presets)
     # Without a preset, help is about the flags here; behind one, it is the preset's own.
     about_preset = bool(arguments) and not arguments[0].startswith("-")
     given, overrides = tyro.cli(
         Train, args=arguments, prog="train.py", return_unknown_args=True, add_help=not about_preset
     )
     return guarded(lambda: run(given, overrides))
+
+
+def print_presets() -> None:
+    from squeeze_jax.preset_files import list_presets
+
+    presets = list_presets()
+    width = max(map(len, presets)) + 2
+    print("\n".join(f"{name:{width}}{about}" for name, about in presets.items()))
 
 
 def run(given: Train, overrides: list[str]) -> None:

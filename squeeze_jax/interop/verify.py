@@ -388,7 +388,7 @@ def _transformers_internvl(
 
 KINDS: dict[
     Kind,
-    tuple[Callable[[str | Path], Source], Callable[..., Any], Callable[[Source], Iterator[Row]]],
+    tuple[Callable[..., Source], Callable[..., Any], Callable[[Source], Iterator[Row]]],
 ] = {
     **{
         family.kind: (dit_source, lambda config: format_of(config).module, _dit_rows)

@@ -88,7 +88,8 @@ def score_critters(
     scores = score_settings(images, pairs, seed=0, codec=codec)
     if not is_main():
         return
-    print(f"retrieval of {count} held-out pairs, step {pipeline.step}:")
+    step = "" if pipeline.step is None else f", step {pipeline.step}"
+    print(f"retrieval of {count} held-out pairs{step}:")
     print(render(scores))
     report = {
         "pairs": count,

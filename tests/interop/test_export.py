@@ -179,6 +179,7 @@ def test_the_certificate_says_what_was_compared(exported):
     assert files == {*report["files"], "parity.json"}
     card = (exported / "README.md").read_text()
     assert f"{report['whole']['latents']:.1e}" in card and "rank 3, alpha 2" in card
+    assert "This computes in float32" in card and "torch_dtype=torch.float32" in card
     assert "held-out pairs | subject | scene |" in card and "| staged | 87.5 | 50.0 |" in card
 
 
@@ -232,6 +233,7 @@ def test_every_part_has_its_licence_in_the_card_of_a_real_run(tmp_path):
     for part in ("Base transformer", "LoRA", "Autoencoder"):
         assert "FLUX.1-dev" in rows[part] and "no" in rows[part] and "commercial use" in rows[part]
     assert {"Aggregator", "Multimodal LLM", "Training data"} < rows.keys()
+    assert "This computes in bfloat16. With `torch_dtype=torch.float32`" in card
     assert "The check was skipped" in card and 'vae="black-forest-labs/FLUX.1-dev"' in card
 
 
