@@ -129,6 +129,8 @@ def test_layers_of_klein_cut_what_the_sharding_table_cuts():
     }
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(2, 2, 2), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
 def test_a_mesh_gives_what_one_device_gives(axes):
     """Velocity, and gradients of inputs and weights."""

@@ -126,6 +126,8 @@ def drawn(one_device, subject):
     return one_device("a red box", [subject], dataclasses.replace(SETTINGS, num_images=2))
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1, 2, 4), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
 def test_eight_devices_draw_the_same_picture(home, subject, drawn, axes):
     """MLLM, autoencoder, aggregator and transformer on the mesh, adapters merged on it."""

@@ -19,6 +19,8 @@ def whole(start, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_start_goes_on_with_the_same_bits(whole, start, tmp_path):
     process = start(tmp_path, slow=0.3, every=100)
     wait_for_step(tmp_path, 3, process)
@@ -52,6 +54,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(start, tmp_pa
     assert final_state(tmp_path)[0] == 8
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(whole, start, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(whole, workdir)

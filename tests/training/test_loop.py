@@ -305,6 +305,8 @@ def apart(features, tmp_path_factory):
     return one, two, train(TWO, two, features, start_from=one, say=lambda text: None)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_two_stages_in_one_run_equal_two_runs(whole, apart):
     """Bit for bit: weights, average, moments, losses, rates, and the place in the records."""
     straight, result = whole
@@ -322,6 +324,8 @@ def test_two_stages_in_one_run_equal_two_runs(whole, apart):
         np.testing.assert_array_equal(state[path], of_two[path], err_msg=path)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_stage_two_draws_other_numbers_and_records_than_stage_one(apart):
     one, two, _ = apart
     began = read_config(two)
@@ -337,6 +341,8 @@ def test_stage_two_draws_other_numbers_and_records_than_stage_one(apart):
     assert final_state(one)[2]["batches"] == 2
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_a_run_from_another_resumes_with_its_own_draws(apart, features, tmp_path):
     """Also where --from is not given again; a config without the count, as old ones are, has 0."""
     one, two, last = apart

@@ -29,6 +29,8 @@ def two(start, tmp_path_factory):
     return workdir, finished(together(start, workdir, 2, batch_per_chip=2))
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_two_processes_are_the_run_that_one_process_is(two, start, tmp_path):
     workdir, said = two
     finished([start(tmp_path, batch_per_chip=4)])

@@ -214,6 +214,8 @@ def test_only_matrices_decay():
     }
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_muon_moves_every_leaf():
     config = dataclasses.replace(
         CONFIG, optimizer=OptimizerConfig(kind="muon", learning_rate=0.02, warmup_steps=1)
