@@ -4,12 +4,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
+from squeeze_jax.sampling.solver_names import SolverName
 
 AT_ONCE = 16
 """Images drawn together, as when a `Pipeline` is called."""
@@ -42,7 +43,7 @@ class Sample:
     seed: int = 0
     num_images: int = 1
     """Image i is what seed + i alone gives, to one grey level."""
-    solver: Literal["euler", "multistep"] = "euler"
+    solver: SolverName = "euler"
     """multistep: second order, one evaluation a step."""
     cache_interval: int = 1
     """TaylorSeer: of so many steps in a row one is evaluated, the others are extrapolated; 1

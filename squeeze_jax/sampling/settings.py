@@ -10,7 +10,7 @@ from squeeze_jax.diffusion.stages import carry_tau, check_thresholds
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling.schedule import MAX_STEPS, STAGE_NAMES, Schedule, make_schedule
 from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER, SolverConfig
-from squeeze_jax.sampling.solvers import SolverName
+from squeeze_jax.sampling.solver_names import SolverName
 
 
 @dataclass(frozen=True)

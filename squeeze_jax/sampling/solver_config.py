@@ -5,7 +5,7 @@ from typing import get_args
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling.caching import CachePolicy, FirstBlockCache, NoCache, TaylorSeer
-from squeeze_jax.sampling.solvers import SolverName
+from squeeze_jax.sampling.solver_names import SolverName
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""Solvers: how a step follows from velocities. One function each; add another to `SOLVERS`."""
+"""Solvers: how a step follows from velocities. One function each; add another to `SOLVERS`, and its
+name to `solver_names.py`."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from squeeze_jax.array_types import Array, Bool, Float
 from squeeze_jax.diffusion.flow import euler_step
-
-SolverName = Literal["euler", "multistep"]
+from squeeze_jax.sampling.solver_names import SolverName
 
 
 class Step(NamedTuple):
