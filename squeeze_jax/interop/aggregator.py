@@ -25,7 +25,7 @@ def entries(config: AggregatorConfig) -> list[Entry]:
                     Entry((f"{theirs}.{i}.{name}.weight",), f"{ours}.{name}.kernel", "linear", i)
                 )
 
-    for pool in {"dla": ("text", "image"), "lap": ("shared",)}.get(config.kind, ()):
+    for pool in config.pools:
         blocks(f"pools.{pool}.layer_blocks", f"pools.{pool}.blocks", config.layer_blocks)
         table.append(Entry((f"pools.{pool}.projector",), f"pools.{pool}.projector"))
     if config.kind == "last_layer_vit":

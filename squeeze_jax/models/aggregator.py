@@ -78,6 +78,11 @@ class AggregatorConfig:
         }
         return by_kind.get(self.kind, self.layers)
 
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The names of the poolings: one each for text and image tokens, one for all, or none."""
+        return {"dla": ("text", "image"), "lap": ("shared",)}.get(self.kind, ())
+
 
 class Aggregator(nnx.Module):
     """Pools the MLLM's hidden states into context tokens, in the order of its sequence."""
@@ -95,9 +100,8 @@ class Aggregator(nnx.Module):
         kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
         self.config, self.dtype, self.unroll = config, jnp.dtype(dtype), unroll
         self.remat: Remat = remat
-        pools = {"dla": ("text", "image"), "lap": ("shared",)}.get(config.kind, ())
         self.pools = nnx.Dict(
-            {name: LayerPool(config, **kinds, remat=remat, rngs=rngs) for name in pools}
+            {name: LayerPool(config, **kinds, remat=remat, rngs=rngs) for name in config.pools}
         )
         if config.kind == "last_layer_vit":
             # The vision tower's share is the sigmoid of this: a half at the start (our decision).
