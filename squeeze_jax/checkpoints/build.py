@@ -31,15 +31,21 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16
 """int8 is for kernels; what is beside them is bfloat16."""
 
 
-def build_system(config: Config, *, with_base: bool = True, mesh: Mesh | None = None) -> System:
+def build_system(
+    config: Config,
+    *,
+    with_base: bool = True,
+    mesh: Mesh | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> System:
     """The system of a config: random weights from its seed, pre-trained base where
     `model.dit_weights` names one.
 
     `with_base=False` leaves the pre-trained base out (its shapes stay): for `nnx.eval_shape`.
-    Trained weights are float32; a base under adapters is kept in `model.frozen_dtype`, and read
-    onto `mesh` where there is one.
+    `rngs`: of the random weights, in place of the seed's. Trained weights are float32; a base under
+    adapters is kept in `model.frozen_dtype`, and read onto `mesh` where there is one.
     """
-    rngs = nnx.Rngs(config.training.seed)
+    rngs = nnx.Rngs(config.training.seed) if rngs is None else rngs
     dtype, frozen = DTYPES[config.model.dtype], DTYPES[config.model.frozen_dtype]
     kept = jnp.float32 if config.lora is None else frozen
     options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}

@@ -110,22 +110,19 @@ def target_shape(batch: Batch, config: Config) -> tuple[int, int, int]:
 TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(
+def step_function(
     split: Split,
     optimizer: optax.GradientTransformation,
     config: Config,
     stage: StageConfig,
-    shardings: TrainState | None = None,
     begin: int = 0,
 ) -> TrainStep:
-    """Compiles a stage's step: (state, frozen leaves, batch) to (state, metrics); the state is
-    donated.
+    """A stage's step as a pure function: (state, frozen leaves, batch) to (state, metrics).
 
     Gradients exist for trained leaves only. The batch's rows are dealt out to
     `optimizer.accumulate` pieces whose gradients are averaged: the same numbers as one large batch.
     A non-finite loss or gradient leaves weights, moments and average as they were and is counted.
-    `shardings` says how the state lies on a mesh (`state_shardings`), before and after; without it
-    everything lies on one device. `begin`: the run's steps before this stage.
+    `begin`: the run's steps before this stage.
     """
     rate, pieces = learning_rate(config), config.optimizer.accumulate
 
@@ -188,6 +185,23 @@ def make_train_step(
         metrics = Metrics(loss, norm, norm_dit, norm_aggregator, sums, counts, rate_now, skipped)
         return TrainState(state.step + 1, params, opt_state, ema_params, skipped), metrics
 
+    return step
+
+
+def make_train_step(
+    split: Split,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    stage: StageConfig,
+    shardings: TrainState | None = None,
+    begin: int = 0,
+) -> TrainStep:
+    """Compiles a stage's step (`step_function`); the state is donated.
+
+    `shardings` says how the state lies on a mesh (`state_shardings`), before and after; without it
+    everything lies on one device.
+    """
+    step = step_function(split, optimizer, config, stage, begin)
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     mesh = jax.tree.leaves(shardings)[0].mesh
