@@ -16,7 +16,8 @@ import optax
 from squeeze_jax import functional
 from squeeze_jax.config import load_preset
 from squeeze_jax.data.extraction import extract_features
-from squeeze_jax.data.pipeline import training_batches
+from squeeze_jax.sharding import make_mesh
+from squeeze_jax.training.batches import make_batches
 
 
 def main() -> None:
@@ -43,7 +44,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         extract_features(config, folder)
-        batches = training_batches(config, f"{folder}/train")
+        mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        batches, _ = make_batches(folder, None, config, mesh, rows=config.data.batch_per_chip)
         for number, batch in zip(range(given.steps), batches):
             key = jax.random.fold_in(jax.random.key(1), number)
             trained, opt_state, loss = step(trained, opt_state, batch, key)

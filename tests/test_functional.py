@@ -14,7 +14,10 @@ from tiny import randomised, row, tiny_batch, tiny_config
 
 from squeeze_jax import functional
 from squeeze_jax.batch import HiddenStates, References
+from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.layers.lora import LoRAConfig
+from squeeze_jax.sampling.batching import pad_references
+from squeeze_jax.sampling.pipeline import Pipeline
 from squeeze_jax.sampling.settings import Settings
 from squeeze_jax.training.optimizer import make_optimizer
 from squeeze_jax.training.state import flatten_params, initial_state, split_system
@@ -124,6 +127,17 @@ def test_sampling_over_keys_is_each_key_alone(parts):
     assert np.abs(alone[0] - alone[1]).max() > 0.1
     text = sample(trained, frozen, states, None, KEY)
     assert text.shape == alone[0].shape and np.abs(text - alone[0]).max() > 1e-3
+
+
+def test_a_picture_is_the_one_that_the_pipeline_draws_from_that_seed(parts):
+    trained, frozen, batch = parts
+    states = row(batch.hidden_states, 0)
+    latent = np.random.default_rng(0).standard_normal((4, 6, 16)).astype(np.float32)
+    pipeline = Pipeline.of(functional.merge(trained, frozen, CONFIG), CONFIG, object.__new__(FeatureExtractor))
+    wanted = pipeline.sample(states, [[latent]], [5], SETTINGS)
+    references = pad_references([[latent]], (2, 2), CONFIG.model.dit.reference_positions)
+    found = jax.jit(drawn)(trained, frozen, states, references, jax.random.key(5))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_velocity_is_the_systems(parts):

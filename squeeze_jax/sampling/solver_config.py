@@ -1,11 +1,11 @@
 """The choice of solver and cache policy that a sampler is compiled for."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling.caching import CachePolicy, FirstBlockCache, NoCache, TaylorSeer
 from squeeze_jax.sampling.solver_names import SolverName
+from squeeze_jax.sampling.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,8 @@ class SolverConfig:
     """Threshold of the first-block cache (diffusers' default is 0.05); 0 is off."""
 
     def __post_init__(self) -> None:
-        if self.solver not in get_args(SolverName):
-            raise InputError(
-                f"solver is {self.solver!r}; choose one of {', '.join(get_args(SolverName))}"
-            )
+        if self.solver not in SOLVERS:
+            raise InputError(f"solver is {self.solver!r}; choose one of {', '.join(SOLVERS)}")
         if self.cache_interval < 1 or self.max_order not in (0, 1, 2):
             raise InputError(
                 f"cache_interval {self.cache_interval} must be at least 1, "
