@@ -256,7 +256,8 @@ class Pipeline:
     def stream_ready(
         self, ready: Ready, seeds: Sequence[int], every: int = 1
     ) -> Iterator[Progress]:
-        """`stream` of images of prompts that are `ready`."""
+        """`stream` of images of prompts that are `ready`. Raises InputError where `every` is below
+        1."""
         if every < 1:
             raise InputError(f"every is {every}; it must be at least 1")
         run, steps = self.begin(ready, seeds), ready.settings.steps
@@ -346,7 +347,8 @@ class Pipeline:
         )
 
     def begin(self, ready: Ready, seeds: Sequence[int]) -> Run:
-        """A run of as many images as there are seeds, each prompt's in a row."""
+        """A run of as many images as there are seeds, each prompt's in a row. Raises InputError
+        where the seeds do not divide evenly among the prompts."""
         mesh, (rows, columns) = (
             mesh_of(self.params),
             self.config.grid(ready.settings.height, ready.settings.width),
