@@ -14,7 +14,7 @@ The same letters stand in types, einsum strings and comments everywhere:
 Times are in [0, 1] with 1 = pure noise. Masks are boolean, True = attend (or: valid).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,5 +26,11 @@ else:
     Array = jax.Array | np.ndarray
 DType = jax.typing.DTypeLike
 Key = jax.Array
+PyTree = Any
+"""Arrays in any nesting of containers, or what stands for arrays (shapes, shardings, specs)."""
+Device = Any
+"""A device of JAX: one that is there, or one of a topology that a program is compiled for."""
+Json = dict[str, Any]
+"""A JSON object."""
 
-__all__ = ["Array", "Bool", "DType", "Float", "Int", "Key", "UInt8"]
+__all__ = ["Array", "Bool", "DType", "Device", "Float", "Int", "Json", "Key", "PyTree", "UInt8"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any, get_args
 
+from squeeze_jax.array_types import Json
 from squeeze_jax.config import Config
 from squeeze_jax.config_names import RENAMED
 from squeeze_jax.errors import InputError
@@ -71,7 +72,7 @@ def _names(kind: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def _with_new_names(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _with_new_names(values: Json, where: str) -> Json:
     """The fields of a section under the names that they have today."""
     section = where.removeprefix("config").lstrip(".")
     for old, new in RENAMED.items():
@@ -86,7 +87,7 @@ def differences(old: Config, new: Config) -> list[str]:
     """`path: old → new` for every field that differs, `training.stages.1.steps` among them; where
     one has no such section or stage its value is None."""
 
-    def flat(prefix: str, value: Any) -> dict[str, Any]:
+    def flat(prefix: str, value: Any) -> Json:
         if isinstance(value, tuple) and value and all(isinstance(item, dict) for item in value):
             value = {str(index): item for index, item in enumerate(value)}  # stages, one by one
         if not isinstance(value, dict):

@@ -6,13 +6,14 @@ and printing: no step, no sampling and no save stands behind `is_main()`, since 
 wait for it for ever.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 
+from squeeze_jax.array_types import Array, PyTree
 from squeeze_jax.errors import InputError
 
 Tree = TypeVar("Tree")
@@ -70,14 +71,14 @@ def local_rows(where: Sharding, rows: int) -> np.ndarray:
     return np.unique(np.concatenate([every[index] for index in parts]))
 
 
-def put_global(tree: Tree, where: Any) -> Tree:
+def put_global(tree: Tree, where: PyTree) -> Tree:
     """Arrays that every process has whole, laid as `where` says (one sharding, or a tree of them)."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
     if isinstance(where, Sharding):
         where = jax.tree.map(lambda _: where, tree)
 
-    def one(x: Any, to: Sharding) -> jax.Array:
+    def one(x: Array, to: Sharding) -> jax.Array:
         whole = np.asarray(x)
         return jax.make_array_from_callback(whole.shape, to, lambda index: whole[index])
 
@@ -91,7 +92,7 @@ def put_local_rows(tree: Tree, where: NamedSharding, rows: int) -> Tree:
     every, own = np.arange(rows), local_rows(where, rows)
 
     def one(x: np.ndarray) -> jax.Array:
-        def read(index: Any) -> np.ndarray:
+        def read(index: PyTree) -> np.ndarray:
             return x[np.searchsorted(own, every[index[0]])]
 
         return jax.make_array_from_callback((rows, *x.shape[1:]), where, read)

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from squeeze_jax.array_types import Device, PyTree
 from squeeze_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -105,7 +106,7 @@ kernel may use, at the default of v4 to v5p. The default of v6e is twice that, w
 time to compile and, by the compiler's estimate, gains nothing."""
 
 
-def compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
+def compiler_options(mesh: Mesh | None) -> dict[str, bool | str] | None:
     """The compiler's options for programs on this mesh, as `jax.jit` takes them."""
     tpus = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "tpu"
     return dict(OPTIONS) if tpus else None
@@ -170,7 +171,7 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     *,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Device] | None = None,
     heads: int = 0,
 ) -> Mesh:
     """A mesh over all devices (`jax.devices()` unless given); one axis may be -1 and takes what
@@ -202,7 +203,7 @@ def make_mesh(
     return Mesh(arrange_devices(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def arrange_devices(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+def arrange_devices(devices: Sequence[Device], sizes: Sequence[int]) -> np.ndarray:
     """Devices as an array [data, fsdp, tensor], as `make_mesh` describes it."""
     slices = _slices(devices)
     within = (sizes[0] // slices, *sizes[1:])
@@ -215,7 +216,7 @@ def arrange_devices(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     return mesh_utils.create_device_mesh(within, devices=devices, allow_split_physical_axes=True)
 
 
-def _slices(devices: Sequence[Any]) -> int:
+def _slices(devices: Sequence[Device]) -> int:
     """TPU slices that these devices lie on; other devices count as one."""
     return len(
         {
@@ -269,7 +270,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return drop_indivisible(PartitionSpec(*(None,) * (len(shape) - len(spec)), *spec), shape, mesh)
 
 
-def shardings(leaves: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(leaves: dict[str, PyTree], mesh: Mesh) -> dict[str, NamedSharding]:
     """A sharding for every leaf of a flat dict, by its dotted path."""
     return {
         path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh))

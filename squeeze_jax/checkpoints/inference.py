@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from squeeze_jax.array_types import DType
+from squeeze_jax.array_types import DType, PyTree
 from squeeze_jax.checkpoints.build import build_system, is_trained, load_base
 from squeeze_jax.config import Config
 from squeeze_jax.errors import InputError
@@ -50,7 +50,7 @@ def convert_for_sampling(system: System, config: Config, *, merge_lora: bool = T
     return system
 
 
-def sampling_shapes(config: Config, *, merge_lora: bool = True) -> tuple[Any, nnx.State]:
+def sampling_shapes(config: Config, *, merge_lora: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and shapes of the system that sampling keeps for a config; no weights are read."""
     bare = replace(config, data=replace(config.data, online=False))
 
@@ -74,7 +74,7 @@ def build_frozen(config: Config, mesh: Mesh | None = None) -> System:
     if config.lora is None:  # trained whole: nothing is frozen
         return system
 
-    def frozen_leaves(system: System) -> dict[str, tuple[Any, nnx.Variable]]:
+    def frozen_leaves(system: System) -> dict[str, tuple[PyTree, nnx.Variable]]:
         _, _, frozen = nnx.split(system, is_trained(config), ...)
         flat = nnx.to_flat_state(frozen)
         return {".".join(map(str, path)): (path, variable) for path, variable in flat}
@@ -163,7 +163,7 @@ def _add(
 ) -> jax.Array:
     """One layer's kernel [in, out] plus scale · down · up of each part, in float32."""
 
-    def lay(x: jax.Array, rows: Any, columns: Any) -> jax.Array:
+    def lay(x: jax.Array, rows: object, columns: object) -> jax.Array:
         if place is None:
             return x
         there = NamedSharding(place.mesh, PartitionSpec(rows, columns))

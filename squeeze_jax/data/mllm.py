@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from squeeze_jax.array_types import DType
+from squeeze_jax.array_types import DType, Json
 from squeeze_jax.batch import HiddenStates
 from squeeze_jax.config_data import MAX_TEXT_TOKENS
 from squeeze_jax.data.chat import (
@@ -55,7 +55,7 @@ class MLLM(Protocol):
         ...
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         """JSON values besides the weights that decide what comes out."""
         ...
 
@@ -104,7 +104,7 @@ class InternVLMLLM:
         return self.mllm.config.text.num_hidden_layers
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         # One tile is left out: records from before there was a choice go on being continued.
         return {"system_text": self.system_text} | (
             {"max_tiles": self.max_tiles} if self.max_tiles > 1 else {}
@@ -222,7 +222,7 @@ class TransformersMLLM:
         return self.model.config.get_text_config().num_hidden_layers
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         return {"system_text": self.system_text, "source": "transformers"}
 
     def check(self, prompt: str, references: int) -> None:
@@ -265,7 +265,7 @@ class TransformersMLLM:
             image_length=int(image.max()),
         )
 
-    def _conversation(self, prompt: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    def _conversation(self, prompt: str, images: Sequence[Image.Image]) -> list[Json]:
         check_prompt(prompt)
         for said in (prompt, self.system_text or ""):
             if token := next((token for token in self.added if token in said), None):

@@ -2,8 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
+from squeeze_jax.array_types import Json
 from squeeze_jax.config import Config
 from squeeze_jax.config_json import to_json
 from squeeze_jax.interop.exported import LORA, TRANSFORMER, torch_code
@@ -38,9 +38,7 @@ TOOLS = {"comfyui": "ComfyUI", "kohya": "kohya's sd-scripts", "ai_toolkit": "ai-
 """A LoRA dialect → the tool that it is for."""
 
 
-def write_card(
-    folder: Path, config: Config, about: dict[str, Any], report: dict[str, Any] | None
-) -> None:
+def write_card(folder: Path, config: Config, about: Json, report: Json | None) -> None:
     """Writes `README.md`: what it is, how to use it, licences, certificate, scores, config."""
     sections = [
         _front(config),
@@ -86,7 +84,7 @@ def _front(config: Config) -> str:
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
-def _what(folder: Path, config: Config, about: dict[str, Any]) -> str:
+def _what(folder: Path, config: Config, about: Json) -> str:
     step = "" if about["step"] is None else f", step {about['step']}"
     family = format_of(config.model.dit)
     lines = [
@@ -238,7 +236,7 @@ def _licences(folder: Path, config: Config) -> str:
     return "## Licences, part by part\n\n| part | licence |\n|---|---|\n" + "\n".join(lines) + "\n"
 
 
-def _certificate(report: dict[str, Any] | None, about: dict[str, Any]) -> str:
+def _certificate(report: Json | None, about: Json) -> str:
     if report is None:
         return (
             "## Certificate\n\nThe check was skipped: "

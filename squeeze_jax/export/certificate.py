@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from squeeze_jax.array_types import Array
+from squeeze_jax.array_types import Array, Json
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.checkpoints.trained import Trained
 from squeeze_jax.data.feature_extractor import FeatureExtractor
@@ -62,7 +62,7 @@ def certificate(
     trained: Trained,
     mesh: Mesh | None = None,
     progress: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Json:
     """Relative errors of every part and of whole pictures, with settings and versions, as JSON
     values.
 

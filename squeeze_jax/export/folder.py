@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from squeeze_jax.errors import InputError, OutputError
 
@@ -27,8 +27,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
             part.rename(out)
     except OSError as error:
         if error.errno is None:  # a library's own word on what it was to read
-            raise InputError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
-        raise OutputError(f"{out} cannot be written ({error.strerror}); make room or give another --out") from error
+            raise InputError(
+                (str(error).strip() or type(error).__name__).splitlines()[0]
+            ) from error
+        raise OutputError(
+            f"{out} cannot be written ({error.strerror}); make room or give another --out"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -43,7 +47,7 @@ def stoppable() -> Iterator[None]:
         return
     ended, again = False, []
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         if ended:
             return
         again.append(threading.Timer(0.5, os.kill, (os.getpid(), number)))

@@ -1,8 +1,8 @@
 """The aggregator as exported folders have it: the names of `torch_files/squeeze_aggregator.py`."""
 
 import dataclasses
-from typing import Any
 
+from squeeze_jax.array_types import Json
 from squeeze_jax.interop.mapping import Entry
 from squeeze_jax.models.aggregator import AggregatorConfig
 
@@ -36,6 +36,6 @@ def entries(config: AggregatorConfig) -> list[Entry]:
     return table
 
 
-def config_to_json(config: AggregatorConfig) -> dict[str, Any]:
+def config_to_json(config: AggregatorConfig) -> Json:
     """The folder's `config.json`: the fields of our config."""
     return {**dataclasses.asdict(config), "layers": list(config.layers)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from squeeze_jax.array_types import DType
+from squeeze_jax.array_types import DType, Json
 from squeeze_jax.interop.mapping import Entry, Layout, export_entries
 from squeeze_jax.interop.tensors import write_json, write_tensors
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -61,7 +61,7 @@ def _original(name: str, levels: int) -> str:
     return name
 
 
-def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:
+def config_from_json(values: Json) -> AutoencoderConfig:
     """The config of a diffusers folder; what this model does not do (quant convolutions, other
     blocks) is refused."""
     fixed = _fixed(len(values["block_out_channels"]))
@@ -86,7 +86,7 @@ def config_from_json(values: dict[str, Any]) -> AutoencoderConfig:
     )
 
 
-def config_to_json(config: AutoencoderConfig, sample_size: int = 1024) -> dict[str, Any]:
+def config_to_json(config: AutoencoderConfig, sample_size: int = 1024) -> Json:
     """The `config.json` that diffusers reads; `sample_size`, the side of the pictures trained
     on, only informs."""
     return {
@@ -187,7 +187,9 @@ def twin_codes(
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    twin: Any = AutoencoderKL(**{k: v for k, v in config_to_json(config).items() if k[0] != "_"}).eval()
+    twin: Any = AutoencoderKL(
+        **{k: v for k, v in config_to_json(config).items() if k[0] != "_"}
+    ).eval()
     state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in weights.items()}
     twin.load_state_dict(state, strict=True)
     channels_first = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (pictures, latents)]
@@ -199,7 +201,7 @@ def twin_codes(
     return encoded, decoded
 
 
-def _fixed(levels: int) -> dict[str, Any]:
+def _fixed(levels: int) -> Json:
     """What FLUX.1's file says and this model does not vary."""
     return {
         "_class_name": "AutoencoderKL",

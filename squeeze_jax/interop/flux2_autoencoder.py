@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from squeeze_jax.array_types import Json
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as flux1
 from squeeze_jax.interop.mapping import Entry, Renamed, Tensors, export_entries
@@ -52,7 +53,7 @@ def save_autoencoder(autoencoder: Flux2Autoencoder, directory: Path) -> None:
     write_json(directory / flux1.CONFIG_FILE, config_to_json(autoencoder.config))
 
 
-def config_from_json(values: dict[str, Any]) -> Flux2AutoencoderConfig:
+def config_from_json(values: Json) -> Flux2AutoencoderConfig:
     """The config of a diffusers folder.
 
     Raises KeyError where a size is missing, and InputError for what this model does not do (no
@@ -77,7 +78,7 @@ def config_from_json(values: dict[str, Any]) -> Flux2AutoencoderConfig:
     )
 
 
-def config_to_json(config: Flux2AutoencoderConfig, sample_size: int = 1024) -> dict[str, Any]:
+def config_to_json(config: Flux2AutoencoderConfig, sample_size: int = 1024) -> Json:
     """The `config.json` that diffusers reads; `sample_size` is the side of its tiles in pixels."""
     small_decoder = config.decoder_block_out_channels
     return {
@@ -141,7 +142,7 @@ def _quantisation(encoder: str, decoder: str) -> list[Entry]:
     return table
 
 
-def _fixed(levels: int) -> dict[str, Any]:
+def _fixed(levels: int) -> Json:
     """What FLUX.2's file says and this model does not vary."""
     return {
         "_class_name": "AutoencoderKLFlux2",

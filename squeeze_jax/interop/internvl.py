@@ -1,8 +1,8 @@
 """InternVL in the `-hf` layout of transformers: its table of names, and its config.json."""
 
 import re
-from typing import Any
 
+from squeeze_jax.array_types import Json
 from squeeze_jax.interop.mapping import Entry, Layout
 from squeeze_jax.models.internvl import InternVLConfig, TextConfig, VisionConfig
 
@@ -114,7 +114,7 @@ ORIGINAL = (
 """Patterns of `-hf` names and what the original layout has instead."""
 
 
-def original_config_from_json(values: dict[str, Any]) -> InternVLConfig:
+def original_config_from_json(values: Json) -> InternVLConfig:
     """Our config from the original layout's `config.json` (`llm_config` beside `vision_config`)."""
     vision, text = values["vision_config"], values["llm_config"]
     for name, found, wanted in (
@@ -153,7 +153,7 @@ def _module(source: str, path: str, layer: int | None = None, bias: bool = False
     return [weight, Entry((f"{source}.bias",), f"{path}.bias", layer=layer)] if bias else [weight]
 
 
-def config_from_json(values: dict[str, Any]) -> InternVLConfig:
+def config_from_json(values: Json) -> InternVLConfig:
     """Our config from a `config.json`; what we do not compute is refused by name."""
     vision, text = values["vision_config"], values["text_config"]
     rope = text.get("rope_parameters") or {}
@@ -224,7 +224,7 @@ def config_from_json(values: dict[str, Any]) -> InternVLConfig:
     )
 
 
-def config_to_json(config: InternVLConfig) -> dict[str, Any]:
+def config_to_json(config: InternVLConfig) -> Json:
     """A `config.json` that transformers reads, and that `config_from_json` reads back."""
     vision, text = config.vision, config.text
     return {

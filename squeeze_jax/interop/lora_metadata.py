@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from squeeze_jax.array_types import Json
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.tensors import TensorFolder, read_json
 
@@ -129,7 +130,7 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def peft_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+def peft_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Json:
     """PEFT's config of layers with these ranks and alphas."""
     rank, alpha = max(ranks.values()), max(alphas.values())
     # Whole names: PEFT would take a bare one for the end of many.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from squeeze_jax.array_types import DType
+from squeeze_jax.array_types import DType, PyTree
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.formats import format_of
 from squeeze_jax.interop.load import WEIGHTS
@@ -67,7 +67,7 @@ def save_merged(folder: Path, dit: Backbone, dtype: DType, shard_bytes: int = SH
     write_json(folder / "config.json", family.config_to_json(dit.config))
 
 
-def _layer(leaf: Any, layer: int | None) -> np.ndarray:
+def _layer(leaf: PyTree, layer: int | None) -> np.ndarray:
     return np.asarray(jax.device_get(leaf[...] if layer is None else leaf[...][layer]))
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from squeeze_jax.array_types import Json, PyTree
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import internvl as internvl_format
 from squeeze_jax.interop.formats import FORMATS, find_format, format_of
@@ -87,7 +88,7 @@ class Report:
     def passed(self) -> bool:
         return not self.problems and all(row.passed for row in self.rows)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         rows = [{**row._asdict(), "passed": row.passed} for row in self.rows]
         for row in rows:  # JSON has no NaN
             row["digest"] = [
@@ -173,7 +174,7 @@ def _row(part: str, ours: np.ndarray, theirs: np.ndarray | None) -> Row:
     )
 
 
-def _loaded(make: Callable[..., Any], config: Any, table: list[Entry], tensors: Tensors) -> Any:
+def _loaded(make: Callable[..., PyTree], config: Any, table: list[Entry], tensors: Tensors) -> Any:
     module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
     load_entries(module, table, tensors, jnp.float32)
     return module

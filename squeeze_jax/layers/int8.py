@@ -6,13 +6,11 @@ are quantised: they are nearly all of a transformer. The layers around the stack
 biases stay as they are (our decision).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from squeeze_jax.array_types import Array, Float
+from squeeze_jax.array_types import Array, Float, PyTree
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import linears
 
@@ -34,7 +32,7 @@ def quantise(model: nnx.Module) -> nnx.Module:
 
 
 @jax.jit
-def _rounded(kernel: Float[Array, "depth C F"]) -> tuple[Any, Float[Array, "depth F"]]:
+def _rounded(kernel: Float[Array, "depth C F"]) -> tuple[PyTree, Float[Array, "depth F"]]:
     try:
         import qwix  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -7,12 +7,13 @@ sampling.
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from squeeze_jax.array_types import PyTree
 from squeeze_jax.layers.linear import PRODUCT
 
 Remat = Literal["none", "block", "save_attention", "save_products", "offload_attention"]
@@ -34,14 +35,14 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.
 
 def scan_blocks(
     blocks: nnx.Module,
-    apply: Callable[..., Any],
-    carry: Any,
-    per_block: Any = None,
+    apply: Callable[..., PyTree],
+    carry: PyTree,
+    per_block: PyTree = None,
     *,
     remat: Remat = "none",
     unroll: int | bool = 1,
     block_range: range | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Runs `apply(block, carry, per_block[i]) -> (carry, output)` over all blocks in order, or
     over `block_range`.
 
@@ -59,7 +60,7 @@ def scan_blocks(
     """
     graph, parameters = nnx.split(blocks)  # `merge` makes the module of one block from a slice
 
-    def body(carry: Any, leaves: tuple[Any, Any]) -> tuple[Any, Any]:
+    def body(carry: PyTree, leaves: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         parameters, inputs = leaves
         return apply(nnx.merge(graph, parameters), carry, inputs)
 
@@ -79,14 +80,14 @@ def scan_blocks(
         return jax.lax.scan(body, carry, (parameters, per_block), unroll=unroll)
 
     # Some of them: a loop over their numbers, since a slice would copy their parameters.
-    def pick(carry: Any, i: jax.Array) -> tuple[Any, Any]:
+    def pick(carry: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
         take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
         return body(carry, jax.tree.map(take, (parameters, per_block)))
 
     return jax.lax.scan(pick, carry, jnp.arange(block_range.start, block_range.stop), unroll=unroll)
 
 
-def is_unstacked(node: Any) -> bool:
+def is_unstacked(node: PyTree) -> bool:
     """Whether a leaf is a tuple of arrays, one for each block."""
     return isinstance(node, tuple)
 
@@ -121,8 +122,8 @@ def unstack(state: nnx.State, inside: Sequence[str], *, donate: bool = False) ->
 
 
 def rematerialised(
-    function: Callable[..., Any], remat: Remat, *, prevent_cse: bool = False
-) -> Callable[..., Any]:
+    function: Callable[..., PyTree], remat: Remat, *, prevent_cse: bool = False
+) -> Callable[..., PyTree]:
     """`function` wrapped in `jax.checkpoint` under the named policy (see `scan_blocks`).
 
     `prevent_cse` puts a barrier between the forward pass and its recomputation. It is needed

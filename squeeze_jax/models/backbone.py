@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32
 
-from squeeze_jax.array_types import Array, Bool, Float, Int
+from squeeze_jax.array_types import Array, Bool, Float, Int, PyTree
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.latents import Grid, ReferencePositions, grid_positions
 from squeeze_jax.layers.attention import attention, heads_first
@@ -48,7 +48,7 @@ class Modulation(NamedTuple):
     def at(self, i: int | Int[Array, ""]) -> "Modulation":
         """Selects time i alone, T = 1."""
 
-        def select(tree: Any, axis: int) -> Any:
+        def select(tree: PyTree, axis: int) -> PyTree:
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis), tree)
 
         return Modulation(select(self.double, 1), select(self.single, 1), select(self.final, 0))

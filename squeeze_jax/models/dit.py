@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from squeeze_jax.array_types import Array, Bool, DType, Float, Int
+from squeeze_jax.array_types import Array, Bool, DType, Float, Int, PyTree
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.flow import schedule_shift
 from squeeze_jax.diffusion.latents import Grid, reference_positions
@@ -223,7 +223,7 @@ class DiT(TwoStackBackbone):
         def apply(
             block: DoubleBlock | SingleBlock,
             hidden: Hidden,
-            per_block: tuple[Any, KeysValues | None],
+            per_block: tuple[PyTree, KeysValues | None],
         ) -> tuple[Hidden, KeysValues | None]:
             modulation, cached = per_block
             modulation = block.modulation(temb) if modulation is None else modulation

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from squeeze_jax.array_types import Array, Bool, DType, Float, Int
+from squeeze_jax.array_types import Array, Bool, DType, Float, Int, PyTree
 from squeeze_jax.batch import References
 from squeeze_jax.diffusion.flow import empirical_shift
 from squeeze_jax.diffusion.latents import Grid, timed_reference_positions
@@ -144,9 +144,7 @@ class Flux2(TwoStackBackbone):
         self.single_blocks = stack_blocks(
             lambda r: SingleBlock(*sizes, **kinds, rngs=r), config.num_single_blocks, rngs
         )
-        self.final_layer = FinalLayer(
-            width, config.in_channels, use_bias=False, **kinds, rngs=rngs
-        )
+        self.final_layer = FinalLayer(width, config.in_channels, use_bias=False, **kinds, rngs=rngs)
 
     def embed_timestep(
         self, t: Float[Array, " B"], guidance: Float[Array, " B"] | None = None
@@ -211,12 +209,12 @@ class Flux2(TwoStackBackbone):
     def run_stack(
         self,
         stack: Literal["double", "single"],
-        hidden: Any,
+        hidden: PyTree,
         inputs: BlockInputs,
         block_range: range | None = None,
         *,
         return_kv: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[PyTree, PyTree]:
         """Runs blocks of a stack (None: all) on its streams.
 
         Returns the streams and, where `return_kv` says so, every block's keys and values.
@@ -226,8 +224,8 @@ class Flux2(TwoStackBackbone):
         modulated = jax.tree.map(lambda x: x[0], getattr(modulation, stack))
 
         def apply(
-            block: DoubleBlock | SingleBlock, hidden: Any, cached: KeysValues | None
-        ) -> tuple[Any, Any]:
+            block: DoubleBlock | SingleBlock, hidden: PyTree, cached: KeysValues | None
+        ) -> tuple[PyTree, PyTree]:
             hidden, kv = block(hidden, modulated, rope, mask, cached)
             return hidden, kv if return_kv else None
 

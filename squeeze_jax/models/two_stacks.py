@@ -1,10 +1,10 @@
 """What FLUX.1's and FLUX.2's transformers share: two stacks of blocks, run one after the other."""
 
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from squeeze_jax.array_types import Array, Float
+from squeeze_jax.array_types import Array, Float, PyTree
 from squeeze_jax.models.backbone import Backbone, BackboneConfig, BlockInputs, Streams
 
 
@@ -49,12 +49,12 @@ class TwoStackBackbone(Backbone):
     def run_stack(
         self,
         stack: Literal["double", "single"],
-        hidden: Any,
+        hidden: PyTree,
         inputs: BlockInputs,
         block_range: range | None = None,
         *,
         return_kv: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[PyTree, PyTree]:
         """Runs blocks of a stack (None: all), on both streams or on the joint one [B, T, C].
 
         Returns the hidden states and, where `return_kv` says so, every block's keys and values.

@@ -17,13 +17,14 @@ compiler.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from squeeze_jax.array_types import PyTree
 from squeeze_jax.checkpoints.build import build_system, is_trained
 from squeeze_jax.checkpoints.inference import convert_for_sampling
 from squeeze_jax.config import Config, StageConfig
@@ -221,12 +222,12 @@ def block_program(
     streams, inputs = jax.tree.map(place, jax.eval_shape(embed, trained, frozen))
     trained, frozen = (placed(state, mesh, "dit.") for state in (trained, frozen))
 
-    def forward(trained: Any, streams: Streams, frozen: Any, inputs: BlockInputs) -> Streams:
+    def forward(trained: PyTree, streams: Streams, frozen: PyTree, inputs: BlockInputs) -> Streams:
         with use_mesh(mesh):
             dit = nnx.merge(graph, trained, frozen)
             return dit.apply_blocks(streams, inputs, first, first + 1)
 
-    def both(trained: Any, streams: Any, change: Any, *rest: Any) -> Any:
+    def both(trained: PyTree, streams: PyTree, change: PyTree, *rest: PyTree) -> PyTree:
         run = lambda trained, streams: forward(trained, streams, *rest)  # noqa: E731
         out, pull = jax.vjp(run, trained, streams)
         return out, *pull(change)

@@ -6,15 +6,15 @@ count once for every time they are run, so trace with `remat="none"` for what th
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.extend import core
 
+from squeeze_jax.array_types import PyTree
 from squeeze_jax.sharding import trace_for_platform
 
 
-def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
+def matmul_flops(function: Callable[..., PyTree], *arguments: PyTree) -> int:
     """FLOPs of all matrix products of `function(*arguments)`; arguments may be
     `jax.ShapeDtypeStruct`."""
     with trace_for_platform(
@@ -47,7 +47,7 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
     return total
 
 
-def _of_product(equation: Any) -> int:
+def _of_product(equation: PyTree) -> int:
     left = equation.invars[0].aval.shape
     (contracted, _), _ = equation.params["dimension_numbers"]
     return (
@@ -55,7 +55,7 @@ def _of_product(equation: Any) -> int:
     )
 
 
-def _of_convolution(equation: Any) -> int:
+def _of_convolution(equation: PyTree) -> int:
     kernel = equation.invars[1].aval.shape
     numbers = equation.params["dimension_numbers"]
     per_output = (

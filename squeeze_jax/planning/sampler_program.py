@@ -6,13 +6,14 @@ What `Pipeline.load` keeps is known without a compiler: `kept_weights` counts it
 import math
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from squeeze_jax.array_types import PyTree
 from squeeze_jax.batch import Context, HiddenStates, References
 from squeeze_jax.checkpoints.build import random_encoders
 from squeeze_jax.checkpoints.inference import sampling_shapes
@@ -126,7 +127,12 @@ def compile_sampler(
 
     @partial(jax.jit, compiler_options=compiler_options(mesh))
     def sampler(
-        leaves: Any, noise: Any, states: Any, shown: Any, schedule: Schedule, scales: Any
+        leaves: PyTree,
+        noise: jax.Array,
+        states: HiddenStates,
+        shown: References | None,
+        schedule: Schedule,
+        scales: jax.Array,
     ) -> jax.Array:
         system = nnx.merge(graph, *leaves)
         with use_mesh(mesh):
@@ -177,9 +183,9 @@ def image_flops(config: Config, references: int = 1, *, merge_lora: bool = True)
             state: nnx.State,
             target: jax.Array,
             context: Context,
-            references: Any,
+            references: References | None,
             modulation: Modulation,
-        ) -> Any:
+        ) -> PyTree:
             system, t = nnx.merge(graph, state), jnp.ones(1)
             return system.velocity(
                 target, config.target_grid, t, context, references, modulation=modulation.at(0)
@@ -272,9 +278,7 @@ def sample_report(
     images = images or mesh.shape["data"] * mesh.shape["fsdp"]
     flops = images * image_flops(config, references, merge_lora=merge_lora)
     whole = compile_sampler(config, mesh, images, references, merge_lora=merge_lora)
-    estimate = batch_estimate(
-        config, mesh, chip, whole, images, references, merge_lora=merge_lora
-    )
+    estimate = batch_estimate(config, mesh, chip, whole, images, references, merge_lora=merge_lora)
     kept = kept_weights(config, mesh, merge_lora=merge_lora)
     report = described(config, mesh, chip, whole, references)
     report |= {

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from squeeze_jax.array_types import PyTree
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.layers.splash import padded
 from squeeze_jax.layers.stack import Remat
@@ -168,7 +169,7 @@ def traced(config: Config, stage: StageConfig, references: int = 1) -> tuple[int
         jax.value_and_grad(loss), trained, frozen, abstract_input(config, 1, references)
     )
 
-    def pull(trained: Any, frozen: nnx.State, batch: Any) -> Any:
+    def pull(trained: PyTree, frozen: nnx.State, batch: PyTree) -> PyTree:
         return jax.vjp(lambda trained: loss(trained, frozen, batch), trained)[1]
 
     def kept(rows: int) -> int:
@@ -178,11 +179,11 @@ def traced(config: Config, stage: StageConfig, references: int = 1) -> tuple[int
     return flops, kept(2) - kept(1)
 
 
-def _with(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+def _with(x: PyTree, where: PyTree) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _bytes_on_a_chip(tree: Any) -> int:
+def _bytes_on_a_chip(tree: PyTree) -> int:
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )

@@ -8,15 +8,15 @@ All change the image: compare with simply fewer steps. They have the names of di
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax.array_types import Array, Bool, Float, Int
+from squeeze_jax.array_types import Array, Bool, Float, Int, PyTree
 from squeeze_jax.models.backbone import Backbone, BlockInputs, Streams
 from squeeze_jax.sampling.denoiser import Denoiser
-from squeeze_jax.sampling.schedule import STAGES, UNCONDITIONAL
+from squeeze_jax.sampling.schedule import STAGES, UNCONDITIONAL, Conditions
 
 ALWAYS_EVALUATED = 3
 """Steps at the start of a run that TaylorSeer evaluates (diffusers' `disable_cache_before_step`)."""
@@ -26,7 +26,7 @@ ALWAYS_EVALUATED = 3
 class CachePolicy(Protocol):
     """Decides at each step whether the denoiser is evaluated."""
 
-    def init(self, noise: Float[Array, "B N c"], width: int) -> Any:
+    def init(self, noise: Float[Array, "B N c"], width: int) -> PyTree:
         """The state before the first step; `width` is that of the backbone's hidden states."""
         ...
 
@@ -37,8 +37,8 @@ class CachePolicy(Protocol):
         x: Float[Array, "B N c"],
         stage: int,
         start: Int[Array, ""],
-        state: Any,
-    ) -> tuple[Float[Array, "B N c"], Any]:
+        state: PyTree,
+    ) -> tuple[Float[Array, "B N c"], PyTree]:
         """The guided velocity at step i of a stage that began at step `start`, and the next state."""
         ...
 
@@ -158,7 +158,9 @@ class FirstBlockCache:
         i = jnp.asarray(i)
         conditional, unconditional = state
 
-        def branch(conditions: Any, state: FirstBlockState) -> tuple[jax.Array, FirstBlockState]:
+        def branch(
+            conditions: Conditions, state: FirstBlockState
+        ) -> tuple[jax.Array, FirstBlockState]:
             streams, inputs = denoiser.embed_inputs(i, x, conditions)
             return velocity_by_first_block(
                 denoiser.system.dit, streams, inputs, x.shape[1], state, self.threshold

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from squeeze_jax.array_types import Device
 from squeeze_jax.sharding import make_mesh
 
 
@@ -17,7 +17,7 @@ def sampling_mesh(
     data: int | None = None,
     fsdp: int | None = None,
     tensor: int | None = None,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Mesh | None:
     """The mesh for weights and images, or None for one device (the default one).
 

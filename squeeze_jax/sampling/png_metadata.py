@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from PIL import Image
 
+from squeeze_jax.array_types import Json
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling.schedule import STAGE_NAMES
 from squeeze_jax.sampling.settings import Resolved
@@ -43,7 +44,7 @@ def text_of(
     settings: Resolved,
     i: int,
     stages: Sequence[str],
-) -> dict[str, Any]:
+) -> Json:
     """The text of image `i` of a run, for `save_png`; `stages` names that of each step.
 
     The number of steps of each stage is there for whoever looks: `read` takes the settings alone.

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from squeeze_jax.array_types import Array, Float, Int
+from squeeze_jax.array_types import Array, Float, Int, PyTree
 from squeeze_jax.batch import HiddenStates, References
 from squeeze_jax.models.system import System
 from squeeze_jax.sampling.denoiser import Denoiser, Prepared
@@ -107,7 +107,7 @@ class Sampler(NamedTuple):
 
     def __call__(
         self,
-        params: Any,
+        params: tuple[nnx.State, ...],
         noise: Array,
         states: HiddenStates,
         references: References | None,
@@ -123,7 +123,7 @@ class Sampler(NamedTuple):
 
 
 def make_sampler(
-    graphdef: Any,
+    graphdef: nnx.GraphDef,
     *,
     target_grid: tuple[int, int],
     guided: tuple[bool, ...],
@@ -138,19 +138,22 @@ def make_sampler(
     `width` is that of the backbone's hidden states, which a first-block cache keeps.
     """
 
-    def compiled(function: Callable[..., Any]) -> Any:
+    def compiled(function: Callable[..., PyTree]) -> PyTree:
         return jax.jit(function, compiler_options=compiler_options(mesh))
 
     @compiled
     def prepare_on_mesh(
-        params: Any, states: HiddenStates, references: References | None, schedule: Schedule
+        params: tuple[nnx.State, ...],
+        states: HiddenStates,
+        references: References | None,
+        schedule: Schedule,
     ) -> Prepared:
         with use_mesh(mesh):
             return prepare(nnx.merge(graphdef, *params), states, references, schedule, guidance)
 
     @compiled
     def denoise_on_mesh(
-        params: Any,
+        params: tuple[nnx.State, ...],
         state: SolverState,
         prepared: Prepared,
         schedule: Schedule,

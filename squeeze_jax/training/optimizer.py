@@ -1,12 +1,11 @@
 """The optimiser, and the learning rate over a run's stages."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from squeeze_jax.array_types import PyTree
 from squeeze_jax.config import Config
 
 
@@ -78,12 +77,12 @@ def _is_schedule(leaf: object) -> bool:
     return isinstance(leaf, optax.ScaleByScheduleState)
 
 
-def is_matrix(leaves: dict[str, Any]) -> dict[str, bool]:
+def is_matrix(leaves: dict[str, PyTree]) -> dict[str, bool]:
     """True for kernels and low-rank factors; biases, norms and pooling weights do not decay."""
     return {path: path.rsplit(".", 1)[-1] in ("kernel", "down", "up") for path in leaves}
 
 
-def _matrix_axes(leaves: dict[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+def _matrix_axes(leaves: dict[str, PyTree]) -> dict[str, MuonDimensionNumbers | None]:
     """Input and output axis of every matrix, from the last (a stack's leading axis is a batch of
     matrices)."""
     axes = MuonDimensionNumbers(-2, -1)

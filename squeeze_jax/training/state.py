@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from squeeze_jax.array_types import Array, Int
+from squeeze_jax.array_types import Array, Int, PyTree
 from squeeze_jax.checkpoints.build import build_system, is_trained, load_base, load_encoders
 from squeeze_jax.config import Config
 from squeeze_jax.models.system import System
@@ -39,12 +39,12 @@ SAVED_NAMES = {"params": "trained", "opt_state": "moments", "ema_params": "avera
 fields' names."""
 
 
-def to_saved(state: TrainState) -> dict[str, Any]:
+def to_saved(state: TrainState) -> dict[str, PyTree]:
     """The state under the names that checkpoints use."""
     return {SAVED_NAMES.get(name, name): value for name, value in state._asdict().items()}
 
 
-def from_saved(saved: dict[str, Any]) -> TrainState:
+def from_saved(saved: dict[str, PyTree]) -> TrainState:
     """The inverse of `to_saved`."""
     return TrainState(**{name: saved[SAVED_NAMES.get(name, name)] for name in TrainState._fields})
 
@@ -183,7 +183,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """A sharding for every leaf: moments and average lie as their parameters do, counters on every
     device."""
 
-    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple[object, ...], leaf: PyTree) -> NamedSharding:
         name = getattr(path[-1], "key", None)
         named = isinstance(name, str)
         spec = parameter_spec(name, leaf.shape, mesh) if named else PartitionSpec()

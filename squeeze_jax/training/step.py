@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from squeeze_jax.array_types import Array, Bool, Float, Key
+from squeeze_jax.array_types import Array, Bool, Float, Key, PyTree
 from squeeze_jax.batch import Context, RawBatch, References, TrainingBatch
 from squeeze_jax.config import Config, StageConfig
 from squeeze_jax.diffusion.flow import add_noise, loss_per_sample, sample_times
@@ -139,7 +139,7 @@ def step_function(
     ) -> tuple[tuple[jax.Array, jax.Array], Params]:
         """`loss_and_gradient` of the whole batch, of which a piece at a time is in memory."""
 
-        def add(total: Any, piece: Any) -> tuple[Any, jax.Array]:
+        def add(total: PyTree, piece: PyTree) -> tuple[PyTree, jax.Array]:
             (loss, losses), grads = loss_and_gradient(params, frozen, *piece)
             return jax.tree.map(jnp.add, total, (loss, grads)), losses
 
