@@ -276,13 +276,14 @@ def test_shards_with_a_stray_file_beside_them_pass(tmp_path, layout):
     assert verify(folder).passed
 
 
-def test_float8_with_scales_passes_and_without_is_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["flux-original", "flux2-original"])
+def test_float8_with_scales_passes_and_without_is_refused(tmp_path, layout):
     pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
-    folder = write(tmp_path / "x", "flux-original")
+    folder = write(tmp_path / "x", layout)
     float8(folder)
     report = verify(folder)
     assert report.passed, report
-    folder = write(tmp_path / "y", "flux-original")
+    folder = write(tmp_path / "y", layout)
     without_scales(folder)
     with pytest.raises(InputError, match=r"single_blocks\.0\.linear1\.weight is float8 and has no scale beside it"):
         verify(folder)
