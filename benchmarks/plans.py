@@ -16,7 +16,14 @@ from pathlib import Path
 PRESET = "configs/flux_stage2.py"
 TEXT = ("--data.max-text-tokens", "128")
 """Of FLUX.1's rows, which were made when that was the limit."""
-BEST = ("--mesh", "data=4,fsdp=16", "--data.batch-per-chip", "6", "--parallel.remat", "save_products")
+BEST = (
+    "--mesh",
+    "data=4,fsdp=16",
+    "--data.batch-per-chip",
+    "6",
+    "--parallel.remat",
+    "save_products",
+)
 ONE_IMAGE = ("--what", "sample", "--images", "1")
 PLANS: dict[str, tuple[str, ...]] = {
     "v4_2x2x4": ("--topology", "v4:2x2x4"),
@@ -60,7 +67,8 @@ def row(report: dict) -> tuple[str, ...]:
     slices = f"{report['slices']} x " if report["slices"] > 1 else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
     sent = {
-        over: sum(one["bytes_per_chip"] for one in report["collectives"] if one["over"] == over) for over in ("ici", "dcn")
+        over: sum(one["bytes_per_chip"] for one in report["collectives"] if one["over"] == over)
+        for over in ("ici", "dcn")
     }
     hours = report.get("chip_hours_25000_10000_steps")
     images = report["examples_per_step"] / report["chips"]
@@ -83,9 +91,17 @@ def row(report: dict) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("plans"), help="folder of the reports")
-    parser.add_argument("--only", nargs="*", default=list(PLANS), choices=[*PLANS, *KLEIN], help="which plans to make")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(PLANS),
+        choices=[*PLANS, *KLEIN],
+        help="which plans to make",
+    )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")

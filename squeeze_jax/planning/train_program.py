@@ -204,7 +204,7 @@ def abstract_input(config: Config, rows: int, references: int = 1) -> Batch:
 
 
 def abstract_system(config: Config) -> tuple[TrainState, Split]:
-    """Returns the shapes of a training state and of the frozen rest; no weights are read or made."""
+    """Returns the shapes of a training state and of the frozen rest; reads and makes no weights."""
     system = nnx.eval_shape(lambda: build_system(config, with_base=False))
     trained, split = split_system(system, config)
     optimizer = make_optimizer(config)

@@ -1,4 +1,4 @@
-"""FLUX.2's transformer in both layouts: each tensor of klein 4B has its place; both give one model."""
+"""FLUX.2's transformer in both layouts: each of klein 4B's tensors has its place; both are one."""
 
 import dataclasses
 import json
