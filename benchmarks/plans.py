@@ -48,6 +48,7 @@ KLEIN: dict[str, tuple[str, ...]] = {
     "klein_v5e_2x2_best": ("--topology", "v5e:2x2", *PRODUCTS, "1"),
     "klein_v5e_4x4_best": ("--topology", "v5e:4x4", *PRODUCTS, "1"),
     "klein_v6e_1x1": ("--topology", "v6e:1x1"),
+    "klein_v6e_1x1_products": ("--topology", "v6e:1x1", *PRODUCTS, "2"),
     "klein_v6e_2x2_best": ("--topology", "v6e:2x2", *PRODUCTS, "3"),
     "klein_v5p_2x2x1_best": ("--topology", "v5p:2x2x1", *PRODUCTS, "8"),
     "klein_v5e_2x2_sample": ("--topology", "v5e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
