@@ -1,10 +1,10 @@
 """The table of docs/scaling.md: the 12B stage-2 step, and the sampler, compiled for every topology.
 
     python benchmarks/plans.py --out plans/
-    python benchmarks/plans.py --out plans/ --only klein_small_stage2_v5e_2x2 …   FLUX.2 [klein]
+    python benchmarks/plans.py --out plans/ --only klein_v5e_2x2 …   FLUX.2 [klein]
 
-Each plan runs in a process of its own and is kept as JSON in the folder: one that is there is not made again. Needs the
-`tpu` extra and no TPU; minutes each.
+Each plan runs in a process of its own and is kept as JSON in the folder: one that is there is not
+made again. Needs the `tpu` extra and no TPU; minutes each.
 """
 
 import argparse
@@ -16,7 +16,14 @@ from pathlib import Path
 PRESET = "configs/flux_stage2.py"
 TEXT = ("--data.max-text-tokens", "128")
 """Of FLUX.1's rows, which were made when that was the limit."""
-BEST = ("--mesh", "data=4,fsdp=16", "--data.batch-per-chip", "6", "--parallel.remat", "save_products")
+BEST = (
+    "--mesh",
+    "data=4,fsdp=16",
+    "--data.batch-per-chip",
+    "6",
+    "--parallel.remat",
+    "save_products",
+)
 ONE_IMAGE = ("--what", "sample", "--images", "1")
 PLANS: dict[str, tuple[str, ...]] = {
     "v4_2x2x4": ("--topology", "v4:2x2x4"),
@@ -33,19 +40,20 @@ PLANS: dict[str, tuple[str, ...]] = {
     "v5e_2x2_sample": ("--topology", "v5e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
     "v5e_4x4_sample": ("--topology", "v5e:4x4", *ONE_IMAGE, "--mesh", "fsdp=2,tensor=8"),
 }
-KLEIN = {
-    f"{preset}_{topology}{suffix}": (f"configs/{preset}.py", "--topology", place, *flags)
-    for topology, place in (
-        ("v5e_2x2", "v5e:2x2"), ("v5e_4x4", "v5e:4x4"), ("v6e_1x1", "v6e:1x1"),
-        ("v6e_2x2", "v6e:2x2"), ("v5p_2x2x1", "v5p:2x2x1"),
-    )
-    for preset, suffix, flags in (
-        ("klein_small_stage2", "", ()),
-        ("klein_small_stage2", "_online", ("--data.online",)),
-        ("klein_stage2", "", ()),
-    )
-}  # fmt: skip
-"""FLUX.2 [klein] with either reader, at the presets' own limit of 256 text tokens."""
+SMALL = "configs/klein_small_stage2.py"
+PRODUCTS = ("--parallel.remat", "save_products", "--data.batch-per-chip")
+KLEIN: dict[str, tuple[str, ...]] = {
+    "klein_v5e_2x2": ("--topology", "v5e:2x2"),
+    "klein_v5e_2x2_online": ("--topology", "v5e:2x2", "--data.online"),
+    "klein_v5e_2x2_best": ("--topology", "v5e:2x2", *PRODUCTS, "1"),
+    "klein_v5e_4x4_best": ("--topology", "v5e:4x4", *PRODUCTS, "1"),
+    "klein_v6e_1x1": ("--topology", "v6e:1x1"),
+    "klein_v6e_1x1_products": ("--topology", "v6e:1x1", *PRODUCTS, "2"),
+    "klein_v6e_2x2_best": ("--topology", "v6e:2x2", *PRODUCTS, "3"),
+    "klein_v5p_2x2x1_best": ("--topology", "v5p:2x2x1", *PRODUCTS, "8"),
+    "klein_v5e_2x2_sample": ("--topology", "v5e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
+}
+"""FLUX.2 [klein] with InternVL3-2B, at the preset's own limit of 256 text tokens."""
 COLUMNS = (
     "topology", "mesh", "batch a chip", "remat", "HBM a chip, GiB (arguments + temporaries)",
     "over ICI, GB", "over DCN, GB", "model TFLOP", "predicted s", "MFU, %", "examples/s",
@@ -60,7 +68,8 @@ def row(report: dict) -> tuple[str, ...]:
     slices = f"{report['slices']} x " if report["slices"] > 1 else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
     sent = {
-        over: sum(one["bytes_per_chip"] for one in report["collectives"] if one["over"] == over) for over in ("ici", "dcn")
+        over: sum(one["bytes_per_chip"] for one in report["collectives"] if one["over"] == over)
+        for over in ("ici", "dcn")
     }
     hours = report.get("chip_hours_25000_10000_steps")
     images = report["examples_per_step"] / report["chips"]
@@ -83,16 +92,24 @@ def row(report: dict) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("plans"), help="folder of the reports")
-    parser.add_argument("--only", nargs="*", default=list(PLANS), choices=[*PLANS, *KLEIN], help="which plans to make")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(PLANS),
+        choices=[*PLANS, *KLEIN],
+        help="which plans to make",
+    )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for name in given.only:
         path = given.out / f"{name}.json"
         if not path.exists():
-            asked = KLEIN.get(name) or (PRESET, *PLANS[name], *TEXT)
+            asked = (SMALL, *KLEIN[name]) if name in KLEIN else (PRESET, *PLANS[name], *TEXT)
             command = [sys.executable, "-m", "squeeze_jax", "plan", *asked, "--json", path]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print("| " + " | ".join(row(json.loads(path.read_text()))) + " |", flush=True)

@@ -95,14 +95,25 @@ def load_base(config: Config, mesh: Mesh | None = None) -> Backbone:
     kept = jnp.float32 if config.lora is None else frozen
     options = {"remat": config.parallel.remat, "unroll": config.parallel.unroll}
     seen = config.model.dit.reference_attention
-    weights = config.model.dit_weights
-    check_transformer(weights, dit_source(weights).config, config.model.dit)
+    check_base(config)
     dit = load_dit(
-        weights, kept, compute_dtype=dtype, mesh=mesh, reference_attention=seen, **options
+        config.model.dit_weights,
+        kept,
+        compute_dtype=dtype,
+        mesh=mesh,
+        reference_attention=seen,
+        **options,
     )
     if config.model.frozen_dtype == "int8":
         quantise(dit)
     return dit
+
+
+def check_base(config: Config) -> None:
+    """Raises InputError where `model.dit_weights` is another transformer than the config's; reads
+    no weights."""
+    if (weights := config.model.dit_weights) is not None:
+        check_transformer(weights, dit_source(weights).config, config.model.dit)
 
 
 def is_trained(config: Config) -> Callable[[Any, Any], bool]:

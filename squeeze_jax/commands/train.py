@@ -32,8 +32,8 @@ class Train:
     """Where checkpoints, metrics and pictures go; none: runs/<name of the preset>."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or
-    with an exported folder, a LoRA file, or a FLUX.1 or FLUX.2 transformer (under a config with a LoRA it
-    becomes the base)."""
+    with an exported folder, a LoRA file, or a FLUX.1 or FLUX.2 transformer (under a config with a
+    LoRA it becomes the base)."""
     accept_changes: Flag = False
     """Continue a run though the preset differs from the one that it was saved with; or begin with
     weights (`--from`) whose preset asked for another input of the MLLM or another guidance."""
@@ -75,6 +75,7 @@ def run(given: Train, overrides: list[str]) -> None:
     if given.distributed or any(part is not None for part in others):
         init_distributed(*others)
     # What follows may ask for devices, so it is imported once the processes have met.
+    from squeeze_jax.checkpoints.build import check_base
     from squeeze_jax.checkpoints.trained import start_kind
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.data.extraction import extract_features
@@ -112,6 +113,7 @@ def run(given: Train, overrides: list[str]) -> None:
             f"warning: {name} is distilled to 4 steps and not made for training; "
             "take its base, FLUX.2-klein-base-4B or -9B"
         )
+    check_base(config)
     folder = Path(workdir) if workdir else Path("runs") / given.preset.stem
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -19,7 +19,12 @@ from squeeze_jax.config import Config
 from squeeze_jax.data.mllm import MLLM, InternVLMLLM, TransformersMLLM
 from squeeze_jax.data.placement import shard_inputs
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.load import check_autoencoder, encoder_folder, load_autoencoder
+from squeeze_jax.interop.load import (
+    autoencoder_source,
+    check_autoencoder,
+    encoder_folder,
+    load_autoencoder,
+)
 from squeeze_jax.models.autoencoder import Autoencoder
 from squeeze_jax.models.tiled_decoding import TILE, decode_tiles
 from squeeze_jax.processes import to_host
@@ -42,7 +47,7 @@ class FeatureExtractor:
         settings: dict[str, Any],
         mesh: Mesh | None = None,
     ) -> None:
-        """`load_reader` reads the MLLM from its folder: where a prompt comes and it is not there."""
+        """`load_reader` reads the MLLM from its folder where a prompt comes and it is not there."""
         self._load_reader, self._reader = load_reader, None
         self.autoencoder, self.settings, self.mesh = autoencoder, settings, mesh
         self._encode = _compiled(autoencoder, lambda module, x: module.encode_unpacked(x), mesh)
@@ -60,6 +65,9 @@ class FeatureExtractor:
             encoder_folder(model.mllm, "mllm"),
         ]
 
+        of_latents = autoencoder_source(folders[0]).config
+        check_autoencoder(model.autoencoder, of_latents, model.dit)  # before anything is loaded
+
         def load_reader() -> MLLM:
             if model.mllm_source == "transformers":
                 return TransformersMLLM.load(
@@ -76,8 +84,6 @@ class FeatureExtractor:
 
         reader = load_reader()
         autoencoder = load_autoencoder(folders[0], jnp.float32, mesh)
-        of_latents = autoencoder.config
-        check_autoencoder(model.autoencoder, of_latents, model.dit)
         for name, ours, theirs, folder in (
             (
                 "model.latent_pixels",

@@ -259,6 +259,7 @@ FLUX1 = TransformerFormat(
     config_from_json=config_from_json,
     config_to_json=config_to_json,
     config_from_shapes=config_from_shapes,
+    published={"FLUX.1-dev": DiTConfig(), "FLUX.1-schnell": DiTConfig(guidance=False)},
     entries={"diffusers": diffusers_entries, "original": original_entries},
     lora_targets={"xlabs": xlabs_targets},
     extra_inputs=lambda config: {"pooled": config.pooled_width},

@@ -197,8 +197,8 @@ def twin_velocity(
 ) -> np.ndarray:
     """Computes the velocity with diffusers in PyTorch, in float32.
 
-    `weights` has diffusers' names. `inputs`: target [B, N, c], reference [B, R, c] (all references in
-    one), context [B, L, C], t [B], guidance [B].
+    `weights` has diffusers' names. `inputs`: target [B, N, c], reference [B, R, c] (all references
+    in one), context [B, L, C], t [B], guidance [B].
     """
     import torch
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
@@ -225,6 +225,18 @@ def twin_velocity(
     return out[:, : x["target"].shape[1]].numpy()
 
 
+PUBLISHED = {
+    "FLUX.2 [klein] 4B": Flux2Config(),
+    "FLUX.2 [klein] 9B": Flux2Config(
+        context_width=12288, heads=32, num_double_blocks=8, num_single_blocks=24
+    ),
+    "FLUX.2-dev": Flux2Config(
+        context_width=15360, heads=48, num_double_blocks=8, num_single_blocks=48, guidance=True
+    ),
+}
+"""Sizes of dev: the defaults of diffusers 0.42.1's `Flux2Transformer2DModel`."""
+
+
 FLUX2 = TransformerFormat(
     name="FLUX.2",
     kind="flux2",
@@ -236,6 +248,7 @@ FLUX2 = TransformerFormat(
     config_from_json=config_from_json,
     config_to_json=config_to_json,
     config_from_shapes=config_from_shapes,
+    published=PUBLISHED,
     entries={"diffusers": diffusers_entries, "original": original_entries},
     lora_targets={},
     extra_inputs=lambda config: {},

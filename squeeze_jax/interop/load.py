@@ -89,7 +89,8 @@ def load_autoencoder(
     """
     source = autoencoder_source(folder, variant)
     module = autoencoder_of(source.config)
-    make = lambda: module(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+    kinds: Any = {"dtype": dtype, "param_dtype": dtype}
+    make = lambda: module(source.config, **kinds, rngs=nnx.Rngs(0))  # noqa: E731
     return _load(make, source, dtype, folder, mesh)
 
 
@@ -102,7 +103,8 @@ def load_internvl(
     """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the
     miniature's)."""
     source = internvl_source(folder, variant)
-    make = lambda: InternVL(source.config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+    kinds: Any = {"dtype": dtype, "param_dtype": dtype}
+    make = lambda: InternVL(source.config, **kinds, rngs=nnx.Rngs(0))  # noqa: E731
     return _load(make, source, dtype, folder, mesh)
 
 
@@ -136,7 +138,7 @@ class Source(NamedTuple):
 
 
 def dit_source(folder: str | Path, variant: str | None = None) -> Source:
-    """A transformer's checkpoint. What no family's mark is on is taken for the first one's, FLUX.1."""
+    """A transformer's checkpoint; without any family's mark it is taken for FLUX.1's, the first."""
     tensors = without_prefix(TensorFolder(folder, variant), DIT_PREFIXES)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     file = _config_file(folder)
@@ -153,7 +155,8 @@ def dit_source(folder: str | Path, variant: str | None = None) -> Source:
             ) from None
     elif Path(folder).is_file():
         raise InputError(
-            f"{folder}: diffusers' names, whose sizes config.json holds; give the folder that has both"
+            f"{folder}: diffusers' names, whose sizes config.json holds; "
+            "give the folder that has both"
         )
     else:
         raise InputError(f"{folder}: no config.json in it; download the whole folder")
@@ -172,24 +175,34 @@ def check_transformer(folder: str | Path, found: BackboneConfig, wanted: Backbon
     """Raises InputError unless a folder's transformer is the one that a config's `model.dit`
     describes.
 
-    How references are seen is no property of published weights, and not compared.
     """
-    if type(found) is not type(wanted):
-        names = [format_of(config).name for config in (found, wanted)]
+    families = [format_of(config) for config in (found, wanted)]
+    if families[0] is not families[1]:
         raise InputError(
-            f"{folder} holds a {names[0]} transformer, but model.dit is {names[1]}'s; give the other"
+            f"{folder} holds a {families[0].name} transformer, but model.dit is "
+            f"{families[1].name}'s; give the other"
         )
-    values = [dataclasses.asdict(config) for config in (found, wanted)]  # pyright: ignore[reportArgumentType]
-    differing = [
-        name
-        for name in values[0]
-        if name != "reference_attention" and values[0][name] != values[1][name]
-    ]
+    theirs, ours = _sizes(found), _sizes(wanted)
+    differing = [name for name in theirs if theirs[name] != ours[name]]
     if differing:
-        theirs, ours = (", ".join(f"{name}={some[name]}" for name in differing) for some in values)
+        known = {name: _sizes(config) for name, config in families[0].published.items()}
+
+        def describe(sizes: dict[str, Any]) -> str:
+            values = ", ".join(f"{name}={sizes[name]}" for name in differing)
+            name = next((name for name, published in known.items() if published == sizes), None)
+            return f"{name or f'a {families[0].name} transformer'} ({values})"
+
         raise InputError(
-            f"{folder} holds a transformer with {theirs}, but model.dit has {ours}: make them equal"
+            f"{folder} holds {describe(theirs)}, but model.dit is {describe(ours)}; "
+            "make them equal"
         )
+
+
+def _sizes(config: BackboneConfig) -> dict[str, Any]:
+    """A config's fields without how references are seen, which is no property of published
+    weights."""
+    values = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
+    return {name: value for name, value in values.items() if name != "reference_attention"}
 
 
 def check_autoencoder(folder: str | Path, found: AnyAutoencoderConfig, dit: BackboneConfig) -> None:
@@ -236,7 +249,8 @@ def internvl_source(folder: str | Path, variant: str | None = None) -> Source:
     folder = encoder_folder(folder, "mllm")
     if folder.is_file():
         raise InputError(
-            f"{folder}: InternVL is read from its folder, with config.json and tokenizer.json; give that"
+            f"{folder}: InternVL is read from its folder, with config.json and tokenizer.json; "
+            "give that"
         )
     tensors = TensorFolder(folder, variant)
     file = folder / "config.json"

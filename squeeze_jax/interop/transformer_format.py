@@ -13,7 +13,7 @@ from squeeze_jax.models.backbone import Backbone
 C = TypeVar("C")  # of a config (`BackboneConfig`)
 
 Naming = Literal["diffusers", "original", "xlabs"]
-"""Whose names a file has: diffusers', its authors' (Black Forest Labs), XLabs' (LoRA files alone)."""
+"""Whose names a file has: diffusers', its authors' (Black Forest Labs), XLabs' (LoRAs alone)."""
 
 
 class Target(NamedTuple):
@@ -50,6 +50,8 @@ class TransformerFormat(Generic[C]):
     config_to_json: Callable[[C], dict[str, Any]]
     config_from_shapes: Callable[[Tensors], C]
     """Our config of a file in the original layout, which has no config.json."""
+    published: Mapping[str, C]
+    """Sizes of its published models, by their names; of equal ones the first one's name."""
     entries: Mapping[Naming, Callable[[C], list[Entry]]]
     """The mapping tables of its two layouts, `diffusers` and `original`."""
     lora_targets: Mapping[Naming, Callable[[C], dict[str, Target]]]

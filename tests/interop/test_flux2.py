@@ -1,14 +1,16 @@
-"""FLUX.2's transformer in both layouts: each tensor of klein 4B has its place; both give one model."""
+"""FLUX.2's transformer in both layouts: each of klein 4B's tensors has its place; both are one."""
 
 import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_flux2 import CONFIG, random_flux2, torch_twin
+from parity import relative_error
+from small_flux2 import CONFIG, inputs, random_flux2, run, run_twin, torch_twin
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.flux2 import (
@@ -19,7 +21,7 @@ from squeeze_jax.interop.flux2 import (
     original_entries,
 )
 from squeeze_jax.interop.formats import distilled_name
-from squeeze_jax.interop.load import DIT_PREFIXES
+from squeeze_jax.interop.load import DIT_PREFIXES, load_dit
 from squeeze_jax.interop.mapping import (
     ArrayTensors,
     export_entries,
@@ -152,6 +154,22 @@ def test_both_layouts_of_one_model_give_identical_parameters(config, prefix):
     assert all(np.array_equal(one[path], two[path]) for path in one)
     swapped, final = theirs["norm_out.linear.weight"], file["final_layer.adaLN_modulation.1.weight"]
     assert not np.array_equal(swapped, final)
+
+
+def test_the_entry_point_loads_what_diffusers_saves(tmp_path):
+    """`load_dit` finds the family by config.json and returns what is called as FLUX.1's is."""
+    torch, twin = torch_twin()
+    twin.save_pretrained(tmp_path)
+    x = inputs()
+    with torch.no_grad():
+        theirs = run_twin(torch, twin, x)
+
+    def velocity(**options):
+        return run(load_dit(tmp_path, dtype=jnp.float32, **options), x)
+
+    joint, cached = velocity(), velocity(reference_attention="cached")
+    assert relative_error(joint, theirs) < 1e-5
+    assert relative_error(cached, theirs) > 1e-3
 
 
 def test_configs_go_there_and_back():

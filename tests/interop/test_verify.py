@@ -1,4 +1,4 @@
-"""`verify`: good checkpoints of every layout pass against PyTorch, broken ones say what is wrong with them."""
+"""`verify`: good checkpoints of every layout pass against PyTorch, broken ones say what is wrong."""
 
 import dataclasses
 import json
@@ -32,7 +32,12 @@ from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2Autoenco
 
 DIT = dataclasses.replace(CONFIG, heads=2, head_width=32, rope_axes=(4, 14, 14))
 DIT2 = Flux2Config(
-    in_channels=16, context_width=24, heads=2, head_width=32, num_double_blocks=2, num_single_blocks=3,
+    in_channels=16,
+    context_width=24,
+    heads=2,
+    head_width=32,
+    num_double_blocks=2,
+    num_single_blocks=3,
     rope_axes=(8, 8, 8, 8),
 )
 SMALL2 = Flux2AutoencoderConfig(block_out_channels=(8, 16), norm_groups=4, latent_channels=4)
@@ -52,13 +57,23 @@ def write(folder, layout, change=lambda tensors: None):
         tensors = flux2_autoencoder.export_autoencoder(module)
     elif layout.startswith("flux"):
         dit, config = random_dit(DIT), flux_format.config_to_json(DIT)
-        table = flux_format.original_entries if layout == "flux-original" else flux_format.diffusers_entries
+        table = (
+            flux_format.original_entries
+            if layout == "flux-original"
+            else flux_format.diffusers_entries
+        )
         tensors = export_entries(dit, table(DIT))
     elif layout.startswith("autoencoder"):
-        module, config = randomly(lambda: Autoencoder(SMALL, rngs=nnx.Rngs(0))), autoencoder_format.config_to_json(SMALL)
+        module, config = (
+            randomly(lambda: Autoencoder(SMALL, rngs=nnx.Rngs(0))),
+            autoencoder_format.config_to_json(SMALL),
+        )
         original = layout == "autoencoder-original"
         tensors = export_entries(
-            module, (autoencoder_format.original_entries if original else autoencoder_format.entries)(SMALL)
+            module,
+            (autoencoder_format.original_entries if original else autoencoder_format.entries)(
+                SMALL
+            ),
         )
     else:
         original = layout == "internvl-original"
@@ -73,8 +88,8 @@ def write(folder, layout, change=lambda tensors: None):
 
 
 LAYOUTS = [
-    "flux-diffusers", "flux-original", "autoencoder-diffusers", "autoencoder-original", "internvl", "internvl-original",
-    "flux2-diffusers", "flux2-original", "autoencoder-flux2",
+    "flux-diffusers", "flux-original", "autoencoder-diffusers", "autoencoder-original",
+    "internvl", "internvl-original", "flux2-diffusers", "flux2-original", "autoencoder-flux2",
 ]  # fmt: skip
 
 
@@ -137,10 +152,22 @@ def test_without_pytorch_there_are_digests(tmp_path, monkeypatch):
     ("layout", "change", "message"),
     [
         ("flux-diffusers", lambda t: t.pop("proj_out.bias"), r"missing: proj_out\.bias"),
-        ("flux-diffusers", lambda t: t.update(proj_ot=t.pop("proj_out.bias")), r"proj_out\.bias \(nearest: proj_ot\)"),
+        (
+            "flux-diffusers",
+            lambda t: t.update(proj_ot=t.pop("proj_out.bias")),
+            r"proj_out\.bias \(nearest: proj_ot\)",
+        ),
         ("flux-original", put("extra", np.ones(1)), "unexpected: extra"),
-        ("autoencoder-diffusers", put("encoder.conv_in.bias", np.ones(3)), r"shape: encoder\.conv_in\.bias"),
-        ("internvl", put("multi_modal_projector.linear_1.bias", np.ones(48, int)), r"dtype: .*linear_1\.bias is int64"),
+        (
+            "autoencoder-diffusers",
+            put("encoder.conv_in.bias", np.ones(3)),
+            r"shape: encoder\.conv_in\.bias",
+        ),
+        (
+            "internvl",
+            put("multi_modal_projector.linear_1.bias", np.ones(48, int)),
+            r"dtype: .*linear_1\.bias is int64",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_computed(tmp_path, layout, change, message):
@@ -209,12 +236,16 @@ def without_scales(folder):
 
 ANY = "model.safetensors"
 FIRST = {
-    "flux-diffusers": "context_embedder.bias", "flux-original": "double_blocks.0.img_attn.norm.key_norm.scale",
-    "autoencoder-diffusers": "decoder.conv_in.bias", "autoencoder-original": "decoder.conv_in.bias",
+    "flux-diffusers": "context_embedder.bias",
+    "flux-original": "double_blocks.0.img_attn.norm.key_norm.scale",
+    "autoencoder-diffusers": "decoder.conv_in.bias",
+    "autoencoder-original": "decoder.conv_in.bias",
     "flux2-diffusers": "context_embedder.weight",
-    "flux2-original": "double_blocks.0.img_attn.norm.key_norm.scale", "autoencoder-flux2": "bn.running_mean",
-    "internvl": "language_model.lm_head.weight", "internvl-original": "language_model.lm_head.weight",
-}  # fmt: skip
+    "flux2-original": "double_blocks.0.img_attn.norm.key_norm.scale",
+    "autoencoder-flux2": "bn.running_mean",
+    "internvl": "language_model.lm_head.weight",
+    "internvl-original": "language_model.lm_head.weight",
+}
 """A tensor of each layout that stands in the first of two shards."""
 BROKEN = {
     "a missing shard": (
@@ -222,7 +253,9 @@ BROKEN = {
         r"the shard model-00002-of-00002\.safetensors is missing",
     ),
     "a name absent from its shard": (
-        lambda folder: sharded(folder, lambda w: w.update({"one.more": "model-00001-of-00002.safetensors"})),
+        lambda folder: sharded(
+            folder, lambda w: w.update({"one.more": "model-00001-of-00002.safetensors"})
+        ),
         r"model-00001-of-00002\.safetensors: lacks one\.more",
     ),
     "an index that leads out": (
@@ -231,7 +264,9 @@ BROKEN = {
     ),
     "a truncated file": (truncated, f"{ANY}: not a whole safetensors file"),
     "a download pointer": (
-        lambda folder: (folder / ANY).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        lambda folder: (folder / ANY).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
         "a download pointer",
     ),
     "a pickle": (pickled, r"pytorch_model\.bin is a pickle, which is never read"),
@@ -241,13 +276,18 @@ DIFFERENT = {
     "a tensor missing": (lambda name: lambda tensors: tensors.pop(name), "missing: {}"),
     "a tensor too many": (lambda name: put("extra", np.ones(1, np.float32)), "unexpected: extra"),
     "another shape": (lambda name: lambda t: t.update({name: t[name][1:]}), "shape: .*{}"),
-    "another type": (lambda name: lambda t: t.update({name: t[name].astype(np.int32)}), "dtype: {} is int32"),
+    "another type": (
+        lambda name: lambda t: t.update({name: t[name].astype(np.int32)}),
+        "dtype: {} is int32",
+    ),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_broken_folder_has_its_own_sentence(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr(verifier, "_has", lambda *modules: pytest.fail("numbers of a broken folder were compared"))
+    monkeypatch.setattr(
+        verifier, "_has", lambda *modules: pytest.fail("numbers of a broken folder were compared")
+    )
     name, kind, said = FIRST[layout], layout.split("-")[0], []
     good = write(tmp_path / "good", layout)
     for number, (spoil, message) in enumerate(BROKEN.values()):
@@ -276,15 +316,18 @@ def test_shards_with_a_stray_file_beside_them_pass(tmp_path, layout):
     assert verify(folder).passed
 
 
-def test_float8_with_scales_passes_and_without_is_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["flux-original", "flux2-original"])
+def test_float8_with_scales_passes_and_without_is_refused(tmp_path, layout):
     pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
-    folder = write(tmp_path / "x", "flux-original")
+    folder = write(tmp_path / "x", layout)
     float8(folder)
     report = verify(folder)
     assert report.passed, report
-    folder = write(tmp_path / "y", "flux-original")
+    folder = write(tmp_path / "y", layout)
     without_scales(folder)
-    with pytest.raises(InputError, match=r"single_blocks\.0\.linear1\.weight is float8 and has no scale beside it"):
+    with pytest.raises(
+        InputError, match=r"single_blocks\.0\.linear1\.weight is float8 and has no scale beside it"
+    ):
         verify(folder)
 
 
@@ -293,7 +336,9 @@ def test_half_precision_files_pass(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
     folder = write(tmp_path / "x", "flux-diffusers")
     tensors = load_file(folder / "model.safetensors")
-    save_file({k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}, folder / "model.safetensors"
+    )
     assert verify(folder).passed
 
 
@@ -308,11 +353,15 @@ def test_the_command_prints_a_table_and_fails_with_one_sentence(tmp_path):
         tmp_path / "bad", "autoencoder-diffusers", lambda t: t.pop("encoder.conv_in.bias")
     )
     run = [sys.executable, "-m", "squeeze_jax", "verify"]
-    done = subprocess.run([*run, good, "--json", tmp_path / "r.json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*run, good, "--json", tmp_path / "r.json"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout
     assert json.loads((tmp_path / "r.json").read_text())["kind"] == "autoencoder"
-    done = subprocess.run([*run, bad, "--json", tmp_path / "b.json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*run, bad, "--json", tmp_path / "b.json"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error:")
     assert "encoder.conv_in.bias" in done.stderr

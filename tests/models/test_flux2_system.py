@@ -75,14 +75,24 @@ def test_the_train_step_learns(attention):
     ids=["plain", "first-block cache"],
 )
 def test_the_staged_sampler_equals_the_naive_one(attention, solver):
+    sample_both_ways(attention, solver, np.float32([2.0, 1.5, 3.0]), steps=6)
+
+
+def test_four_steps_without_guidance_equal_the_naive_ones():
+    """As the distilled model is drawn from: each condition is evaluated alone."""
+    sample_both_ways("joint", SolverConfig(), np.ones(3, np.float32), steps=4)
+
+
+def sample_both_ways(attention, solver, scales, steps):
     system, batch = small_system(attention), batch_of(2)
     graphdef, state = nnx.split(system)
-    noise, scales = noise_for([0, 1], TOKENS, 64), np.float32([2.0, 1.5, 3.0])
-    schedule = make_schedule(6, TOKENS, 0.9, 0.5, references=True)
+    noise = noise_for([0, 1], TOKENS, 64)
+    shift = SMALL.schedule_shift
+    schedule = make_schedule(steps, TOKENS, 0.9, 0.8, references=True, shift=shift)
     sampler = make_sampler(
         graphdef,
         target_grid=GRID,
-        guided=(True,) * 3,
+        guided=(bool((scales != 1).any()),) * 3,
         guidance=1.0,
         solver=solver,
         width=SMALL.width,
