@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from squeeze_jax.interop.tensors import write_beside
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
 
-LOSSLESS_PIXELS = 256 * 256
+LOSSLESS_PIXELS = 128 * 128
 """Larger pictures are embedded as JPEG of quality 90, smaller ones as PNG."""
 
 
@@ -51,7 +51,7 @@ class Plot:
 
 
 Cell = str | int | float | None | Picture
-"""None is shown as a dash. On the terminal, a picture is its caption."""
+"""None is shown as a dash. Columns with pictures are left out on the terminal."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,22 @@ def print_report(report: Report) -> None:
     if not console.is_terminal:  # into a file or a pipe: no cell is broken
         console = Console(width=200)
     for section in report.sections:
-        tables = [part for part in section.parts if isinstance(part, Table)]
+        tables = [_numbers_alone(part) for part in section.parts if isinstance(part, Table)]
+        tables = [table for table in tables if len(table.columns) > 1]
         if tables:
             console.print(Text(section.title, "bold"))
         for table in tables:
             console.print(_terminal_table(table))
+
+
+def require_matplotlib() -> None:
+    """Raises InputError where diagrams cannot be drawn: call it before long work."""
+    try:
+        import matplotlib.figure  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            'reports draw their diagrams with matplotlib: pip install "squeeze-jax[evaluate]"'
+        ) from None
 
 
 def draw_plot(draw: Callable[["Axes"], object], caption: str = "", height: float = 3.2) -> Plot:
@@ -122,13 +133,10 @@ def draw_plot(draw: Callable[["Axes"], object], caption: str = "", height: float
 
     Raises InputError where matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl  # pyright: ignore[reportMissingImports]
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError(
-            'reports draw their diagrams with matplotlib: pip install "squeeze-jax[evaluate]"'
-        ) from None
+    require_matplotlib()
+    import matplotlib as mpl  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
     # Letters as outlines look alike everywhere; the salt makes equal diagrams equal bytes.
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "squeeze_jax"}):
         figure = Figure(figsize=(7.2, height), layout="constrained")
@@ -246,11 +254,9 @@ def _figure(kind: str, content: bytes, caption: str, attributes: str) -> str:
     return f'<figure><img alt="{text}" src="data:{kind};base64,{data}"{attributes}>{below}</figure>'
 
 
-def _cell_text(table: Table, cell: Cell) -> str:
+def _cell_text(table: Table, cell: str | float | None) -> str:
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return "–"
-    if isinstance(cell, Picture):
-        return cell.caption
     if isinstance(cell, float):
         return f"{cell:.{table.digits}f}"
     return f"{cell:,}" if isinstance(cell, int) else cell
@@ -272,6 +278,20 @@ def _best_cells(table: Table) -> set[tuple[int, int]]:
     return cells
 
 
+def _numbers_alone(table: Table) -> Table:
+    """A table without the columns that hold pictures or nothing."""
+    columns = [[row[k] for row in table.rows] for k in range(len(table.columns))]
+    kept = [
+        k for k, cells in enumerate(columns)
+        if not any(isinstance(cell, Picture) for cell in cells)
+        and (not cells or any(cell is not None for cell in cells))
+    ]  # fmt: skip
+    names = [table.columns[k] for k in kept]
+    best = {name: choose for name, choose in (table.best or {}).items() if name in names}
+    rows = [[row[k] for k in kept] for row in table.rows]
+    return replace(table, columns=names, rows=rows, best=best)
+
+
 def _terminal_table(table: Table) -> TerminalTable:
     drawn = TerminalTable(
         caption=Text(table.caption) if table.caption else None, caption_justify="left"
@@ -285,6 +305,7 @@ def _terminal_table(table: Table) -> TerminalTable:
             *(
                 Text(_cell_text(table, cell), "bold" if (i, k) in best else "")
                 for k, cell in enumerate(row)
+                if not isinstance(cell, Picture)
             )
         )
     return drawn
