@@ -138,10 +138,12 @@ def _pictures(results: Results) -> Table:
             reference = pictures.reference_paths(pictures.prompts[some[0]])[:1]
             cells: list[Cell] = [thumbnail(path, "reference") for path in reference] or [None]
             cells += [thumbnail(results.paths[i][0], pictures.prompts[i].text) for i in some]
-            rows.append([group, *cells, *[None] * (SHOWN - len(some))])
+            rows.append([group, *cells])
             if len(rows) >= SUBJECTS:
                 break
-    return Table(["", "reference", *["picture"] * SHOWN], rows)
+    width = max(len(row) for row in rows)
+    columns = ["", "reference", *["picture"] * (width - 2)]
+    return Table(columns, [[*row, *[None] * (width - len(row))] for row in rows])
 
 
 def _spread(numbers: Sequence[int], most: int) -> list[int]:
@@ -166,8 +168,8 @@ def _cells(means: Mapping[str, Estimate]) -> list[Cell]:
 
 
 def show(one: Estimate | None) -> str | None:
-    """`0.7482 (0.7301–0.7655)`."""
+    """`0.7482 (0.730–0.766)`."""
     if one is None:
         return None
-    interval = "" if one.low is None else f" ({one.low:.4f}–{one.high:.4f})"
+    interval = "" if one.low is None else f" ({one.low:.3f}–{one.high:.3f})"
     return f"{one.value:.4f}{interval}"
