@@ -150,13 +150,14 @@ def open_suite(given: Evaluate) -> "tuple[Path, Prompts]":
     from squeeze_jax.interop.tensors import check_writable
 
     out = given.out or Path("evaluation") / given.suite
-    check_writable(out / "report.html", "--out")
     if out.is_file():
         raise InputError(f"--out {out} is a file; give a folder")
+    check_writable(out / "report.html", "--out")
     if given.suite == "dreambench" and given.dreambench is None:
         raise InputError("--suite dreambench needs --dreambench DIR, the folder of its pictures")
-    if given.at_once < 1:
-        raise InputError(f"--at-once {given.at_once} must be at least 1")
+    for flag, value in (("--at-once", given.at_once), ("--images", given.images)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value} must be at least 1")
     return out, open_prompts(given.file, given.dreambench)
 
 

@@ -17,7 +17,7 @@ from squeeze_jax.sampling import png_metadata
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-from tiny_judges import REFERENCES, save_clip, save_dino, save_dreambench  # noqa: E402
+from tiny_judges import REFERENCES, save_clip, save_dino, save_dreambench
 
 ROOT = Path(__file__).parents[2]
 
