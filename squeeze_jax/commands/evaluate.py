@@ -46,7 +46,7 @@ class Evaluate:
     shard: str = "0/1"
     """i/n: this process draws every n-th batch from i; not for sensitivity."""
     list_only: bool = False
-    """Write the list of pictures and stop, for another system to draw them (dreambench, prompts)."""
+    """Write the list of pictures and stop: another system draws them (dreambench, prompts)."""
     size: str | None = None
     """512 or 512x768 (height × width); default: the checkpoint's."""
     steps: tuple[int, ...] = ()
@@ -83,6 +83,8 @@ def run_critters(given: Evaluate) -> None:
     from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.miniature.evaluation import score_critters
 
+    if given.file is not None:
+        raise InputError(f"{given.file}: --suite critters takes no prompts; say which suite does")
     out = given.out or Path("scores.json")
     check_writable(out, "--out")
     pipeline = load(given, min(given.pairs, CHUNK))

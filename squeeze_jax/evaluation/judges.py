@@ -36,7 +36,7 @@ class Judge:
     name: str
     digest: str
     """16 hex digits of its files: features of another judge are never taken for its own."""
-    choices: dict[str, Any]
+    choices: dict[str, str]
     """For the report: what it is and how it is used."""
     pictures: Callable[[Sequence[Image.Image]], Features]
     texts: Callable[[Sequence[str]], Features] | None = None

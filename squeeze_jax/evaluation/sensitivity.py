@@ -24,7 +24,6 @@ from squeeze_jax.evaluation.report import (
     Section,
     Table,
     print_report,
-    require_matplotlib,
     write_report,
 )
 from squeeze_jax.evaluation.score_pictures import score_pictures, to_json
@@ -83,7 +82,6 @@ def run_grid(
     judges: tuple[Judge, Judge] | None = None,
 ) -> None:
     """Draws all settings' pictures, writes contact_sheet.png, report.html and scores.json."""
-    require_matplotlib() if judges is not None else None
     sets: list[tuple[Settings, Path, PictureSet]] = []
     for one in settings:
         folder = out / name_setting(one)

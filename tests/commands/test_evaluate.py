@@ -151,8 +151,9 @@ def interrupted(command, done, environment):
 @pytest.mark.slow
 @pytest.mark.telling
 def test_killed_while_drawing_and_scoring_it_ends_as_if_it_had_not_been(root, tmp_path):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-                                "SQUEEZE_JAX_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    cache = str(tmp_path / "cache")
+    environment = os.environ | {"PYTHONPATH": path, "SQUEEZE_JAX_CACHE": cache}
     judges = ["--dino", str(root / "dino"), "--clip", str(root / "clip")]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = ["evaluate", *dreambench(root, whole, *judges)]

@@ -1,4 +1,4 @@
-"""Judges against transformers' own processor, torchvision's formulas, and models called directly."""
+"""Judges against transformers' processor, torchvision's formulas, models that are called."""
 
 import json
 
@@ -13,7 +13,13 @@ torch = pytest.importorskip("torch")
 
 from tiny_judges import save_clip, save_dino  # noqa: E402
 
-from squeeze_jax.evaluation.judges import CLIP, IMAGENET, load_clip, load_dino, preprocess  # noqa: E402
+from squeeze_jax.evaluation.judges import (  # noqa: E402
+    CLIP,
+    IMAGENET,
+    load_clip,
+    load_dino,
+    preprocess,
+)
 
 SIZES = [(224, 224), (225, 301), (640, 427), (97, 500), (333, 333), (512, 300)]
 
