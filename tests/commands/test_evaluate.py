@@ -1,4 +1,4 @@
-"""`evaluate` and `score` on the shipped miniature: shards, kills, the three suites' files."""
+"""`evaluate` and `score` on the shipped miniature: shards, kills, three suites' files."""
 
 import json
 import os
