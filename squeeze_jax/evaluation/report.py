@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LOSSLESS_PIXELS = 128 * 128
 """Larger pictures are embedded as JPEG of quality 90, smaller ones as PNG."""
 
-SHORT = 32
+SHORT = 24
 """Letters of a text that is not broken into lines on the page."""
 
 
@@ -175,7 +175,7 @@ def draw_lines(
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; }
