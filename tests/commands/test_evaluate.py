@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from squeeze_jax.commands import evaluate
+from squeeze_jax.data.images import load_image
 from squeeze_jax.sampling import png_metadata
 
 pytest.importorskip("torch")
@@ -111,7 +111,7 @@ def test_the_suite_prompts_writes_what_a_judge_is_asked(root, tmp_path):
     lines = (tmp_path / "requests.jsonl").read_text().splitlines()
     requests = [json.loads(line) for line in lines]
     assert [one["id"] for one in requests] == ["0000-0", "0001-0", "0002-0"]
-    assert all(Image.open(one["picture"]).size == (64, 64) for one in requests)
+    assert all(load_image(one["picture"]).size == (64, 64) for one in requests)
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_a_grid_is_one_sheet_and_one_table(root, tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())
     found = [(one["tau1"], one["tau2"]) for one in scores["settings"]]
     assert found == [(0.0, 0.0), (0.8, 0.8), (0.8, 0.0)]
-    sheet = Image.open(tmp_path / "contact_sheet.png")
+    sheet = load_image(tmp_path / "contact_sheet.png")
     drawn = pictures(tmp_path)
     assert sheet.height == 4 * 132 and len(drawn) == 3 * 3 + 1
     assert evaluate.main(given) == 0
