@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from squeeze_jax.commands.run import guarded, setup
+from squeeze_jax.commands.run import guarded, parse_shard, setup
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,8 @@ def run(given: Extract, overrides: list[str]) -> None:
     setup()
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.data.extraction import extract_features
-    from squeeze_jax.errors import InputError
 
-    try:
-        part, parts = (int(number) for number in given.shard.split("/"))
-    except ValueError:
-        raise InputError(f"--shard {given.shard!r} must be i/n, such as 0/4") from None
-    if not 0 <= part < parts:
-        raise InputError(f"--shard {given.shard}: the first number must be from 0 to {parts - 1}")
+    shard = parse_shard(given.shard)
     config = override(load_preset(given.config), overrides, "squeeze_jax extract")
     data = config.data
     config = replace(
@@ -71,5 +65,5 @@ def run(given: Extract, overrides: list[str]) -> None:
             skip_bad=given.skip_bad or data.skip_bad,
         ),
     )
-    extract_features(config, given.out, shard=(part, parts))
+    extract_features(config, given.out, shard=shard)
     print(f"records: {given.out}")
