@@ -9,12 +9,20 @@ from itertools import accumulate, chain
 
 from etils import epath
 
+from squeeze_jax.config_data import DataConfig
 from squeeze_jax.data.record_format import FeatureRecord, Shape
 from squeeze_jax.data.records import MAXIMA, FeatureSource, ShardSummary, join_captions
+from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
 
 Weighted = Sequence[tuple[epath.PathLike, float]]
 """Folders of feature records, and how often their examples come, in proportion."""
+
+
+def record_folders(data: DataConfig, features: epath.PathLike) -> list[tuple[epath.Path, float]]:
+    """The folders of a config's records, each with train and held_out below it, and their weights;
+    `features` where it names no `mix`."""
+    return [(reachable(folder), weight) for folder, weight in data.mix or ((features, 1.0),)]
 
 
 class Mixture:

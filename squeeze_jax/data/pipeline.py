@@ -284,8 +284,8 @@ def make_dataset(
         "seed": seed,
         "batch": batch,
     }
-    if len(folders) > 1:
-        identity["weights"] = mixture.weights
+    if len(folders) > 1:  # their proportion decides the order
+        identity["weights"] = [weight / sum(mixture.weights) for weight in mixture.weights]
     batches = grain.MapDataset.source(order).map(read)
     return BatchIterator(
         batches, identity, prefetch, workers, buckets, to_batch, describe(summary, buckets)

@@ -15,6 +15,7 @@ from squeeze_jax.batch import HiddenStates
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import resize_for_target, to_uint8
+from squeeze_jax.data.mixture import record_folders
 from squeeze_jax.data.record_writer import Example
 from squeeze_jax.data.records import read_metadata
 from squeeze_jax.data.references import encode_references
@@ -56,7 +57,8 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
         print("no sample grids: no held-out row can be used")
         return None
     if not config.data.online:
-        check_encoders(encoders, epath.Path(features))
+        for records, _ in record_folders(config.data, features):
+            check_encoders(encoders, records)
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     encoded = [
         piece._replace(states=jax.tree.map(np.asarray, piece.states))
