@@ -1,29 +1,64 @@
-"""`evaluate`: scores of a checkpoint."""
+"""`evaluate`: draws a suite's pictures with a checkpoint, and scores them."""
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from squeeze_jax.commands.parallel import Parallel
-from squeeze_jax.commands.run import guarded, setup
+from squeeze_jax.commands.run import guarded, parse_shard, setup
+
+if TYPE_CHECKING:
+    from squeeze_jax.evaluation.suites import Prompts
+    from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Scores a checkpoint on held-out examples, next to chance, pasted references and the
-    autoencoder's ceiling."""
+    """Draws a suite's pictures with a checkpoint and scores them; started again, it goes on.
 
-    suite: Literal["critters"] = "critters"
-    """`critters`: retrieval among redrawn candidates (the miniature's data; no learned judge)."""
+    docs/evaluation.md says what each suite does, and every choice that a score depends on.
+    """
+
+    file: Annotated[Path | None, tyro.conf.Positional] = None
+    """Prompts as JSON in UNO's schema (prompts, sensitivity); for dreambench instead of the
+    published ones."""
+    suite: Literal["critters", "dreambench", "prompts", "sensitivity"] = "critters"
+    """critters: the miniature's held-out data, by retrieval among redrawn candidates (no learned
+    judge); dreambench: DINO-I, CLIP-I, CLIP-T; prompts: a request file for a judge model;
+    sensitivity: a grid of tau1, tau2, guidance and steps."""
     checkpoint: Path | None = None
-    """Work or weights folder; none: the shipped miniature."""
+    """Work, weights or exported folder; none: the shipped miniature."""
+    out: Path | None = None
+    """critters: JSON report to write (scores.json); others: folder (evaluation/SUITE)."""
     pairs: int = 512
-    """Held-out pairs."""
-    out: Path = Path("scores.json")
-    """JSON report to write."""
+    """critters: held-out pairs."""
+    dreambench: Path | None = None
+    """DreamBench as published: a folder with dataset/SUBJECT/00.jpg … and its prompts."""
+    images: int | None = None
+    """Pictures a prompt; default: 4 for dreambench, else 1."""
+    dino: Path | None = None
+    """Folder of facebook/dino-vits16. With --clip: scores as soon as all pictures are there."""
+    clip: Path | None = None
+    """Folder of openai/clip-vit-base-patch32."""
+    shard: str = "0/1"
+    """i/n: this process draws every n-th batch from i; not for sensitivity."""
+    list_only: bool = False
+    """Write the list of pictures and stop, for another system to draw them (dreambench, prompts)."""
+    size: str | None = None
+    """512 or 512x768 (height × width); default: the checkpoint's."""
+    steps: tuple[int, ...] = ()
+    """Euler steps; of sensitivity, one or several, as the next three."""
+    tau1: tuple[float, ...] = ()
+    tau2: tuple[float, ...] = ()
+    cfg_scale: tuple[float, ...] = ()
+    """Default of all four: the checkpoint's own; tau1 and tau2 of sensitivity: 0 and the own."""
+    seed: int = 0
+    """Each picture has its own of this, its prompt and its number."""
+    at_once: int = 16
+    """Pictures drawn together."""
     merge_lora: bool = True
     """Add a LoRA to the base at loading, rounded once: less memory and work."""
     parallel: Parallel = field(default_factory=Parallel)
@@ -38,16 +73,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: Evaluate) -> None:
     setup()
+    suites = {"critters": run_critters, "sensitivity": run_sensitivity}
+    suites.get(given.suite, run_pictures)(given)
+
+
+def run_critters(given: Evaluate) -> None:
     from squeeze_jax.errors import InputError
     from squeeze_jax.evaluation.grids import CHUNK
-    from squeeze_jax.interop.load import DEMO
     from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.miniature.evaluation import score_critters
-    from squeeze_jax.sampling.pipeline import Pipeline
 
-    check_writable(given.out, "--out")
-    mesh = given.parallel.mesh(given.checkpoint or DEMO / "system", min(given.pairs, CHUNK))
-    pipeline = Pipeline.load(given.checkpoint, mesh, merge_lora=given.merge_lora)
+    out = given.out or Path("scores.json")
+    check_writable(out, "--out")
+    pipeline = load(given, min(given.pairs, CHUNK))
     if pipeline.config.data.critters is None:
         raise InputError(
             "this checkpoint was not trained on critters: --suite critters cannot score it"
@@ -58,4 +96,94 @@ def run(given: Evaluate) -> None:
             f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this "
             "checkpoint's data"
         )
-    score_critters(pipeline, given.out, given.pairs, checkpoint=str(given.checkpoint or "demo"))
+    score_critters(pipeline, out, given.pairs, checkpoint=str(given.checkpoint or "demo"))
+
+
+def run_pictures(given: Evaluate) -> None:
+    """Suites dreambench and prompts."""
+    from squeeze_jax.evaluation.judged import write_requests
+    from squeeze_jax.evaluation.picture_set import MANIFEST, begin_picture_set
+    from squeeze_jax.evaluation.suites import Work, draw_set, load_judges, plan_set, score_set
+
+    out, prompts = open_suite(given)
+    judges = load_judges(given.dino, given.clip)
+    images = given.images or (4 if given.suite == "dreambench" else 1)
+    settings, name = settings_of(given), str(given.checkpoint or "demo")
+    work = Work(parse_shard(given.shard), given.at_once)
+    pipeline = None if given.list_only else load(given, given.at_once)
+    pictures = plan_set(pipeline, given.suite, prompts, images, name, settings, given.at_once)
+    if pipeline is None:
+        begin_picture_set(out, pictures)
+        print(f"list of pictures to draw: {out / MANIFEST}")
+        return
+    if not draw_set(pipeline, pictures, out, settings, work):
+        return
+    if given.suite == "prompts":
+        print(f"requests for a judge: {write_requests(out, pictures)}")
+    if judges is not None:
+        score_set(out, pictures, judges, out)
+    elif given.suite == "dreambench":
+        print(f"to score them: python -m squeeze_jax score {out} --dino DIR --clip DIR")
+
+
+def run_sensitivity(given: Evaluate) -> None:
+    from squeeze_jax.evaluation.sensitivity import grid, run_grid
+    from squeeze_jax.evaluation.suites import load_judges
+
+    out, prompts = open_suite(given)
+    judges = load_judges(given.dino, given.clip)
+    pipeline = load(given, given.at_once)
+    settings = grid(
+        settings_of(given, single=False), pipeline.config,
+        given.tau1, given.tau2, given.cfg_scale, given.steps,
+    )  # fmt: skip
+    run_grid(
+        pipeline, settings, prompts, out, str(given.checkpoint or "demo"), given.images or 1,
+        given.at_once, judges,
+    )  # fmt: skip
+
+
+def open_suite(given: Evaluate) -> "tuple[Path, Prompts]":
+    """The folder to write into, and what to draw: all that can be wrong before weights are read."""
+    from squeeze_jax.errors import InputError
+    from squeeze_jax.evaluation.suites import open_prompts
+    from squeeze_jax.interop.tensors import check_writable
+
+    out = given.out or Path("evaluation") / given.suite
+    check_writable(out / "report.html", "--out")
+    if out.is_file():
+        raise InputError(f"--out {out} is a file; give a folder")
+    if given.suite == "dreambench" and given.dreambench is None:
+        raise InputError("--suite dreambench needs --dreambench DIR, the folder of its pictures")
+    if given.at_once < 1:
+        raise InputError(f"--at-once {given.at_once} must be at least 1")
+    return out, open_prompts(given.file, given.dreambench)
+
+
+def load(given: Evaluate, images: int) -> "Pipeline":
+    from squeeze_jax.interop.load import DEMO
+    from squeeze_jax.sampling.pipeline import Pipeline
+
+    mesh = given.parallel.mesh(given.checkpoint or DEMO / "system", images)
+    return Pipeline.load(given.checkpoint, mesh, merge_lora=given.merge_lora)
+
+
+def settings_of(given: Evaluate, single: bool = True) -> "Settings":
+    """Size and seed; with `single`, also the one value of each flag that a grid has several of."""
+    from squeeze_jax.data.images import parse_size
+    from squeeze_jax.errors import InputError
+    from squeeze_jax.sampling.settings import Settings
+
+    height, width = parse_size(given.size) if given.size else (None, None)
+    if not single:
+        return Settings(height, width, seed=given.seed)
+    values = {}
+    for name in ("steps", "tau1", "tau2", "cfg_scale"):
+        several = getattr(given, name)
+        if len(several) > 1:
+            raise InputError(
+                f"--{name.replace('_', '-')} has {len(several)} values; several are for --suite "
+                "sensitivity"
+            )
+        values[name] = several[0] if several else None
+    return Settings(height, width, **values, seed=given.seed)

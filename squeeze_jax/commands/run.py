@@ -39,3 +39,13 @@ def guarded(main: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`0/4` as (0, 4). Raises InputError for what is no i/n with 0 ≤ i < n."""
+    from squeeze_jax.errors import InputError
+
+    part, slash, parts = text.partition("/")
+    if slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts):
+        return int(part), int(parts)
+    raise InputError(f"--shard {text!r} must be i/n with i below n, such as 0/4")

@@ -262,12 +262,14 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
                 raise InputError(
                     f"{file}: a download pointer (git-lfs) in place of the file; fetch it with git lfs pull"
                 )
-            for beginning, kind in OTHER_FORMATS.items():
-                if head.startswith(beginning):
-                    raise InputError(
-                        f"{file}: {kind}, which is not read; take the safetensors file of the same weights"
-                    )
             if len(head) < 8 or length > file.stat().st_size - 8:
+                # Only now, since a good file may begin as another format does: 640 as 80 02.
+                for beginning, kind in OTHER_FORMATS.items():
+                    if head.startswith(beginning):
+                        raise InputError(
+                            f"{file}: {kind}, which is not read; take the safetensors file of the "
+                            "same weights"
+                        )
                 raise InputError(
                     f"{file}: not a whole safetensors file (its header does not end); download it again"
                 )

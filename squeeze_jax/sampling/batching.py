@@ -19,6 +19,21 @@ REFERENCE_BUCKET = 16
 """Reference tokens are padded to a multiple of this, so that similar sizes share a program."""
 
 
+def plan_batches(
+    references: Sequence[Sequence[Any]], images: int, at_once: int, places: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Parts of prompts and pieces of their images: a batch is one part with one piece.
+
+    `at_once` images at most are drawn together; on a mesh, at least one for every place that holds
+    examples. The last item of either may come several times.
+    """
+    at_once = max(at_once, places)
+    fews = split_evenly(range(images), at_once)
+    share = places // math.gcd(places, len(fews[0]))  # prompts whose images fill the places
+    share = share if share * len(fews[0]) <= at_once else 1  # else every place has them all
+    return group_prompts(references, max(1, at_once // images), share), fews
+
+
 def group_prompts(
     references: Sequence[Sequence[Any]], most: int, multiple: int = 1
 ) -> list[list[int]]:

@@ -1,7 +1,6 @@
 """Prompt and reference pictures in, pictures out: load once, sample many."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from squeeze_jax.layers.stack import is_unstacked, unstack
 from squeeze_jax.models.dit import BLOCK_STACKS
 from squeeze_jax.models.system import System
 from squeeze_jax.processes import to_host
-from squeeze_jax.sampling.batching import group_prompts, pad_references, split_evenly
+from squeeze_jax.sampling.batching import pad_references, plan_batches
 from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, noise_for
@@ -195,12 +194,8 @@ class Pipeline:
             raise InputError(f"{len(prompts)} prompts, at_once {at_once}: both must be at least 1")
         resolved, places = self.resolved(settings), data_parallel_size(mesh_of(self.params))
         self._warn_of_empty_stages(resolved, any(shown))
-        images, at_once = range(resolved.num_images), max(at_once, places)
-        fews = split_evenly(images, at_once)
-        together = max(1, at_once // resolved.num_images)
-        share = places // math.gcd(places, len(fews[0]))  # prompts whose images fill the places
-        share = share if share * len(fews[0]) <= at_once else 1  # else every place has them all
-        parts = group_prompts(shown, together, share)
+        images = range(resolved.num_images)
+        parts, fews = plan_batches(shown, resolved.num_images, at_once, places)
 
         def batches() -> Iterator[tuple[Ready, list[int]]]:
             for part in parts:
