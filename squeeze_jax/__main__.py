@@ -11,6 +11,8 @@ COMMANDS = {
     "extract": "run the frozen encoders over a source of examples",
     "evaluate": "draw a suite's pictures with a checkpoint, and score them",
     "score": "score pictures that are there, whoever drew them",
+    "compare": "training runs side by side, as a page",
+    "ablate": "train, draw and tabulate a folder of presets with several seeds",
     "inspect": "how a checkpoint's aggregator uses the MLLM's layers",
     "plan": "what a pod run will need and take",
     "verify": "check a published checkpoint, by name and by number",

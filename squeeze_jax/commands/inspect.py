@@ -49,5 +49,7 @@ def run(given: Inspect) -> None:
     if found.vision_weight is not None:
         print(f"image tokens: the vision tower's share is {100 * found.vision_weight:.1f} %")
     elif not found.use:
-        print(f"{found.kind} takes hidden state {found.layers[-1]} alone; there is nothing to weigh")
+        print(
+            f"{found.kind} takes hidden state {found.layers[-1]} alone; there is nothing to weigh"
+        )
     print(f"written: {', '.join(map(str, write_inspection(given.out, found)))}")

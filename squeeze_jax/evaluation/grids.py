@@ -73,25 +73,26 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
             pipelines.append(Pipeline.of(split.merge(leaves), config, encoders))
         pipelines[0].params = (system_leaves,)
         drawn = draw_examples(pipelines[0], encoded, Settings())
-        size = (config.data.height, config.data.width)
-        grid = np.concatenate(
-            [
-                np.concatenate(
-                    [
-                        _shown(e.references[0], size) if e.references else _blank(size)
-                        for e in examples
-                    ],
-                    1,
-                ),
-                np.concatenate(list(drawn), 1),
-                np.concatenate([to_uint8(resize_for_target(e.target, *size)) for e in examples], 1),
-            ]
-        )
-        path = folder / "samples" / f"{step:06d}.png"
-        if is_main():
-            write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
+        _save_grid(config, examples, drawn, folder / "samples" / f"{step:06d}.png")
 
     return sample
+
+
+def draw_grid(pipeline: Pipeline, examples: Sequence[Example], path: Path) -> None:
+    """Draws held-out examples with the config's own settings, as a run's grids are."""
+    _save_grid(pipeline.config, examples, sample_examples(pipeline, examples, Settings()), path)
+
+
+def _save_grid(
+    config: Config, examples: Sequence[Example], drawn: np.ndarray, path: Path
+) -> None:
+    """A row of references, of samples, of true targets."""
+    size = (config.data.height, config.data.width)
+    shown = [_shown(e.references[0], size) if e.references else _blank(size) for e in examples]
+    targets = [to_uint8(resize_for_target(e.target, *size)) for e in examples]
+    grid = np.concatenate([np.concatenate(row, 1) for row in (shown, list(drawn), targets)])
+    if is_main():
+        write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
 
 
 def check_encoders(encoders: FeatureExtractor, features: epath.Path) -> None:

@@ -120,9 +120,7 @@ def _examples(config: Config, features: epath.PathLike | None) -> Iterator[Hidde
         yield states._replace(text=states.text[:, wanted], image=states.image[:, wanted])
 
 
-def _modality(
-    aggregator: Aggregator, name: str, examples: Sequence[HiddenStates]
-) -> LayerUse:
+def _modality(aggregator: Aggregator, name: str, examples: Sequence[HiddenStates]) -> LayerUse:
     """Averages over the valid tokens of all examples."""
     pool: LayerPool = aggregator.pools[name if name in aggregator.pools else "shared"]
     graph, state = nnx.split(pool)
@@ -189,9 +187,7 @@ def _draw(path: Path, found: Inspection) -> None:
 
     blocks = max(len(use.attention) for use in found.use.values())
     figure = Figure(figsize=(10, 3.2 + 4.2 * blocks), layout="constrained", dpi=120)
-    axes = figure.subplots(
-        1 + blocks, 2, squeeze=False, height_ratios=[3.2, *[4.2] * blocks]
-    )
+    axes = figure.subplots(1 + blocks, 2, squeeze=False, height_ratios=[3.2, *[4.2] * blocks])
     for place, (title, field) in enumerate(
         (("learned weight", "weights"), ("share of the pooled vector", "shares"))
     ):

@@ -22,11 +22,23 @@ from squeeze_jax.models.aggregator import AggregatorConfig, LayerPool
 SIZES = {"width": WIDTH, "out_width": 24, "heads": 2, "mlp_width": 24, "refiner_blocks": 1}
 
 
+class Various(FakeEncoders):
+    """Every token and layer points another way; FakeEncoders' channels are all equal."""
+
+    def _encode(self, prompt, pictures):
+        encoded, rng = super()._encode(prompt, pictures), np.random.default_rng(len(prompt))
+
+        def vary(states):
+            return (states + 20 * rng.standard_normal(states.shape)).astype(states.dtype)
+
+        return encoded._replace(text=vary(encoded.text), image=vary(encoded.image))
+
+
 @pytest.fixture
 def features(tmp_path):
     """Held-out records; the first has no reference and so no image tokens."""
     options = {"target_size": (32, 32), "reference_long_side": 32}
-    extract(some_examples(5), FakeEncoders(), tmp_path / "features" / "held_out", **options)
+    extract(some_examples(5), Various(), tmp_path / "features" / "held_out", **options)
     return tmp_path / "features"
 
 
