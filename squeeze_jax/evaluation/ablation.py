@@ -11,13 +11,14 @@ there stay, and finished rows are passed over.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from squeeze_jax.checkpoints.manager import saved_step
 from squeeze_jax.config import Config, load_preset, override
-from squeeze_jax.config_json import from_json, to_json
+from squeeze_jax.config_json import to_json
 from squeeze_jax.data.sources import open_examples, source_of
 from squeeze_jax.errors import InputError
 from squeeze_jax.evaluation.grids import draw_grid
@@ -52,8 +53,10 @@ class Row(NamedTuple):
     overrides: list[str]
     """Of the preset, as train's command line takes them."""
     folder: Path
+    trainer: Path
+    """The preset that is trained for it: the first of those that train alike."""
     trained: Path
-    """The folder of the training whose weights it takes; another row's where that is the same."""
+    """The folder of that training."""
 
     @property
     def name(self) -> str:
@@ -92,8 +95,9 @@ def plan_rows(
             given = [*overrides, "--training.seed", str(seed)]
             config = override(load_preset(preset), given, "squeeze_jax ablate")
             folder = workdir / preset.stem / f"seed-{seed}"
-            same = [row.trained for row in rows if trains_alike(row.config, config)]
-            rows.append(Row(preset, seed, config, given, folder, same[0] if same else folder))
+            alike = [(row.trainer, row.trained) for row in rows if trains_alike(row.config, config)]
+            first = alike[0] if alike else (preset, folder)
+            rows.append(Row(preset, seed, config, given, folder, *first))
     return rows
 
 
@@ -122,10 +126,9 @@ def run_rows(
 
 
 def _finish(row: Row, drawing: Drawing, train: Train, score: Mapping[str, Score]) -> None:
-    trained = row._replace(folder=row.trained)
     marker, wanted = row.trained / TRAINED, _values(_training(row.config))
     if not marker.exists() or read_json(marker) != wanted:
-        train(trained)
+        train(row._replace(preset=row.trainer, folder=row.trained))
         write_json(marker, wanted)
     _draw(row, drawing, score)
     write_json(row.folder / FINISHED, _row_values(row, drawing))
@@ -191,7 +194,7 @@ def _row_values(row: Row, drawing: Drawing) -> dict[str, Any]:
 
 def _values(config: Config) -> dict[str, Any]:
     """A config as JSON has it."""
-    return dataclasses.asdict(from_json(to_json(config)))
+    return json.loads(to_json(config))
 
 
 def read_row(row: Row) -> Run:

@@ -254,7 +254,7 @@ def _figure(kind: str, content: bytes, caption: str, attributes: str) -> str:
     return f'<figure><img alt="{text}" src="data:{kind};base64,{data}"{attributes}>{below}</figure>'
 
 
-def _cell_text(table: Table, cell: str | float | None) -> str:
+def _cell_text(table: Table, cell: str | int | float | None) -> str:
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return "–"
     if isinstance(cell, float):

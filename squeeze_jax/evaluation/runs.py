@@ -175,7 +175,7 @@ def scores_table(runs: Sequence[Run]) -> Table:
 def _loss_parts(runs: Sequence[Run]) -> list[Part]:
     parts: list[Part] = []
     for label, field in (("training loss", "loss"), ("validation loss", "validation")):
-        curves = {run.name: _thinned(getattr(run, field)) for run in runs}
+        curves = {run.name: thin(getattr(run, field)) for run in runs}
         curves = {name: curve for name, curve in curves.items() if curve.steps}
         if curves:
             lines = {name: (curve.steps, curve.values) for name, curve in curves.items()}
@@ -188,7 +188,7 @@ def draw_loss(lines: Mapping[str, tuple[list[int], list[float]]], label: str) ->
     return draw_lines(lines, "step", label, label)
 
 
-def _thinned(curve: Curve) -> Curve:
+def thin(curve: Curve) -> Curve:
     """A curve of at most `POINTS` points: neighbours are averaged."""
     per = -(-len(curve.steps) // POINTS)
     if per <= 1:
