@@ -28,7 +28,7 @@ def kill_when(folder, environment, there):
 
 def states(folder, *patterns):
     """Bytes and times of files: what is done again has another time."""
-    found = {path for pattern in patterns for path in (folder / "runs").glob(pattern)}
+    found = {path for pattern in patterns for path in (folder / "runs").glob(pattern) if path.is_file()}
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(found)}
 
 
