@@ -25,6 +25,10 @@ class Ablate:
     """Folder for all runs and the report."""
     seeds: str = "0"
     """Seeds of each preset, with commas: 0,1,2."""
+    trained: tuple[Path, ...] = ()
+    """Finished runs: presets of the same training and seed take their weights. Those of
+    configs/ablations that differ in sampling alone are stage 2's, which begins with stage 1: give
+    runs/stage2, else they train stage 2 from nothing."""
     prompts: Path | None = None
     """Prompts to draw with each, as JSON in UNO's schema; none: a grid of held-out examples."""
     dreambench: Path | None = None
@@ -65,7 +69,7 @@ def run(given: Ablate, overrides: list[str]) -> None:
     except ValueError:
         raise InputError(f"--seeds {given.seeds!r} must be numbers with commas: 0,1,2") from None
     presets = sorted(given.presets.glob("*.py")) if given.presets.is_dir() else [given.presets]
-    rows = plan_rows(presets, seeds, given.workdir, overrides)
+    rows = plan_rows(presets, seeds, given.workdir, overrides, given.trained)
     judges, drawing = load_judges(given.dino, given.clip), Drawing()
     if given.prompts is not None or given.dreambench is not None:
         suite = "prompts" if given.dreambench is None else "dreambench"
@@ -76,7 +80,7 @@ def run(given: Ablate, overrides: list[str]) -> None:
         features = given.workdir / "features"
         extract_features(rows[0].config, features)
         overrides = [*overrides, "--data.features", str(features)]
-        rows = plan_rows(presets, seeds, given.workdir, overrides)
+        rows = plan_rows(presets, seeds, given.workdir, overrides, given.trained)
     scorers = {
         "critters": lambda pipeline, out: score_critters(
             pipeline, out, pipeline.config.log.score, ("demo",), str(out.parent)

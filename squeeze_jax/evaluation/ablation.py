@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from squeeze_jax.checkpoints.manager import saved_step
+from squeeze_jax.checkpoints.manager import read_config, saved_step
 from squeeze_jax.config import Config, load_preset, override
 from squeeze_jax.config_json import to_json
 from squeeze_jax.data.sources import open_examples, source_of
@@ -53,8 +53,9 @@ class Row(NamedTuple):
     overrides: list[str]
     """Of the preset, as train's command line takes them."""
     folder: Path
-    trainer: Path
-    """The preset that is trained for it: the first of those that train alike."""
+    trainer: Path | None
+    """The preset that is trained for it: the first of those that train alike; None: the run was
+    there before."""
     trained: Path
     """The folder of that training."""
 
@@ -82,20 +83,31 @@ Score = Callable[[Pipeline, Path], None]
 
 
 def plan_rows(
-    presets: Sequence[Path], seeds: Sequence[int], workdir: Path, overrides: Sequence[str]
+    presets: Sequence[Path],
+    seeds: Sequence[int],
+    workdir: Path,
+    overrides: Sequence[str],
+    there: Sequence[Path] = (),
 ) -> list[Row]:
-    """The rows in order. Raises InputError where there are none, and for an impossible override."""
+    """The rows in order. there: finished runs, whose weights rows of the same training take.
+
+    Raises InputError where there are no rows, and for an impossible override.
+    """
     if not presets:
         raise InputError("no presets: give a folder with at least one *.py in it")
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds {list(seeds)}: give at least one, each once")
     rows: list[Row] = []
+    finished = [(read_config(folder), folder) for folder in there]
     for preset in presets:
         for seed in seeds:
             given = [*overrides, "--training.seed", str(seed)]
             config = override(load_preset(preset), given, "squeeze_jax ablate")
             folder = workdir / preset.stem / f"seed-{seed}"
-            alike = [(row.trainer, row.trained) for row in rows if trains_alike(row.config, config)]
+            alike = [(None, run) for own, run in finished if _learned(own) == _learned(config)]
+            alike += [
+                (row.trainer, row.trained) for row in rows if trains_alike(row.config, config)
+            ]
             first = alike[0] if alike else (preset, folder)
             rows.append(Row(preset, seed, config, given, folder, *first))
     return rows
@@ -103,16 +115,28 @@ def plan_rows(
 
 def trains_alike(one: Config, other: Config) -> bool:
     """Whether two configs train the same weights: they differ at most in name and sampling."""
-    return _training(one) == _training(other)
+    return _training(one) == _training(other) and _shift(one) == _shift(other)
+
+
+def _learned(config: Config) -> tuple[object, ...]:
+    """What tells trainings apart, wherever data and weights lie and whatever came before."""
+    training = config.training
+    parts = config.model.dit, config.aggregator, config.lora, config.diffusion, config.optimizer
+    return (*parts, training.stages, training.seed, _shift(config))
 
 
 def _training(config: Config) -> Config:
-    """A config without what trained weights do not depend on. Steps and shift of sampling stay:
-    training's times follow them."""
+    """A config without what trained weights do not depend on."""
     sampling = dataclasses.replace(
-        config.sampling, tau1=1.0, tau2=0.0, tau_tokens=None, cfg_scale=1.0
+        config.sampling, steps=1, tau1=1.0, tau2=0.0, tau_tokens=None, cfg_scale=1.0
     )
     return dataclasses.replace(config, name="", sampling=sampling)
+
+
+def _shift(config: Config) -> float:
+    """Of the times that training draws, which may follow the sampler's number of steps."""
+    rows, columns = config.target_grid
+    return config.schedule_shift(rows * columns, config.sampling.steps)
 
 
 def run_rows(
@@ -127,7 +151,7 @@ def run_rows(
 
 def _finish(row: Row, drawing: Drawing, train: Train, score: Mapping[str, Score]) -> None:
     marker, wanted = row.trained / TRAINED, _values(_training(row.config))
-    if not marker.exists() or read_json(marker) != wanted:
+    if row.trainer is not None and not (marker.exists() and read_json(marker) == wanted):
         train(row._replace(preset=row.trainer, folder=row.trained))
         write_json(marker, wanted)
     _draw(row, drawing, score)
@@ -215,8 +239,7 @@ def ablation_report(rows: Sequence[Row], title: str) -> tuple[Report, dict[str, 
     report, values = compare_report(list(runs.values()), title)
     table = preset_table(by_preset)
     shared = [
-        f"{row.name} takes the weights of {row.trained.parent.name}/{row.trained.name}: only their "
-        "sampling differs."
+        f"{row.name} takes the weights of {row.trained}: it differs in sampling alone."
         for row in rows
         if row.trained != row.folder
     ]

@@ -152,7 +152,11 @@ def test_the_commands_run(tmp_path, family):
     if family == "flux":
         values = json.loads((tmp_path / "runs" / "ablations" / "scores.json").read_text())
         assert values["presets"] == ["lap", "last_layer", "tau_0_0"]
-        assert len(values["runs"]) == 6
+        assert len(values["runs"]) == 3
+        ablations = tmp_path / "runs" / "ablations"
+        assert (ablations / "lap" / "seed-0" / "checkpoints").is_dir()
+        assert not (ablations / "tau_0_0" / "seed-0" / "checkpoints").exists(), "stage 2's weights"
+        assert not (tmp_path / "runs" / "stage2" / "trained.json").exists(), "which stays as it was"
 
 
 def test_the_driver_is_the_command_line():

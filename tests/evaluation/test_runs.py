@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tiny import tiny_config
 
 from squeeze_jax.checkpoints.manager import write_config
 from squeeze_jax.commands import compare
-from squeeze_jax.config import SamplingConfig
+from squeeze_jax.config import SamplingConfig, load_preset
 from squeeze_jax.errors import InputError
 from squeeze_jax.evaluation.ablation import PAPER, plan_rows, preset_table, trains_alike
 from squeeze_jax.evaluation.runs import POINTS, Curve, compare_report, name_runs, read_run, thin
@@ -138,14 +139,27 @@ def test_presets_that_differ_in_sampling_alone_share_a_training(tmp_path, reques
     assert {row.config.log.every for row in rows} == {7}
     assert [row.config.training.seed for row in rows] == [0, 3] * 4
     trained = {row.name: f"{row.trained.parent.name}/{row.trained.name}" for row in rows}
-    # Training's times follow the sampler's steps, so that other steps are another training.
-    assert [name for name, folder in trained.items() if name != folder] == ["b_tau/seed-0", "b_tau/seed-3"]
+    shared = [name for name, folder in trained.items() if name != folder]
+    assert shared == ["b_tau/seed-0", "b_tau/seed-3", "c_steps/seed-0", "c_steps/seed-3"]
     assert trained["b_tau/seed-3"] == "a/seed-3"
     assert rows[3].trainer.stem == "a"
+    finished = make_run(tmp_path / "done", dataclasses.replace(rows[1].config, name="elsewhere"))
+    again = plan_rows(sorted(tmp_path.glob("*.py")), [0, 3], tmp_path / "runs", [], [finished])
+    taken = [row.name for row in again if row.trained == finished]
+    assert taken == ["a/seed-3", "b_tau/seed-3", "c_steps/seed-3"], "of its seed and training"
+    assert [row.trainer for row in again if row.trained == finished] == [None] * 3
     with pytest.raises(InputError, match="give at least one, each once"):
         plan_rows([tmp_path / "a.py"], [0, 0], tmp_path, [])
     with pytest.raises(InputError, match="no presets"):
         plan_rows([], [0], tmp_path, [])
+
+
+def test_steps_are_another_training_where_its_times_follow_them():
+    """FLUX.2's shift depends on the number of steps, FLUX.1's does not."""
+    for preset, alike in (("flux_stage2", True), ("klein_stage2", False)):
+        config = load_preset(Path(__file__).parents[2] / "configs" / f"{preset}.py")
+        sampling = dataclasses.replace(config.sampling, steps=9)
+        assert trains_alike(config, dataclasses.replace(config, sampling=sampling)) == alike
 
 
 def test_what_decides_weights_is_no_matter_of_sampling():
