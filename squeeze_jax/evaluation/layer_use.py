@@ -79,7 +79,7 @@ def inspect_checkpoint(folder: Path, features: epath.PathLike | None = None) -> 
         use = {name: _modality(aggregator, name, examples) for name in MODALITIES}
     vision = getattr(aggregator, "vision_weight", None)
     return Inspection(
-        str(folder),
+        "the shipped miniature" if folder == DEMO / "system" else str(folder),
         step,
         config.aggregator.kind,
         list(config.aggregator.reads),

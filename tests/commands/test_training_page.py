@@ -95,7 +95,7 @@ def test_the_page_names_everything_from_data_to_export():
 def write_world(folder, family):
     """All that the page downloads, and the presets, small."""
     write_home(folder / "home", FLUX2 if family == "klein" else FLUX1)
-    captions = {"left": "a mug {} on a table. " * 2, "right": "a mug {} by a window"}
+    captions = {"left": "a mug {} on a table. It is white.", "right": "a mug {} by a window"}
     rows = [subjects_row(i, **captions) for i in range(6)] + [subjects_row(6, (5, 4, 5)), subjects_row(7, None)]
     write_subjects(folder / "subjects", [rows[:4], rows[4:]])
     rows = [uno_row(1, i) for i in range(6)] + [uno_row(1, 6, 3.0), uno_row(1, 7, 131184.67)]
