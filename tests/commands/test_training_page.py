@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from miniature_preset import ROOT, environment
-from PIL import Image
 from public_sets import (
     picture,
     subjects_row,
@@ -25,6 +24,7 @@ from small_dit import CONFIG as FLUX1
 from small_run import write_home
 from tiny_judges import save_clip, save_dino, save_dreambench
 
+from squeeze_jax.data.images import load_image
 from squeeze_jax.models.flux2 import Flux2Config
 
 NOT_OURS = ("pip", "hf", "git")
@@ -36,6 +36,7 @@ PRESET = """
 from dataclasses import replace
 from squeeze_jax.config import *
 from squeeze_jax.models.dit import DiTConfig
+from squeeze_jax.data.images import load_image
 from squeeze_jax.models.flux2 import Flux2Config
 
 real = load_preset({real!r})
@@ -147,7 +148,7 @@ def test_the_commands_run(tmp_path, family):
     metadata = json.loads((tmp_path / "records" / "several" / "train" / "squeeze.json").read_text())
     assert metadata["summary"]["captions"] == [2] * 3, "three rows train, one validates"
     for shown in ("subjects.png", "mug_beach.png", "runs/stage2/inspection/layers.png"):
-        assert Image.open(tmp_path / shown).size[0] > 0
+        assert load_image(tmp_path / shown).size[0] > 0
     assert json.loads((tmp_path / "exported" / "parity.json").read_text())
     if family == "flux":
         values = json.loads((tmp_path / "runs" / "ablations" / "scores.json").read_text())
