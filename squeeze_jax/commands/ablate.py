@@ -86,6 +86,7 @@ def run(given: Ablate, overrides: list[str]) -> None:
             pipeline, out, pipeline.config.log.score, ("demo",), str(out.parent)
         )
     }
+    title = f"Ablation: {given.presets}"
     finished = []
     for row in run_rows(
         rows,
@@ -96,7 +97,6 @@ def run(given: Ablate, overrides: list[str]) -> None:
         scorers,
     ):
         finished.append(row)
-        report, values = ablation_report(finished, f"Ablation: {given.presets}")
-        write_report(given.workdir, report, values)
-    print_report(report)
+        write_report(given.workdir, *ablation_report(finished, title))
+    print_report(ablation_report(finished, title)[0])
     print(f"report: {given.workdir / 'report.html'}")

@@ -222,12 +222,12 @@ def _values(config: Config) -> dict[str, Any]:
 
 
 def read_row(row: Row) -> Run:
-    """A finished row: its own pictures and scores, and the curves of its training."""
-    trained = read_run(row.trained)
-    if row.trained == row.folder:
-        return trained._replace(name=row.name)
+    """A finished row: its own pictures and scores; validation is that of its training, whose loss
+    is drawn once."""
     own = read_run(row.folder, row.name, row.config)
-    return own._replace(loss=trained.loss, validation=trained.validation)
+    if row.trained == row.folder:
+        return own
+    return own._replace(validation=read_run(row.trained).validation)
 
 
 def ablation_report(rows: Sequence[Row], title: str) -> tuple[Report, dict[str, Any]]:

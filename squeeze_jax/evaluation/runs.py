@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from squeeze_jax.checkpoints.manager import read_config
 from squeeze_jax.config import Config
@@ -19,19 +19,24 @@ from squeeze_jax.evaluation.report import (
     Report,
     Section,
     Table,
-    draw_lines,
+    draw_plot,
 )
 from squeeze_jax.evaluation.score_report import show, thumbnail
 from squeeze_jax.evaluation.similarity import Estimate
 from squeeze_jax.interop.tensors import read_json
 from squeeze_jax.training.metrics import FILE
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
+
 SHOWN = 8
 """Prompts of a picture set that are shown."""
 POINTS = 400
 """Points of a loss curve: each is the mean of the rows that it stands for."""
+FEW = 20
+"""Points of a curve that are marked each."""
 GRID_WIDTH = 900
-"""Pixels across a grid of samples."""
+"""Most pixels across a grid of samples."""
 
 
 class Curve(NamedTuple):
@@ -184,8 +189,16 @@ def _loss_parts(runs: Sequence[Run]) -> list[Part]:
 
 
 def draw_loss(lines: Mapping[str, tuple[list[int], list[float]]], label: str) -> Plot:
-    """A diagram of losses over steps."""
-    return draw_lines(lines, "step", label, label)
+    """A diagram of losses over steps; a run with few rows shows them as points."""
+
+    def draw(axes: "Axes") -> None:
+        for name, (steps, values) in lines.items():
+            mark = "o" if len(steps) <= FEW else None
+            axes.plot(steps, values, marker=mark, markersize=4, label=name, linewidth=1.2)
+        axes.set(xlabel="step", ylabel=label)
+        axes.legend(frameon=False)
+
+    return draw_plot(draw)
 
 
 def thin(curve: Curve) -> Curve:
@@ -225,7 +238,8 @@ def _grids(runs: Sequence[Run]) -> list[Part]:
     for run in runs:
         if run.samples is not None:
             caption = f"{run.name}, step {int(run.samples.stem):,}: reference, sample, target"
-            parts.append(Picture(load_image(run.samples), caption, GRID_WIDTH))
+            image = load_image(run.samples)
+            parts.append(Picture(image, caption, min(GRID_WIDTH, image.width)))
     return parts
 
 
@@ -240,7 +254,7 @@ def _picture_sets(runs: Sequence[Run]) -> list[Part]:
         for name, prompt in list(prompts.items())[::step][:SHOWN]:
             pictures = there[0].sets[suite][1]
             references = [path for path in pictures.reference_paths(prompt)[:1] if path.is_file()]
-            cells: list[Cell] = [thumbnail(path, "reference") for path in references] or [None]
+            cells: list[Cell] = [thumbnail(path, "") for path in references] or [None]
             for run in there:
                 folder, own = run.sets[suite]
                 found = own.find(folder, prompt, 0)
