@@ -232,14 +232,21 @@ def epoch(rows: int, queue: "multiprocessing.Queue[tuple[int, int, float, list[f
         shape = {"layers": 29, "width": 3584, "target": [None, None, 16]}
         text, references = rng.integers(20, 256, rows).tolist(), rng.integers(1, 4, rows).tolist()
         sizes = [[64, 64 + 16 * (t % 2), t, 256 * r, r, 1024 * r] for t, r in zip(text, references)]
-        most = {"max_text": 255, "max_image": 768, "max_references": 3, "max_reference_tokens": 3072}
+        most = {
+            "max_text": 255,
+            "max_image": 768,
+            "max_references": 3,
+            "max_reference_tokens": 3072,
+        }
         summary = {"records": rows, "shape": shape, "sizes": sizes} | most
         values = {"summary": summary, "shards": [rows], "settings": {}, "codec": 1}
         (Path(folder) / METADATA_FILE).write_text(json.dumps(values))
         del sizes, summary, values, text, references
         before, began = memory("VmRSS"), time.perf_counter()
         found = read_metadata(folder).summary
-        order = Order(buckets_of(found, BATCH), BATCH, 0, np.arange(BATCH), (0, rows // 3), (1.0, 1.0))
+        order = Order(
+            buckets_of(found, BATCH), BATCH, 0, np.arange(BATCH), (0, rows // 3), (1.0, 1.0)
+        )
         order[0]
         opened, taken = time.perf_counter() - began, []
         for step in np.linspace(1, 3 * rows // BATCH, 300).astype(int):  # of three epochs
@@ -258,7 +265,8 @@ def epoch_of(rows: int) -> None:
     process.join()
     print(
         f"{rows:,} records: peak {most / 2**20:.0f} MiB, of which {before / 2**20:.0f} MiB before; "
-        f"{opened:.1f} s until the first batch is known, then {1e3 * np.mean(taken):.1f} ms a batch "
+        f"{opened:.1f} s until the first batch is known, "
+        f"then {1e3 * np.mean(taken):.1f} ms a batch "
         f"of {BATCH}, {1e3 * max(taken):.0f} ms at most"
     )
 

@@ -18,7 +18,8 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
     """A rounded box around its middle."""
     axes.add_patch(
         FancyBboxPatch(
-            (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.08",
+            (x - width / 2, y - height / 2), width, height,
+            boxstyle="round,pad=0.02,rounding_size=0.08",
             facecolor=colour, edgecolor="0.25", linewidth=1,
         )
     )  # fmt: skip
@@ -55,7 +56,15 @@ def draw_system() -> Figure:
     box(axes, 0.95, 0.8, 1.5, 0.6, "noise, time t", DATA)
     box(axes, 3.2, 3.25, 1.7, 1.2, "MLLM\nInternVL3-8B\n29 hidden states", FROZEN)
     box(axes, 3.2, 1.55, 1.7, 0.8, "autoencoder", FROZEN)
-    box(axes, 5.6, 3.25, 1.9, 1.2, "aggregator (DLA)\npools the layers,\ntext and image apart", TRAINED)
+    box(
+        axes,
+        5.6,
+        3.25,
+        1.9,
+        1.2,
+        "aggregator (DLA)\npools the layers,\ntext and image apart",
+        TRAINED,
+    )
     box(axes, 8.0, 2.05, 1.8, 3.1, "transformer\nFLUX", FROZEN)
     box(axes, 8.0, 0.92, 1.5, 0.55, "LoRA", TRAINED)
     arrow(axes, (1.72, 3.6), (2.33, 3.45))
@@ -103,8 +112,9 @@ def draw_stages() -> Figure:
         times = shift / (shift + 1 / s - 1)
     figure = Figure(figsize=(8, 3.6), dpi=140, layout="constrained")
     axes = figure.add_subplot()
-    bands = ((1.02, sampling.tau1, TRAINED, "MLLM alone"), (sampling.tau1, sampling.tau2, "#e9e2f5", "both"),
-             (sampling.tau2, 0, IMAGE, "references alone"))  # fmt: skip
+    tau1, tau2 = sampling.tau1, sampling.tau2
+    bands = ((1.02, tau1, TRAINED, "MLLM alone"), (tau1, tau2, "#e9e2f5", "both"),
+             (tau2, 0, IMAGE, "references alone"))  # fmt: skip
     for high, low, colour, text in bands:
         axes.axhspan(low, high, color=colour, alpha=0.75, linewidth=0)
         count = int(np.sum((times[:-1] >= low) & (times[:-1] < high)))
@@ -116,13 +126,18 @@ def draw_stages() -> Figure:
         axes.axhline(value, color="0.4", linewidth=0.8, linestyle="--")
         axes.text(0.2, value - 0.012, f"{name} = {value}", va="top", fontsize=8, color="0.3")
     axes.set(xlabel=f"step, of {sampling.steps} at {config.data.height}×{config.data.width}",
-             ylabel="t (1 is noise)", ylim=(0, 1.02), xlim=(-0.3, sampling.steps + 0.3))  # fmt: skip
+             ylabel="t (1 is noise)",
+             ylim=(0, 1.02), xlim=(-0.3, sampling.steps + 0.3))  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def main() -> None:
-    for name, draw in (("system", draw_system), ("aggregator", draw_aggregator), ("stages", draw_stages)):
+    for name, draw in (
+        ("system", draw_system),
+        ("aggregator", draw_aggregator),
+        ("stages", draw_stages),
+    ):
         draw().savefig(DOCS / f"method_{name}.png")
         print(DOCS / f"method_{name}.png")
 

@@ -41,9 +41,9 @@ class DataConfig(Checked):
     """Folder of feature records (train and held-out below it); None: extracted into the work
     folder."""
     mix: tuple[tuple[str, float], ...] = ()
-    """Several such folders in place of `features`, each with a weight: `--data.mix FOLDER 2 FOLDER 1`.
-    A step's examples come from them in proportion to the weights, whatever their sizes; each folder
-    is gone through in epochs of its own."""
+    """Several such folders in place of `features`, each with a weight: `--data.mix FOLDER 2
+    FOLDER 1`. A step's examples come from them in proportion to the weights, whatever their sizes;
+    each folder is gone through in epochs of its own."""
     height: int = 512
     width: int = 512
     """Target size in pixels, multiples of 16 (our decision: 512 x 512)."""
@@ -95,7 +95,8 @@ class DataConfig(Checked):
 
     @property
     def tiles_per_reference(self) -> int:
-        """Most tiles that the MLLM sees of a reference: the whole picture is one more of several."""
+        """Most tiles that the MLLM sees of a reference: the whole picture is one more of
+        several."""
         return self.max_tiles + (self.max_tiles > 1)
 
     def _problems(self) -> Iterator[str]:

@@ -32,8 +32,8 @@ class Train:
     """Where checkpoints, metrics and pictures go; none: runs/<name of the preset>."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or
-    with an exported folder, a LoRA file, or a FLUX.1 or FLUX.2 transformer (under a config with a LoRA it
-    becomes the base)."""
+    with an exported folder, a LoRA file, or a FLUX.1 or FLUX.2 transformer (under a
+    config with a LoRA it becomes the base)."""
     accept_changes: Flag = False
     """Continue a run though the preset differs from the one that it was saved with; or begin with
     weights (`--from`) whose preset asked for another input of the MLLM or another guidance."""

@@ -166,7 +166,8 @@ def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
 def _epoch(
     counts: tuple[int, ...], rows: int, key: tuple[int, ...], epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The buckets of an epoch's batches in order, and how often each had come before in this epoch."""
+    """The buckets of an epoch's batches in order, and how often each had come before in this
+    epoch."""
     turns = BucketSchedule(counts, rows, *key)
     batches = [
         after - before for after, before in zip(turns.before(epoch + 1), turns.before(epoch))

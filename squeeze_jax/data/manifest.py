@@ -2,10 +2,10 @@
 
     [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "sofa.png"}, …]
 
-`prompt` may be a list of several captions of the target: training draws one an epoch, sampling takes
-the first. `image_paths` may be empty (text only) and `image_tgt_path` left out where nothing is
-learned from it. Further keys are ignored if they are named `critter` or begin with `x_`; any other
-is taken for a misspelling.
+`prompt` may be a list of several captions of the target: training draws one an epoch, sampling
+takes the first. `image_paths` may be empty (text only) and `image_tgt_path` left out where nothing
+is learned from it. Further keys are ignored if they are named `critter` or begin with `x_`; any
+other is taken for a misspelling.
 """
 
 import hashlib

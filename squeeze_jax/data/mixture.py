@@ -53,8 +53,8 @@ class Mixture:
         if len({(shape.width, shape.target[2]) for shape in shapes}) > 1:
             found = ", ".join(f"{shape.width} and {shape.target[2]}" for shape in shapes)
             raise InputError(
-                f"{self._names()}: widths of hidden states and channels of latents differ ({found}); "
-                "extract them with one config"
+                f"{self._names()}: widths of hidden states and channels of latents differ "
+                f"({found}); extract them with one config"
             )
         targets = {shape.target for shape in shapes}
         known = all(summary.sizes for summary in summaries)

@@ -165,7 +165,8 @@ def make_online(
     order = Order(buckets, batch, seed, np.arange(batch) if own is None else np.asarray(own))
     data = config.data
     settings = (data.height, data.width, data.reference_long_side, data.max_tiles)
-    cut = (data.max_text_tokens,) if data.long_captions == "cut" else ()  # else it changes no prompt
+    # Else the limit changes no prompt.
+    cut = (data.max_text_tokens,) if data.long_captions == "cut" else ()
     described = repr((rows.source, settings, data.system_text, *cut))
     described = sha256(described.encode()).hexdigest()[:16]
     identity: dict[str, Any] = {

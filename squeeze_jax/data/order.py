@@ -45,7 +45,8 @@ class Stream:
         )
 
     def _epoch(self, epoch: int) -> Int[np.ndarray, " examples"]:
-        """The records of an epoch in order. The last two are kept: batches run over their border."""
+        """The records of an epoch in order. The last two are kept: batches run over their
+        border."""
         found = self._epochs.get(epoch)
         if found is None:
             seed, bucket, folder = self.key

@@ -259,7 +259,7 @@ def make_dataset(
 ) -> BatchIterator:
     """Batches of `batch` records from a folder of feature records, reshuffled every epoch.
 
-    Of several folders with weights, each has its share of the rows of batches, and epochs of its own.
+    Of several folders with weights, each has its share of the rows, and epochs of its own.
     Epochs run into each other, so every batch is full however few records there are. rows: those of
     every batch that this process reads (0 .. batch − 1, in order); None: all. prefetch: batches
     made ahead, each by a thread. workers: processes that make them instead; they are spawned, so

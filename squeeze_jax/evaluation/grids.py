@@ -1,4 +1,4 @@
-"""Pictures of held-out examples: sample grids during training, and the samples that suites score."""
+"""Pictures of held-out examples: sample grids during training, and samples that suites score."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,7 +96,7 @@ def _save_grid(
 
 
 def check_encoders(encoders: FeatureExtractor, features: epath.Path) -> None:
-    """Raises InputError where records were made by other encoders: those that sampling would use."""
+    """Raises InputError where records were made by other encoders than sampling would use."""
     for split in ("train", "held_out"):
         there = read_metadata(features / split).settings.get("encoders", {})
         wanted = json.loads(json.dumps(encoders.settings))

@@ -107,7 +107,7 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
 
 
 def read_scores(path: Path) -> dict[str, Estimate]:
-    """What a scores.json of `evaluate`, `score` or a run of critters says; {} where there is none."""
+    """What a scores.json of `evaluate`, `score` or a run of critters says; {} without one."""
     if not path.is_file():
         return {}
     found: dict[str, Estimate] = {}

@@ -1,4 +1,4 @@
-"""`ablate` in processes of its own: killed with SIGKILL again and again, nothing is done twice or lost."""
+"""`ablate` in processes of its own: killed again and again, nothing is done twice or lost."""
 
 import json
 import signal
@@ -11,7 +11,15 @@ from miniature_preset import environment, write_preset
 
 
 def start(folder, environment, **streams):
-    words = [sys.executable, "-m", "squeeze_jax", "ablate", str(folder / "presets"), "--workdir", str(folder / "runs")]
+    words = [
+        sys.executable,
+        "-m",
+        "squeeze_jax",
+        "ablate",
+        str(folder / "presets"),
+        "--workdir",
+        str(folder / "runs"),
+    ]
     return subprocess.Popen([*words, "--seeds", "0,1"], env=environment, text=True, **streams)
 
 
@@ -28,7 +36,9 @@ def kill_when(folder, environment, there):
 
 def states(folder, *patterns):
     """Bytes and times of files: what is done again has another time."""
-    found = {path for pattern in patterns for path in (folder / "runs").glob(pattern) if path.is_file()}
+    found = {
+        path for pattern in patterns for path in (folder / "runs").glob(pattern) if path.is_file()
+    }
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(found)}
 
 
@@ -43,7 +53,11 @@ def test_killed_again_and_again_nothing_is_done_twice_or_lost(tmp_path):
     own = environment(tmp_path / "cache")
     kept = ("*/*/row.json", "*/*/trained.json", "*/*/scores.json", "features/**/*")
     before = {}
-    for there in ("runs/a/seed-0/metrics.jsonl", "runs/a/seed-1/trained.json", "runs/b/seed-0/checkpoints/2"):
+    for there in (
+        "runs/a/seed-0/metrics.jsonl",
+        "runs/a/seed-1/trained.json",
+        "runs/b/seed-0/checkpoints/2",
+    ):
         kill_when(tmp_path, own, there)
         now = states(tmp_path, *kept)
         assert {name: now.get(name) for name in before} == before, "what is finished stays as it is"
@@ -58,15 +72,22 @@ def test_killed_again_and_again_nothing_is_done_twice_or_lost(tmp_path):
         for seed in (0, 1):
             folder = runs / preset / f"seed-{seed}"
             lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-            assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4], "each step once"
+            assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4], (
+                "each step once"
+            )
     assert not (runs / "tau_0_0" / "seed-0" / "checkpoints").exists(), "it shares the training of a"
-    grids = [(runs / name / "seed-0" / "samples" / "000004.png").read_bytes() for name in ("a", "tau_0_0")]
+    grids = [
+        (runs / name / "seed-0" / "samples" / "000004.png").read_bytes()
+        for name in ("a", "tau_0_0")
+    ]
     assert grids[0] != grids[1], "and samples in its own way"
     values = json.loads((runs / "scores.json").read_text())
     assert values["presets"] == ["a", "b", "tau_0_0"]
     assert len(values["runs"]) == 6
     assert all(len(run["scores"]) == 4 for run in values["runs"].values())
-    a, b, tau = (values["runs"][f"{name}/seed-0"]["validation_loss"] for name in ("a", "b", "tau_0_0"))
+    a, b, tau = (
+        values["runs"][f"{name}/seed-0"]["validation_loss"] for name in ("a", "b", "tau_0_0")
+    )
     assert a == tau != b
     assert (runs / "report.html").read_text().count("data:image/") >= 8
     assert "0.6905 / 0.8225 / 0.3044" in said, "the paper's figures stand beside"

@@ -48,7 +48,9 @@ config = replace(
                        mlp_width=40, refiner_blocks=1),
     lora=replace(real.lora, rank=3, alpha=3.0),
     data=replace(real.data, height=64, width=64, reference_long_side=32),
-    training=TrainingConfig(stages=tuple(replace(stage, steps=2) for stage in real.training.stages)),
+    training=TrainingConfig(
+        stages=tuple(replace(stage, steps=2) for stage in real.training.stages)
+    ),
     sampling=replace(real.sampling, steps=2),
     log=replace(real.log, tensorboard=False),
 )
@@ -73,7 +75,9 @@ for words in json.loads(Path("commands.json").read_text()):
 
 def page_commands():
     """Every command of the page, in order, as words."""
-    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs" / "training.md").read_text(), re.M | re.S)
+    blocks = re.findall(
+        r"^```\n(.*?)^```$", (ROOT / "docs" / "training.md").read_text(), re.M | re.S
+    )
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines]
 
@@ -81,9 +85,10 @@ def page_commands():
 def test_the_page_names_everything_from_data_to_export():
     words = [" ".join(one) for one in page_commands()]
     for part in (
-        "data describe subjects200k:", "data describe uno1m:", "extract subjects200k:", "extract uno1m:",
-        "train.py configs/klein_stage1.py", "train.py configs/klein_stage2.py", "klein_multi_subject.py",
-        "evaluate --suite dreambench", "compare", "ablate", "inspect", "export", "sample.py", "plan",
+        "data describe subjects200k:", "data describe uno1m:", "extract subjects200k:",
+        "extract uno1m:", "train.py configs/klein_stage1.py", "train.py configs/klein_stage2.py",
+        "klein_multi_subject.py", "evaluate --suite dreambench", "compare", "ablate", "inspect",
+        "export", "sample.py", "plan",
     ):  # fmt: skip
         assert any(part in line for line in words), part
     for word in {word for one in page_commands() for word in one if word.startswith("configs/")}:
@@ -97,7 +102,10 @@ def write_world(folder, family):
     """All that the page downloads, and the presets, small."""
     write_home(folder / "home", FLUX2 if family == "klein" else FLUX1)
     captions = {"left": "a mug {} on a table. It is white.", "right": "a mug {} by a window"}
-    rows = [subjects_row(i, **captions) for i in range(6)] + [subjects_row(6, (5, 4, 5)), subjects_row(7, None)]
+    rows = [subjects_row(i, **captions) for i in range(6)] + [
+        subjects_row(6, (5, 4, 5)),
+        subjects_row(7, None),
+    ]
     write_subjects(folder / "subjects", [rows[:4], rows[4:]])
     rows = [uno_row(1, i) for i in range(6)] + [uno_row(1, 6, 3.0), uno_row(1, 7, 131184.67)]
     write_uno(folder / "uno", {1: rows}, order=lambda names: names.sort(reverse=True))
@@ -106,14 +114,22 @@ def write_world(folder, family):
         for other in range(3):
             (folder / f"{i}_{other}.png").write_bytes(picture(i, other))
         references = [f"{i}_1.png", f"{i}_2.png"]
-        lines.append({"prompt": ["two mugs", f"mugs {i}"], "image_paths": references, "image_tgt_path": f"{i}_0.png"})
+        lines.append(
+            {
+                "prompt": ["two mugs", f"mugs {i}"],
+                "image_paths": references,
+                "image_tgt_path": f"{i}_0.png",
+            }
+        )
     (folder / "several.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "mug.png").write_bytes(picture(1))
     save_dino(folder / "dino-vits16")
     save_clip(folder / "clip-vit-base-patch32")
     save_dreambench(folder / "dreambench")
     names = [f"{family}_{part}" for part in ("stage1", "stage2", "multi_subject")]
-    ablations = ["ablations/lap", "ablations/last_layer", "ablations/tau_0_0"] if family == "flux" else []
+    ablations = (
+        ["ablations/lap", "ablations/last_layer", "ablations/tau_0_0"] if family == "flux" else []
+    )
     (folder / "configs" / "ablations").mkdir(parents=True)
     for name in names + ablations:
         real = str(ROOT / "configs" / f"{name}.py")
@@ -140,7 +156,11 @@ def test_the_commands_run(tmp_path, family):
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for page in ("runs/stage2/evaluation/dreambench", "runs/multi/evaluation/dreambench", "comparison"):
+    for page in (
+        "runs/stage2/evaluation/dreambench",
+        "runs/multi/evaluation/dreambench",
+        "comparison",
+    ):
         assert (tmp_path / page / "report.html").is_file()
         assert json.loads((tmp_path / page / "scores.json").read_text())
     compared = json.loads((tmp_path / "comparison" / "scores.json").read_text())["runs"]

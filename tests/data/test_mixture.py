@@ -122,7 +122,9 @@ def test_rows_hold_what_the_records_hold(folders):
         for row, number in enumerate(batch.index.tolist()):
             record, states = mixture[number], batch.hidden_states
             np.testing.assert_array_equal(states.text[row][:, states.text_mask[row]], record.text)
-            assert batch.references.mask[row].sum() == sum(r.shape[0] * r.shape[1] // 4 for r in record.references)
+            assert batch.references.mask[row].sum() == sum(
+                r.shape[0] * r.shape[1] // 4 for r in record.references
+            )
 
 
 # Shares
@@ -207,7 +209,9 @@ def test_the_command_line_and_a_runs_config_keep_it(tmp_path):
     assert config.data.mix == (("a", 2.0), ("b/c", 0.5))
     assert from_json(to_json(config)) == config
     assert from_json(json.dumps({"name": "old"})).data.mix == ()
-    assert check_same_run(tiny_config(), config, tmp_path) == [], "the records say whether it goes on"
+    assert check_same_run(tiny_config(), config, tmp_path) == [], (
+        "the records say whether it goes on"
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +237,9 @@ def test_records_that_do_not_go_together_are_refused(folders, tmp_path):
             return encoded._replace(text=np.tile(encoded.text, 2), image=np.tile(encoded.image, 2))
 
     extract(some_examples(4), Wider(), tmp_path / "wide", **OPTIONS)
-    with pytest.raises(InputError, match=r"differ \(8 and 16, 16 and 16\); extract them with one config"):
+    with pytest.raises(
+        InputError, match=r"differ \(8 and 16, 16 and 16\); extract them with one config"
+    ):
         make_dataset([folders[0], (tmp_path / "wide", 1.0)], batch=2, seed=0)
     extract(some_examples(4), FakeEncoders(), tmp_path / "two", **OPTIONS, layers=[0, 1])
     with pytest.raises(InputError, match="they hold different hidden states"):
@@ -244,7 +250,12 @@ def test_records_that_do_not_go_together_are_refused(folders, tmp_path):
 
 def test_folders_of_one_size_each_are_a_set_of_several_sizes(tmp_path):
     for side in (64, 32):
-        extract(some_examples(8), FakeEncoders(), tmp_path / str(side), **OPTIONS | {"target_size": (side, side)})
+        extract(
+            some_examples(8),
+            FakeEncoders(),
+            tmp_path / str(side),
+            **OPTIONS | {"target_size": (side, side)},
+        )
     batches = make_dataset([(tmp_path / "64", 1.0), (tmp_path / "32", 1.0)], batch=2, seed=0)
     grids = {tuple(batch.grid[0].tolist()) for batch in islice(batches, 40)}
     assert grids == {(4, 4), (2, 2)}
@@ -256,7 +267,12 @@ def test_training_reads_the_mix_and_validates_on_it(tmp_path):
             options = OPTIONS | {"target_size": (32, 32), "reference_long_side": 32}
             extract(some_examples(count), FakeEncoders(name), tmp_path / name / split, **options)
     aggregator = AggregatorConfig(
-        layers=tuple(range(LAYERS)), width=WIDTH, out_width=24, heads=2, mlp_width=24, refiner_blocks=1
+        layers=tuple(range(LAYERS)),
+        width=WIDTH,
+        out_width=24,
+        heads=2,
+        mlp_width=24,
+        refiner_blocks=1,
     )
     base = dataclasses.replace(tiny_config(), aggregator=aggregator)
     mesh = make_mesh(1, -1, 1, heads=2)
@@ -271,7 +287,9 @@ def test_training_reads_the_mix_and_validates_on_it(tmp_path):
         assert_equal_batches(one, other)
     for one, other in zip(held_out, held_out_of_mix, strict=True):
         assert_equal_batches(one, other)
-    both, _ = batches_of(tmp_path / "nothing", (str(tmp_path / "a"), 1.0), (str(tmp_path / "b"), 1.0))
+    both, _ = batches_of(
+        tmp_path / "nothing", (str(tmp_path / "a"), 1.0), (str(tmp_path / "b"), 1.0)
+    )
     assert both.records == 10
     with pytest.raises(InputError, match="no held-out records"):
         batches_of(tmp_path / "a", (str(tmp_path / "a"), 1.0), (str(tmp_path / "c"), 1.0))

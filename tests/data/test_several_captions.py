@@ -32,7 +32,9 @@ OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_sha
 def several(counts=COUNTS):
     """Examples with so many captions, of different lengths."""
     return [
-        example._replace(other_captions=tuple(f"number {i}, again" + "?" * n for n in range(count - 1)))
+        example._replace(
+            other_captions=tuple(f"number {i}, again" + "?" * n for n in range(count - 1))
+        )
         for i, (example, count) in enumerate(zip(some_examples(len(counts)), counts, strict=True))
     ]
 
@@ -99,7 +101,9 @@ def test_every_caption_is_checked_and_cut(tmp_path):
 
     long = "One two. Three."
     rows = open_source(str(write_rows(tmp_path, ["a", ["a", long], ["b", "c"]])), Options()).rows
-    with pytest.raises(InputError, match="1 prompts cannot be read:\n  row 2 caption 2: the prompt is too long"):
+    with pytest.raises(
+        InputError, match="1 prompts cannot be read:\n  row 2 caption 2: the prompt is too long"
+    ):
         check_prompts({"train": rows}, Reader(), lambda rows: range(len(rows)))
     readable = Readable(rows, Reader())
     assert captions(readable[2]) == ["b", "c"]
@@ -127,7 +131,9 @@ def test_each_caption_has_a_record_with_its_own_features(folder):
             assert record.prompt == caption
             np.testing.assert_array_equal(record.text, expected.text)
             np.testing.assert_array_equal(record.image, expected.image)
-            np.testing.assert_array_equal(record.target, source[number - captions(example).index(caption)].target)
+            np.testing.assert_array_equal(
+                record.target, source[number - captions(example).index(caption)].target
+            )
             assert len(record.references) == len(example.references)
             number += 1
 
@@ -139,7 +145,13 @@ def test_the_mllm_is_given_no_more_captions_at_once_than_a_batch(tmp_path):
             return super().hidden_states(prompts, images)
 
     seen = []
-    extract(several(), Counting(), tmp_path, **OPTIONS, progress=lambda done, total: seen.append((done, total)))
+    extract(
+        several(),
+        Counting(),
+        tmp_path,
+        **OPTIONS,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen[-1] == (len(COUNTS), len(COUNTS))
     assert max(done for done, _ in seen) == len(COUNTS), "progress counts examples"
 
@@ -164,7 +176,9 @@ def test_a_killed_extraction_ends_with_the_same_bytes(folder, tmp_path):
     assert not (tmp_path / METADATA_FILE).exists()
     extract(several(), FakeEncoders(), tmp_path, **OPTIONS)
     names = [path.name for path in folder.iterdir()]
-    assert {n: (tmp_path / n).read_bytes() for n in names} == {n: (folder / n).read_bytes() for n in names}
+    assert {n: (tmp_path / n).read_bytes() for n in names} == {
+        n: (folder / n).read_bytes() for n in names
+    }
 
 
 # Drawing
@@ -187,7 +201,9 @@ def test_an_epoch_has_every_example_once_with_one_of_its_captions(folder):
         shares = np.array([seen[first + i] for i in range(count)])
         assert shares.sum() == 400
         # Binomial: four deviations of a share of 1 / count.
-        assert np.all(abs(shares - 400 / count) < 4 * (400 / count * (1 - 1 / count)) ** 0.5 + 1e-9), shares
+        assert np.all(
+            abs(shares - 400 / count) < 4 * (400 / count * (1 - 1 / count)) ** 0.5 + 1e-9
+        ), shares
     of_one = [number for number in drawn if number in (1, 2, 3)]
     assert any(a == b for a, b in pairwise(of_one)), "drawn, not taken in turn"
 
@@ -229,7 +245,8 @@ def test_on_line_batches_draw_captions_in_the_order_of_records(tmp_path, folder)
     """The same numbers as from records; each row's tokens are those of its caption."""
     config = load_preset(Path(__file__).parents[2] / "configs" / "demo.py")
     config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, critters=None, online=True, source="pairs.json")
+        config,
+        data=dataclasses.replace(config.data, critters=None, online=True, source="pairs.json"),
     )
     prompts = [[f"critter {i} so {n}" for n in range(count)] for i, count in enumerate(COUNTS)]
     rows = open_source(str(write_rows(tmp_path, prompts)), Options()).rows
@@ -241,5 +258,3 @@ def test_on_line_batches_draw_captions_in_the_order_of_records(tmp_path, folder)
         assert batch.index.tolist() == record.index.tolist()
         for number, ids, valid in zip(batch.index.tolist(), batch.ids, batch.valid):
             assert flat[number] in tokenizer.decode(ids[valid].tolist())
-
-

@@ -56,24 +56,33 @@ def rms(x, scale):
 def test_attention_over_layers_is_what_pytorch_computes():
     """The first of two blocks, from the weights; and every row of both sums to 1 for each token."""
     config = AggregatorConfig(layers=(0, 1, 2), layer_blocks=2, **SIZES)
-    pool, rng = LayerPool(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    pool, rng = (
+        LayerPool(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)),
+        np.random.default_rng(0),
+    )
     for _, leaf in nnx.to_flat_state(nnx.state(pool, nnx.Param)):
         leaf.set_value(jnp.asarray(rng.standard_normal(leaf.shape) * 0.5, jnp.float32))
     states = rng.standard_normal((2, LAYERS, 5, WIDTH)).astype(np.float32)
     valid = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     states[0, :, 3:] = 1e3
     attention, norms = measure_pool(pool, jnp.asarray(states), jnp.asarray(valid))
-    block = jax.tree.map(lambda x: np.asarray(x[0]), nnx.to_pure_dict(nnx.state(pool.layer_blocks, nnx.Param)))
+    block = jax.tree.map(
+        lambda x: np.asarray(x[0]), nnx.to_pure_dict(nnx.state(pool.layer_blocks, nnx.Param))
+    )
     tokens = torch.tensor(states.transpose(0, 2, 1, 3)[valid])  # the 8 valid tokens alone
     y = rms(tokens, block["norm1"]["scale"])
-    q, k, _ = (y @ torch.tensor(block["to_qkv"]["kernel"])).unflatten(-1, (3, 2, WIDTH // 2)).unbind(2)
+    q, k, _ = (
+        (y @ torch.tensor(block["to_qkv"]["kernel"])).unflatten(-1, (3, 2, WIDTH // 2)).unbind(2)
+    )
     q, k = rms(q, block["norm_q"]["scale"]), rms(k, block["norm_k"]["scale"])
     scores = torch.einsum("tqhd,tkhd->thqk", q, k) / (WIDTH // 2) ** 0.5
     np.testing.assert_allclose(attention[0], scores.softmax(-1).mean(1).sum(0), rtol=2e-5)
     np.testing.assert_allclose(attention.sum(-1), np.full((2, LAYERS), 8.0), rtol=1e-5)
     assert not np.allclose(attention[0], attention[1], rtol=1e-2)
     mixed = pool(jnp.asarray(states))  # the norms are of what the weights mix
-    assert float(jnp.max(jnp.linalg.norm(mixed[1], axis=-1))) <= float(jnp.abs(pool.projector[...]) @ norms)
+    assert float(jnp.max(jnp.linalg.norm(mixed[1], axis=-1))) <= float(
+        jnp.abs(pool.projector[...]) @ norms
+    )
 
 
 def test_weights_and_shares_of_each_modality(tmp_path, features):
@@ -82,7 +91,9 @@ def test_weights_and_shares_of_each_modality(tmp_path, features):
     assert (found.kind, found.layers, found.examples) == ("dla", [0, 2], 5)
     _, leaves = random_weights(tiny_config(aggregator=AggregatorConfig(layers=(0, 2), **SIZES)))
     for name, use in found.use.items():
-        np.testing.assert_allclose(use.weights, leaves[f"aggregator.pools.{name}.projector"], rtol=1e-6)
+        np.testing.assert_allclose(
+            use.weights, leaves[f"aggregator.pools.{name}.projector"], rtol=1e-6
+        )
         assert sum(use.shares) == pytest.approx(1)
         np.testing.assert_allclose(np.sum(use.attention, -1), np.ones((1, 2)), rtol=1e-5)
     assert found.use["text"].attention != found.use["image"].attention
@@ -95,7 +106,9 @@ def test_one_pool_for_all_tokens_is_measured_on_each_kind(tmp_path, features):
     assert text.attention != image.attention
 
 
-@pytest.mark.parametrize(("blocks", "kind"), [(0, "dla"), (2, "dla"), (1, "last_layer"), (1, "last_layer_vit")])
+@pytest.mark.parametrize(
+    ("blocks", "kind"), [(0, "dla"), (2, "dla"), (1, "last_layer"), (1, "last_layer_vit")]
+)
 def test_the_command_writes_a_picture_and_the_numbers(tmp_path, features, capsys, blocks, kind):
     pytest.importorskip("matplotlib")
     run = write_run(tmp_path / "run", layer_blocks=blocks, kind=kind)

@@ -1,4 +1,4 @@
-"""`compare` over folders as training leaves them, and which rows of an ablation share a training."""
+"""`compare` over folders as training leaves them; which rows of an ablation share a training."""
 
 import dataclasses
 import json
@@ -43,11 +43,15 @@ def make_run(folder, config, losses=(3.0, 2.0, 1.0), scores=None):
 
 CRITTERS = {
     "scores": {
-        "staged (the demo's own τ)": {"tasks": {"subject easy": {"value": 0.5, "low": 0.4, "high": 0.6, "hits": "01"}}},
+        "staged (the demo's own τ)": {
+            "tasks": {"subject easy": {"value": 0.5, "low": 0.4, "high": 0.6, "hits": "01"}}
+        },
         "reference pasted": {"tasks": {"subject easy": {"value": 0.1, "low": 0.0, "high": 0.2}}},
     }
 }
-DREAMBENCH = {"scores": {"overall": {"DINO-I all": {"value": 0.7, "low": 0.6, "high": 0.8}}, "groups": {}}}
+DREAMBENCH = {
+    "scores": {"overall": {"DINO-I all": {"value": 0.7, "low": 0.6, "high": 0.8}}, "groups": {}}
+}
 
 
 def make_set(folder, names=("dog/00", "dog/01")):
@@ -177,7 +181,13 @@ def test_seeds_are_averaged_beside_the_papers_figures(tmp_path):
         for loss in (2.0, 3.0)
     ]
     table = preset_table({"lap": runs, "mine": runs[:1]})
-    assert table.rows[0] == ["lap", 2, "1.2500 (1.0000–1.5000)", "0.5000 (0.5000–0.5000)", "0.7524 / 0.8502 / 0.2878"]
+    assert table.rows[0] == [
+        "lap",
+        2,
+        "1.2500 (1.0000–1.5000)",
+        "0.5000 (0.5000–0.5000)",
+        "0.7524 / 0.8502 / 0.2878",
+    ]
     assert table.rows[1] == ["mine", 1, "1.0000", "0.5000", None]
     report, _ = compare_report(runs, "t")
     assert report.title == "t"
@@ -187,5 +197,7 @@ def test_the_papers_figures_are_those_of_the_docs(request):
     lines = (request.config.rootpath / "docs" / "decisions.md").read_text().splitlines()
     for name, figures in PAPER.items():
         (line,) = [line for line in lines if f"`configs/ablations/{name}.py`" in line]
-        assert [f"{figure:.4f}" for figure in figures] == [cell.strip() for cell in line.split("|")[3:6]]
+        assert [f"{figure:.4f}" for figure in figures] == [
+            cell.strip() for cell in line.split("|")[3:6]
+        ]
         assert (request.config.rootpath / "configs" / "ablations" / f"{name}.py").is_file()
