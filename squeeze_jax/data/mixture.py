@@ -35,6 +35,11 @@ class Mixture:
         held = {source.metadata.layers for source in self.sources}
         if layers is None and len(held) > 1:
             raise InputError(f"{self._names()}: they hold different hidden states of the MLLM")
+        made_by = [source.metadata.settings.get("encoders", {}) for source in self.sources]
+        if any(one != made_by[0] for one in made_by):
+            raise InputError(
+                f"{self._names()}: made by different encoders; extract them with one config"
+            )
         self.starts = [0, *accumulate(len(source) for source in self.sources)][:-1]
 
     def __len__(self) -> int:

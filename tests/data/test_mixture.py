@@ -241,6 +241,9 @@ def test_records_that_do_not_go_together_are_refused(folders, tmp_path):
         InputError, match=r"differ \(8 and 16, 16 and 16\); extract them with one config"
     ):
         make_dataset([folders[0], (tmp_path / "wide", 1.0)], batch=2, seed=0)
+    extract(some_examples(4), FakeEncoders("other"), tmp_path / "other", **OPTIONS)
+    with pytest.raises(InputError, match="made by different encoders; extract them with one"):
+        make_dataset([folders[0], (tmp_path / "other", 1.0)], batch=2, seed=0)
     extract(some_examples(4), FakeEncoders(), tmp_path / "two", **OPTIONS, layers=[0, 1])
     with pytest.raises(InputError, match="they hold different hidden states"):
         make_dataset([folders[0], (tmp_path / "two", 1.0)], batch=2, seed=0)
@@ -265,7 +268,7 @@ def test_training_reads_the_mix_and_validates_on_it(tmp_path):
     for name, count in (("a", 6), ("b", 4)):
         for split in ("train", "held_out"):
             options = OPTIONS | {"target_size": (32, 32), "reference_long_side": 32}
-            extract(some_examples(count), FakeEncoders(name), tmp_path / name / split, **options)
+            extract(some_examples(count), FakeEncoders(), tmp_path / name / split, **options)
     aggregator = AggregatorConfig(
         layers=tuple(range(LAYERS)),
         width=WIDTH,
