@@ -26,7 +26,7 @@ def start(folder, environment, **streams):
 def kill_when(folder, environment, there):
     """Starts it and kills it once a file of that pattern is there."""
     process = start(folder, environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 400
+    end = time.monotonic() + 1200
     while process.poll() is None and not list(folder.glob(there)):
         assert time.monotonic() < end, there
         time.sleep(0.02)
@@ -48,33 +48,29 @@ def test_killed_again_and_again_nothing_is_done_twice_or_lost(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "presets").mkdir()
     write_preset(tmp_path / "presets" / "a.py", score=4)
-    write_preset(tmp_path / "presets" / "b.py", kind="lap", score=4)
     write_preset(tmp_path / "presets" / "tau_0_0.py", tau1=0.0, score=4)
     own = environment(tmp_path / "cache")
     kept = ("*/*/row.json", "*/*/trained.json", "*/*/scores.json", "features/**/*")
     before = {}
     for there in (
         "runs/a/seed-0/metrics.jsonl",
-        "runs/a/seed-1/trained.json",
-        "runs/b/seed-0/checkpoints/2",
+        "runs/a/seed-0/trained.json",
+        "runs/a/seed-1/checkpoints/2",
     ):
         kill_when(tmp_path, own, there)
         now = states(tmp_path, *kept)
         assert {name: now.get(name) for name in before} == before, "what is finished stays as it is"
         before = now
     process = start(tmp_path, own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, complaints = process.communicate(timeout=600)
+    said, complaints = process.communicate(timeout=1800)
     assert process.returncode == 0, complaints[-2000:]
     now = states(tmp_path, *kept)
     assert {name: now[name] for name in before} == before
     runs = tmp_path / "runs"
-    for preset in ("a", "b"):
-        for seed in (0, 1):
-            folder = runs / preset / f"seed-{seed}"
-            lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-            assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4], (
-                "each step once"
-            )
+    for seed in (0, 1):
+        text = (runs / "a" / f"seed-{seed}" / "metrics.jsonl").read_text()
+        steps = [row["step"] for row in map(json.loads, text.splitlines()) if "loss" in row]
+        assert steps == [1, 2, 3, 4], "each step once"
     assert not (runs / "tau_0_0" / "seed-0" / "checkpoints").exists(), "it shares the training of a"
     grids = [
         (runs / name / "seed-0" / "samples" / "000004.png").read_bytes()
@@ -82,23 +78,22 @@ def test_killed_again_and_again_nothing_is_done_twice_or_lost(tmp_path):
     ]
     assert grids[0] != grids[1], "and samples in its own way"
     values = json.loads((runs / "scores.json").read_text())
-    assert values["presets"] == ["a", "b", "tau_0_0"]
-    assert len(values["runs"]) == 6
+    assert values["presets"] == ["a", "tau_0_0"]
+    assert len(values["runs"]) == 4
     assert all(len(run["scores"]) == 4 for run in values["runs"].values())
-    a, b, tau = (
-        values["runs"][f"{name}/seed-0"]["validation_loss"] for name in ("a", "b", "tau_0_0")
-    )
-    assert a == tau != b
-    assert (runs / "report.html").read_text().count("data:image/") >= 8
+    names = ("a/seed-0", "a/seed-1", "tau_0_0/seed-0")
+    a, other, tau = (values["runs"][name]["validation_loss"] for name in names)
+    assert a == tau != other
+    assert (runs / "report.html").read_text().count("data:image/") == 2 + 4, "diagrams, grids"
     assert "0.6905 / 0.8225 / 0.3044" in said, "the paper's figures stand beside"
 
     again = start(tmp_path, own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, complaints = again.communicate(timeout=300)
+    said, complaints = again.communicate(timeout=900)
     assert again.returncode == 0, complaints[-2000:]
     assert states(tmp_path, *kept) == now
     assert "stage 1" not in said, "nothing is trained"
     write_preset(tmp_path / "presets" / "a.py", kind="last_layer", score=4)
     changed = start(tmp_path, own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, complaints = changed.communicate(timeout=300)
+    _, complaints = changed.communicate(timeout=900)
     assert changed.returncode == 2
     assert "row.json: finished with another config" in complaints
