@@ -30,7 +30,7 @@ from squeeze_jax.interop.tensors import read_json, write_json
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
 FINISHED, TRAINED = "row.json", "trained.json"
-PAPER = {
+PUBLISHED = {
     "last_layer": (0.6566, 0.8128, 0.2893),
     "last_layer_vit": (0.7118, 0.8286, 0.2850),
     "lap": (0.7524, 0.8502, 0.2878),
@@ -259,7 +259,7 @@ def preset_table(presets: Mapping[str, Sequence[Run]]) -> Table:
             _spread([run.scores[what].value for run in own if what in run.scores])
             for what in measured
         ]
-        paper = " / ".join(f"{value:.4f}" for value in PAPER[name]) if name in PAPER else None
+        paper = " / ".join(f"{value:.4f}" for value in PUBLISHED[name]) if name in PUBLISHED else None
         rows.append([name, len(own), *cells, paper])
     return Table(
         ["preset", "seeds", "validation loss", *measured, "paper: DINO-I / CLIP-I / CLIP-T"],

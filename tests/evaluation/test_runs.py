@@ -13,7 +13,7 @@ from squeeze_jax.checkpoints.manager import write_config
 from squeeze_jax.commands import compare
 from squeeze_jax.config import SamplingConfig, load_preset
 from squeeze_jax.errors import InputError
-from squeeze_jax.evaluation.ablation import PAPER, plan_rows, preset_table, trains_alike
+from squeeze_jax.evaluation.ablation import PUBLISHED, plan_rows, preset_table, trains_alike
 from squeeze_jax.evaluation.runs import POINTS, Curve, compare_report, name_runs, read_run, thin
 from squeeze_jax.evaluation.similarity import Estimate
 
@@ -195,7 +195,7 @@ def test_seeds_are_averaged_beside_the_papers_figures(tmp_path):
 
 def test_the_papers_figures_are_those_of_the_docs(request):
     lines = (request.config.rootpath / "docs" / "decisions.md").read_text().splitlines()
-    for name, figures in PAPER.items():
+    for name, figures in PUBLISHED.items():
         (line,) = [line for line in lines if f"`configs/ablations/{name}.py`" in line]
         assert [f"{figure:.4f}" for figure in figures] == [
             cell.strip() for cell in line.split("|")[3:6]
