@@ -52,7 +52,9 @@ def save_clip(folder: Path) -> CLIPModel:
         folder
     )
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    text = sizes | {"vocab_size": len(vocab), "num_attention_heads": 2, "eos_token_id": 2}
+    text = sizes | {"vocab_size": len(vocab), "num_attention_heads": 2}
+    # 2 is what published configs say, and means: the token of the highest number ends a text.
+    text |= {"bos_token_id": len(vocab) - 2, "eos_token_id": 2}
     vision = sizes | {"num_attention_heads": 2, "patch_size": 32, "image_size": 224}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     _randomize(model)

@@ -46,7 +46,7 @@ class Evaluate:
     shard: str = "0/1"
     """i/n: this process draws every n-th batch from i; not for sensitivity."""
     list_only: bool = False
-    """Write the list of pictures and stop, for another system to draw them (dreambench, prompts)."""
+    """Write the list of pictures and stop: another system draws them (dreambench, prompts)."""
     size: str | None = None
     """512 or 512x768 (height × width); default: the checkpoint's."""
     steps: tuple[int, ...] = ()
@@ -83,6 +83,8 @@ def run_critters(given: Evaluate) -> None:
     from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.miniature.evaluation import score_critters
 
+    if given.file is not None:
+        raise InputError(f"{given.file}: --suite critters takes no prompts; say which suite does")
     out = given.out or Path("scores.json")
     check_writable(out, "--out")
     pipeline = load(given, min(given.pairs, CHUNK))
@@ -150,13 +152,14 @@ def open_suite(given: Evaluate) -> "tuple[Path, Prompts]":
     from squeeze_jax.interop.tensors import check_writable
 
     out = given.out or Path("evaluation") / given.suite
-    check_writable(out / "report.html", "--out")
     if out.is_file():
         raise InputError(f"--out {out} is a file; give a folder")
+    check_writable(out / "report.html", "--out")
     if given.suite == "dreambench" and given.dreambench is None:
         raise InputError("--suite dreambench needs --dreambench DIR, the folder of its pictures")
-    if given.at_once < 1:
-        raise InputError(f"--at-once {given.at_once} must be at least 1")
+    for flag, value in (("--at-once", given.at_once), ("--images", given.images)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value} must be at least 1")
     return out, open_prompts(given.file, given.dreambench)
 
 

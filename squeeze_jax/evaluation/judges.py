@@ -25,8 +25,8 @@ CROP = 224
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and standard deviation of the channels, of values in [0, 1]."""
-Features = Float32[np.ndarray, "n width"]
-"""One row a picture or text, of length 1: their products are cosines."""
+Features = Float32[np.ndarray, "_ _"]
+"""[n, width]: one row a picture or text, of length 1, so that products are cosines."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Judge:
     name: str
     digest: str
     """16 hex digits of its files: features of another judge are never taken for its own."""
-    choices: dict[str, Any]
+    choices: dict[str, str]
     """For the report: what it is and how it is used."""
     pictures: Callable[[Sequence[Image.Image]], Features]
     texts: Callable[[Sequence[str]], Features] | None = None

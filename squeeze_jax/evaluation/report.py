@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 LOSSLESS_PIXELS = 128 * 128
 """Larger pictures are embedded as JPEG of quality 90, smaller ones as PNG."""
 
+SHORT = 24
+"""Letters of a text that is not broken into lines on the page."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -172,7 +175,7 @@ def draw_lines(
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; }
@@ -180,7 +183,7 @@ table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-
 caption, figcaption { color: #555; text-align: left; font-size: .9em; padding: .3em 0; }
 th, td { padding: .25em .8em; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #e4e4e4; }
-td.number { text-align: right; }
+td.number { text-align: right; } td.short { white-space: nowrap; }
 figure { display: inline-block; margin: .3em 1em .3em 0; vertical-align: top; }
 td figure { margin: 0; }
 img { max-width: 100%; height: auto; }
@@ -231,6 +234,7 @@ def _cell_html(table: Table, cell: Cell, bold: bool) -> str:
         return f"<td>{_picture_html(cell)}</td>"
     text = html.escape(_cell_text(table, cell))
     kind = ' class="number"' if isinstance(cell, int | float) else ""
+    kind = ' class="short"' if isinstance(cell, str) and len(cell) <= SHORT else kind
     return f"<td{kind}>{f'<b>{text}</b>' if bold else text}</td>"
 
 

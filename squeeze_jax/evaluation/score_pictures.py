@@ -122,7 +122,7 @@ def _choices(pictures: PictureSet, dino: Judge, clip: Judge) -> dict[str, str]:
         "pictures": "whole, as files hold them: nothing is cut out or masked",
     }
     for name, judge in (("DINO", dino), ("CLIP", clip)):
-        found |= {f"{name}: {key}": str(value) for key, value in judge.choices.items()}
+        found |= {f"{name}: {key}": value for key, value in judge.choices.items()}
         found[f"{name}: digest of its files"] = judge.digest
     found |= {f"system: {key}": str(value) for key, value in pictures.system.items()}
     return found | {name: _version(name) for name in ("torch", "transformers", "pillow", "numpy")}

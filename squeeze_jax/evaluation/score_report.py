@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from squeeze_jax.data.images import load_image
 from squeeze_jax.evaluation import paper, similarity
@@ -14,6 +14,7 @@ from squeeze_jax.evaluation.similarity import Estimate, group_means, overall_mea
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
 
+Item = TypeVar("Item")
 COLUMNS = ("DINO-I all", "CLIP-I all", "DINO-I fixed", "CLIP-I fixed", "CLIP-T")
 SHOWN = 4
 """Prompts of a subject whose first picture is shown."""
@@ -127,27 +128,30 @@ def _verdict(one: similarity.Copying) -> str:
 
 
 def _pictures(results: Results) -> Table:
-    """A row a subject: the reference, then pictures of some prompts."""
+    """A row a subject: the reference, then the first picture of some of its prompts. Of prompts
+    about no subject, a row each with its own pictures."""
     pictures, rows = results.pictures, []
     numbers: dict[str, list[int]] = {}
-    for i, one in enumerate(results.system):
-        numbers.setdefault(one.group, []).append(i)
-    for group, own in numbers.items():
-        for start in range(0, len(own) if len(numbers) == 1 else 1, SHOWN):
-            some = _spread(own, SHOWN) if len(numbers) > 1 else own[start : start + SHOWN]
-            reference = pictures.reference_paths(pictures.prompts[some[0]])[:1]
-            cells: list[Cell] = [thumbnail(path, "reference") for path in reference] or [None]
-            cells += [thumbnail(results.paths[i][0], pictures.prompts[i].text) for i in some]
-            rows.append([group, *cells, *[None] * (SHOWN - len(some))])
-            if len(rows) >= SUBJECTS:
-                break
-    return Table(["", "reference", *["picture"] * SHOWN], rows)
+    for i, prompt in enumerate(pictures.prompts):
+        label = results.system[i].group if prompt.subjects else prompt.name
+        numbers.setdefault(label, []).append(i)
+    for label, own in list(numbers.items())[:SUBJECTS]:
+        reference = pictures.reference_paths(pictures.prompts[own[0]])[:1]
+        files = [(results.paths[i][0], i) for i in spread(own, SHOWN)]
+        if len(own) == 1:
+            files = [(path, own[0]) for path in results.paths[own[0]][:SHOWN]]
+        cells: list[Cell] = [thumbnail(path, "reference") for path in reference] or [None]
+        cells += [thumbnail(path, pictures.prompts[i].text) for path, i in files]
+        rows.append([label, *cells])
+    width = max(len(row) for row in rows)
+    columns = ["", "reference", *["picture"] * (width - 2)]
+    return Table(columns, [[*row, *[None] * (width - len(row))] for row in rows])
 
 
-def _spread(numbers: Sequence[int], most: int) -> list[int]:
+def spread(items: Sequence[Item], most: int) -> list[Item]:
     """At most so many, evenly over the list."""
-    step = max(1, len(numbers) // most)
-    return list(numbers[::step][:most])
+    step = max(1, len(items) // most)
+    return list(items[::step][:most])
 
 
 def thumbnail(path: Path, caption: str) -> Picture:
@@ -166,8 +170,8 @@ def _cells(means: Mapping[str, Estimate]) -> list[Cell]:
 
 
 def show(one: Estimate | None) -> str | None:
-    """`0.7482 (0.7301–0.7655)`."""
+    """`0.7482 (0.730–0.766)`."""
     if one is None:
         return None
-    interval = "" if one.low is None else f" ({one.low:.4f}–{one.high:.4f})"
+    interval = "" if one.low is None else f" ({one.low:.3f}–{one.high:.3f})"
     return f"{one.value:.4f}{interval}"

@@ -24,11 +24,10 @@ from squeeze_jax.evaluation.report import (
     Section,
     Table,
     print_report,
-    require_matplotlib,
     write_report,
 )
 from squeeze_jax.evaluation.score_pictures import score_pictures, to_json
-from squeeze_jax.evaluation.score_report import show
+from squeeze_jax.evaluation.score_report import show, spread
 from squeeze_jax.evaluation.similarity import overall_means
 from squeeze_jax.evaluation.suites import FEATURES, Prompts, Work, draw_set, plan_set
 from squeeze_jax.interop.tensors import write_beside
@@ -39,7 +38,7 @@ from squeeze_jax.sampling.settings import resolve
 CELL = 128
 """Longest side of a picture on the sheet, in pixels."""
 COLUMNS = 8
-"""Prompts on the sheet, the first ones."""
+"""Prompts on the sheet, evenly over the list."""
 SCORES = ("DINO-I all", "CLIP-I all", "CLIP-T")
 
 
@@ -83,7 +82,6 @@ def run_grid(
     judges: tuple[Judge, Judge] | None = None,
 ) -> None:
     """Draws all settings' pictures, writes contact_sheet.png, report.html and scores.json."""
-    require_matplotlib() if judges is not None else None
     sets: list[tuple[Settings, Path, PictureSet]] = []
     for one in settings:
         folder = out / name_setting(one)
@@ -146,9 +144,9 @@ def _numbers(pipeline: Pipeline, one: Settings, pictures: PictureSet) -> list[Ce
 
 
 def contact_sheet(sets: Sequence[tuple[Settings, Path, PictureSet]]) -> Image.Image:
-    """The first picture of the first prompts: a row a setting, below a row of the references."""
+    """The first picture of some prompts: a row a setting, below a row of the references."""
     pictures = sets[0][2]
-    prompts = pictures.prompts[:COLUMNS]
+    prompts = spread(pictures.prompts, COLUMNS)
     label, gap = 150, 4
     font = ImageFont.load_default(14)
     width = label + len(prompts) * (CELL + gap)

@@ -12,8 +12,6 @@ from jaxtyping import Float, Float32
 from squeeze_jax.evaluation.judges import Features
 
 RESAMPLES = 10_000
-METRICS = ("DINO-I", "CLIP-I", "CLIP-T")
-PAIRINGS = {"all": "mean over all real pictures", "fixed": "the one fixed picture"}
 
 
 class Estimate(NamedTuple):

@@ -59,8 +59,6 @@ def plan_set(
     at_once: int = AT_ONCE,
 ) -> PictureSet:
     """What is to be drawn; without a pipeline, by another system, which is to be named there."""
-    if images < 1:
-        raise InputError(f"--images {images} must be at least 1")
     system = {"name": "say here what drew the pictures, with which settings and seeds"}
     if pipeline is not None:
         system = describe_system(pipeline, checkpoint, settings, at_once)

@@ -124,6 +124,17 @@ def test_what_is_no_safetensors_file_says_so(tmp_path, content, message):
     assert str(refused.value).count("x.safetensors") == 1, "said once"
 
 
+def test_a_good_file_may_begin_as_a_pickle_does(tmp_path):
+    """A header of 640 bytes is written as 80 02 00 …"""
+    path, values = tmp_path / "x.safetensors", np.arange(3.0)
+    for padding in range(700):
+        save_file({"a": values}, path, metadata={"m": "x" * padding})
+        if path.read_bytes().startswith(b"\x80\x02"):
+            break
+    assert path.read_bytes().startswith(b"\x80\x02")
+    assert np.array_equal(TensorFolder(path).read("a"), values)
+
+
 def test_an_empty_tensor_loads(tmp_path):
     save_file({"a": np.zeros((0, 3), np.float32), "b": np.ones(1)}, tmp_path / "x.safetensors")
     assert TensorFolder(tmp_path).read("a").shape == (0, 3)
