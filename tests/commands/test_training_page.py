@@ -127,9 +127,7 @@ def write_world(folder, family):
     save_clip(folder / "clip-vit-base-patch32")
     save_dreambench(folder / "dreambench")
     names = [f"{family}_{part}" for part in ("stage1", "stage2", "multi_subject")]
-    ablations = (
-        ["ablations/lap", "ablations/last_layer", "ablations/tau_0_0"] if family == "flux" else []
-    )
+    ablations = ["ablations/lap", "ablations/tau_0_0"] if family == "flux" else []
     (folder / "configs" / "ablations").mkdir(parents=True)
     for name in names + ablations:
         real = str(ROOT / "configs" / f"{name}.py")
@@ -172,8 +170,8 @@ def test_the_commands_run(tmp_path, family):
     assert json.loads((tmp_path / "exported" / "parity.json").read_text())
     if family == "flux":
         values = json.loads((tmp_path / "runs" / "ablations" / "scores.json").read_text())
-        assert values["presets"] == ["lap", "last_layer", "tau_0_0"]
-        assert len(values["runs"]) == 3
+        assert values["presets"] == ["lap", "tau_0_0"]
+        assert len(values["runs"]) == 2
         ablations = tmp_path / "runs" / "ablations"
         assert (ablations / "lap" / "seed-0" / "checkpoints").is_dir()
         assert not (ablations / "tau_0_0" / "seed-0" / "checkpoints").exists(), "stage 2's weights"

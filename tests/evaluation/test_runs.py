@@ -94,7 +94,8 @@ def test_compare_writes_a_page_with_everything(tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 2, "two diagrams: training and validation loss"
     assert page.count("data:image/") == 2 + 2 + 2, "a grid of each run, a drawn prompt of each"
-    assert "<td>sampling.tau1</td><td>0.9</td><td>0.7</td>" in page
+    plain = page.replace(' class="short"', "")
+    assert "<td>sampling.tau1</td><td>0.9</td><td>0.7</td>" in plain
     assert "0.5000 (0.4000–0.6000)" in page
     said = capsys.readouterr().out
     assert "0.7000 (0.6000–0.8000)" in said
