@@ -2,11 +2,13 @@
 
     python benchmarks/sources.py [--rows 150]
     python benchmarks/sources.py --memory 10000 1000000
+    python benchmarks/sources.py --epoch 10000 1000000
 
 The first makes sets of photograph-like pictures (smooth noise; two of 793 x 1024 pixels a row as
 PNG, Subjects200K's composites as JPEG) and reads every example; `decoding` opens the same bytes
 from memory. The second makes UNO-1M of tiny pictures in splits of 10,000 rows, reads all labels and
-captions and the pictures of two splits, each in a process of its own.
+captions and the pictures of two splits, each in a process of its own. The third plans three epochs
+of batches from the metadata of so many records, in two folders with weights.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from PIL import Image
 
 SPLIT, READ = 10_000, 2
 """Rows of a split of UNO-1M, and splits whose pictures the second part reads."""
+BATCH = 256
+"""Examples a step, for the third part."""
 
 
 def photograph(rng: np.random.Generator, width: int, height: int, kind: str) -> bytes:
@@ -164,14 +168,16 @@ def speed(rows: int) -> None:
             print(f"| {name} | {rows / own:.1f} | {rows / alone:.1f} | {alone / own:.2f} |")
 
 
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
 def peak(folder: Path, queue: "multiprocessing.Queue[tuple[int, int, float]]") -> None:
     """Opens the set and reads it; puts bytes before, bytes at most, and seconds."""
     from squeeze_jax.data.sources import open_source
     from squeeze_jax.data.sources.contract import Options
-
-    def memory(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
     before, began = memory("VmRSS"), time.perf_counter()
     examples = open_source(f"uno1m:{folder}", Options()).rows
@@ -210,16 +216,74 @@ def memory_of(rows: int) -> None:
     )
 
 
+def epoch(rows: int, queue: "multiprocessing.Queue[tuple[int, int, float, list[float]]]") -> None:
+    """Plans training batches over the metadata of so many records, from two folders, of two shapes
+    of target and one to three references.
+
+    Puts bytes before, bytes at most, seconds until the first batch is known, and seconds of each
+    batch after.
+    """
+    from squeeze_jax.data.order import Order
+    from squeeze_jax.data.pipeline import buckets_of
+    from squeeze_jax.data.records import METADATA_FILE, read_metadata
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = {"layers": 29, "width": 3584, "target": [None, None, 16]}
+        text, references = rng.integers(20, 256, rows).tolist(), rng.integers(1, 4, rows).tolist()
+        sizes = [[64, 64 + 16 * (t % 2), t, 256 * r, r, 1024 * r] for t, r in zip(text, references)]
+        most = {
+            "max_text": 255,
+            "max_image": 768,
+            "max_references": 3,
+            "max_reference_tokens": 3072,
+        }
+        summary = {"records": rows, "shape": shape, "sizes": sizes} | most
+        values = {"summary": summary, "shards": [rows], "settings": {}, "codec": 1}
+        (Path(folder) / METADATA_FILE).write_text(json.dumps(values))
+        del sizes, summary, values, text, references
+        before, began = memory("VmRSS"), time.perf_counter()
+        found = read_metadata(folder).summary
+        order = Order(
+            buckets_of(found, BATCH), BATCH, 0, np.arange(BATCH), (0, rows // 3), (1.0, 1.0)
+        )
+        order[0]
+        opened, taken = time.perf_counter() - began, []
+        for step in np.linspace(1, 3 * rows // BATCH, 300).astype(int):  # of three epochs
+            began = time.perf_counter()
+            order[step]
+            taken.append(time.perf_counter() - began)
+    queue.put((before, memory("VmHWM"), opened, taken))
+
+
+def epoch_of(rows: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=epoch, args=(rows, queue))
+    process.start()
+    before, most, opened, taken = queue.get()
+    process.join()
+    print(
+        f"{rows:,} records: peak {most / 2**20:.0f} MiB, of which {before / 2**20:.0f} MiB before; "
+        f"{opened:.1f} s until the first batch is known, "
+        f"then {1e3 * np.mean(taken):.1f} ms a batch "
+        f"of {BATCH}, {1e3 * max(taken):.0f} ms at most"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--memory", type=int, nargs="+", default=[])
+    parser.add_argument("--epoch", type=int, nargs="+", default=[])
     given = parser.parse_args()
+    for rows in given.epoch:
+        epoch_of(rows)
     for rows in given.memory:
         memory_of(rows)
-    if not given.memory:
+    if not (given.memory or given.epoch):
         speed(given.rows)
 
 

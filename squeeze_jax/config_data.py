@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, get_args
 
 from squeeze_jax.config_checks import Checked, above_zero, between
@@ -42,6 +43,10 @@ class DataConfig(Checked):
     features: str | None = None
     """Folder of feature records (train and held-out below it); None: extracted into the work
     folder."""
+    mix: tuple[tuple[str, float], ...] = ()
+    """Several such folders in place of `features`, each with a weight: `--data.mix FOLDER 2
+    FOLDER 1`. A step's examples come from them in proportion to the weights, whatever their sizes;
+    each folder is gone through in epochs of its own."""
     height: int = 512
     width: int = 512
     """Target size in pixels, multiples of 16 (our decision: 512 x 512)."""
@@ -93,7 +98,8 @@ class DataConfig(Checked):
 
     @property
     def tiles_per_reference(self) -> int:
-        """Most tiles that the MLLM sees of a reference: the whole picture is one more of several."""
+        """Most tiles that the MLLM sees of a reference: the whole picture is one more of
+        several."""
         return self.max_tiles + (self.max_tiles > 1)
 
     def _problems(self) -> Iterator[str]:
@@ -112,11 +118,19 @@ class DataConfig(Checked):
             yield f"data.held_out is {self.held_out}; it must be at least 1"
         for name, why in (
             ("features", "it reads no records"),
+            ("mix", "it reads no records"),
             ("buckets", "it has one size"),
             ("workers", "it reads in threads"),
         ):
             if self.online and getattr(self, name):
                 yield f"data.online and data.{name} are both set; leave one out: on-line, {why}"
+        if self.mix and self.features is not None:
+            yield "data.mix and data.features are both set; name that folder in data.mix"
+        for folder, weight in self.mix:
+            if not 0 < weight < inf:
+                yield f"data.mix weighs {folder} {weight:g}; a weight must be larger than 0"
+        if len({folder for folder, _ in self.mix}) != len(self.mix):
+            yield "data.mix names a folder twice; add up its weights"
         chosen = [name for name in SOURCE_FIELDS if getattr(self, name) is not None]
         if len(chosen) > 1:
             both = " and ".join(f"data.{name}" for name in chosen)

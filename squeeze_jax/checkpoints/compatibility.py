@@ -41,7 +41,8 @@ RULES: dict[str, Rule] = {
     **_rows("free", "free", "model.dit_weights model.autoencoder model.mllm"),
     # Where things lie and what is written and shown.
     **_rows("free", "free", """
-        data.features data.image_root data.workers data.batch_per_chip data.extract_batch data.max_text_tokens
+        data.features data.image_root data.mix data.workers data.batch_per_chip data.extract_batch
+        data.max_text_tokens
         optimizer.accumulate
         training.validate_every training.sample_every
         sampling.tau1 sampling.tau2 sampling.tau_tokens sampling.cfg_scale

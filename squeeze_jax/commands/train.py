@@ -118,11 +118,12 @@ def run(given: Train, overrides: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     features = reachable(config.data.features or folder / "features")  # may lie in a bucket
-    if config.data.features is None and not config.data.online:
+    if not (config.data.features or config.data.mix or config.data.online):
         extract_features(config, features, shard=(jax.process_index(), jax.process_count()))
         barrier("records extracted")
     if not config.data.online:
-        say(f"records: {features}; {time.perf_counter() - started:.0f} s")
+        mixed = ", ".join(f"{name} (weight {weight:g})" for name, weight in config.data.mix)
+        say(f"records: {mixed or features}; {time.perf_counter() - started:.0f} s")
     with hold_for_run(folder / "run.lock", "a run"):
         result = train(
             config,

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 from squeeze_jax.diffusion.latents import PATCH
 
@@ -48,10 +48,12 @@ class Bucket:
     """Records whose batches have one shape."""
 
     records: Int[np.ndarray, " records"]
-    """Their numbers in the data set, ascending."""
+    """Their numbers in the data set, ascending; of examples with several captions the first."""
     target: int
     """Tokens of each of their targets."""
     padding: Padding
+    captions: Int[np.ndarray, " records"] | None = None
+    """How many records follow each other from there, one for each caption; None: always one."""
 
     @property
     def tokens(self) -> int:
@@ -59,14 +61,26 @@ class Bucket:
         return self.target + sum(self.padding)
 
 
-def make_buckets(sizes: Sequence[Sizes], batch: int) -> tuple[Bucket, ...]:
+def first_records(captions: Sequence[int]) -> Int[np.ndarray, " examples"]:
+    """The number of each example's first record."""
+    return np.cumsum([0, *captions[:-1]])
+
+
+def make_buckets(
+    sizes: Sequence[Sizes], batch: int, captions: Sequence[int] = ()
+) -> tuple[Bucket, ...]:
     """Buckets of a data set, by target tokens and number of references.
 
+    captions: records of each example, in order, which are of one bucket; empty: one of each.
     A bucket with fewer records than a step takes joins its neighbour of the same target tokens with
     more references, or with fewer where there is none: a program compiled for a handful of records
     costs more than the padding.
     """
     table = np.array(sizes, np.int64).reshape(len(sizes), len(Sizes._fields))
+    first, counts = np.arange(len(sizes)), None
+    if captions:  # an example is as large as its longest caption makes it
+        first, counts = first_records(captions), np.array(captions)
+        table = np.maximum.reduceat(table, first, axis=0)
     targets = table[:, 0] // PATCH * (table[:, 1] // PATCH)
     buckets = []
     for target in np.unique(targets).tolist():
@@ -80,7 +94,9 @@ def make_buckets(sizes: Sequence[Sizes], batch: int) -> tuple[Bucket, ...]:
             groups[-2:] = [np.sort(np.concatenate(groups[-2:]))]
         for own in groups:
             text, image, _, reference_tokens = table[own, 2:].max(axis=0).tolist()
-            buckets.append(Bucket(own, target, Padding(text, image, reference_tokens)))
+            padding = Padding(text, image, reference_tokens)
+            of_own = None if counts is None else counts[own]
+            buckets.append(Bucket(first[own], target, padding, of_own))
     return tuple(buckets)
 
 
@@ -90,8 +106,9 @@ def shapes(buckets: Sequence[Bucket]) -> int:
 
 
 def waste(buckets: Sequence[Bucket], sizes: Sequence[Sizes]) -> float:
-    """The share of all tokens that is padding, 0 to 1, over an epoch."""
-    padded = sum(len(bucket.records) * bucket.tokens for bucket in buckets)
+    """The share of all tokens that is padding, 0 to 1, when every record comes once."""
+    counts = [len(b.records) if b.captions is None else int(b.captions.sum()) for b in buckets]
+    padded = sum(count * bucket.tokens for count, bucket in zip(counts, buckets))
     table = np.array(sizes, np.int64).reshape(len(sizes), len(Sizes._fields))
     used = (
         table[:, 0] // PATCH * (table[:, 1] // PATCH) + table[:, 2] + table[:, 3] + table[:, 5]
@@ -102,14 +119,14 @@ def waste(buckets: Sequence[Bucket], sizes: Sequence[Sizes]) -> float:
 class BucketSchedule:
     """Whose turn it is at each step, and how often it had been before.
 
-    Epoch e holds the batches of each bucket that begin in its own epoch e, in an order of (seed,
+    Epoch e holds the batches of each bucket that begin in its own epoch e, in an order of (key,
     e); a bucket's last batch runs into its next epoch. So each comes in proportion to its records,
     for ever.
     """
 
-    def __init__(self, counts: Sequence[int], rows: int, seed: int) -> None:
-        """counts: each bucket's records; rows: of a step."""
-        self.counts, self.rows, self.seed = tuple(counts), rows, seed
+    def __init__(self, counts: Sequence[int], rows: int, *key: int) -> None:
+        """counts: each bucket's records; rows: of a step; key: the seed."""
+        self.counts, self.rows, self.key = tuple(counts), rows, key
 
     def before(self, epoch: int) -> list[int]:
         """Each bucket's batches in the epochs before."""
@@ -124,35 +141,38 @@ class BucketSchedule:
         )  # never too early, since batches are rounded up
         while sum(self.before(epoch)) > step:
             epoch -= 1
-        order, earlier = _epoch(self.counts, self.rows, self.seed, epoch)
+        order, earlier = _epoch(self.counts, self.rows, self.key, epoch)
         place = step - sum(self.before(epoch))
         bucket = int(order[place])
         return bucket, self.before(epoch)[bucket] + int(earlier[place])
 
 
-@lru_cache(maxsize=16)
+def random_bits(count: int, *key: int) -> UInt64[np.ndarray, " count"]:
+    """Bits that follow from the key alone, the same from every version of NumPy."""
+    return np.random.Philox(np.random.SeedSequence([part % 2**32 for part in key])).random_raw(
+        count
+    )
+
+
 def permutation(count: int, *key: int) -> Int[np.ndarray, " count"]:
-    """0 .. count − 1 in an order of the key alone, the same from every version of NumPy: raw bits,
-    sorted.
+    """0 .. count − 1 in an order of the key alone.
 
     Grain's own shuffle of a handful of records takes 10 ms each, since it searches among 65,536.
     """
-    bits = np.random.Philox(np.random.SeedSequence([part % 2**32 for part in key])).random_raw(
-        count
-    )
-    return np.argsort(bits, kind="stable")
+    return np.argsort(random_bits(count, *key), kind="stable")
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _epoch(
-    counts: tuple[int, ...], rows: int, seed: int, epoch: int
+    counts: tuple[int, ...], rows: int, key: tuple[int, ...], epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The buckets of an epoch's batches in order, and how often each had come before in this epoch."""
-    turns = BucketSchedule(counts, rows, seed)
+    """The buckets of an epoch's batches in order, and how often each had come before in this
+    epoch."""
+    turns = BucketSchedule(counts, rows, *key)
     batches = [
         after - before for after, before in zip(turns.before(epoch + 1), turns.before(epoch))
     ]
-    order = np.repeat(np.arange(len(counts)), batches)[permutation(sum(batches), seed, epoch)]
+    order = np.repeat(np.arange(len(counts)), batches)[permutation(sum(batches), *key, epoch)]
     earlier = np.empty_like(order)
     for bucket in range(len(counts)):
         own = order == bucket

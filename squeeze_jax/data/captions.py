@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from squeeze_jax.config import Config
 from squeeze_jax.data.chat import build_input, load_tokenizer
 from squeeze_jax.data.record_writer import Example
-from squeeze_jax.data.sources.contract import Examples, most_references, parts_of
+from squeeze_jax.data.sources.contract import Examples, captions_of, most_references, parts_of
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder
 
@@ -31,19 +31,29 @@ class CutCaptions:
         """fits: whether a prompt with that many references can be read."""
         self.rows, self.fits = rows, fits
         self.read = self.cut = 0
-        """Examples that were read, and those of them whose caption was cut."""
+        """Captions that were read, and those of them that were cut."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        example, prompt = self.rows[index], self.prompt(index)
-        self.read, self.cut = self.read + 1, self.cut + (prompt != example.prompt)
-        return example._replace(prompt=prompt)
+        example = self.rows[index]
+        whole = [example.prompt, *example.other_captions]
+        captions = self._cut(index, whole)
+        self.read += len(whole)
+        self.cut += sum(one != other for one, other in zip(whole, captions, strict=True))
+        return example._replace(prompt=captions[0], other_captions=tuple(captions[1:]))
+
+    def _cut(self, index: int, captions: Sequence[str]) -> list[str]:
+        count = self.rows.references(index)
+        return [cut_caption(one, lambda caption: self.fits(caption, count)) for one in captions]
 
     def prompt(self, index: int) -> str:
-        count = self.rows.references(index)
-        return cut_caption(self.rows.prompt(index), lambda caption: self.fits(caption, count))
+        return self._cut(index, [self.rows.prompt(index)])[0]
+
+    def other_captions(self, index: int) -> Sequence[str]:
+        """Behind the first, `prompt`."""
+        return self._cut(index, captions_of(self.rows, index)[1:])
 
     def references(self, index: int) -> int:
         """How many an example has."""

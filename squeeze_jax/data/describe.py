@@ -14,14 +14,14 @@ from squeeze_jax.data.codec import CODECS
 from squeeze_jax.data.images import nearest_size, reference_size
 from squeeze_jax.data.record_writer import Example
 from squeeze_jax.data.sources import open_source
-from squeeze_jax.data.sources.contract import Examples, Options, parts_of
+from squeeze_jax.data.sources.contract import Examples, Options, captions_of, parts_of
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder, internvl_source
 
 SHOWN = 16
 """Examples that are read: their sizes are told, and they are on the contact sheet."""
 MEASURED = 10_000
-"""Most captions whose tokens are counted, evenly spread."""
+"""Most examples whose captions' tokens are counted, evenly spread."""
 IMAGE_TOKENS, TILE = 256, 448
 """Of InternVL3: tokens of a tile, and its side in pixels."""
 
@@ -93,7 +93,8 @@ def describe(text: str, options: Options, config: Config) -> tuple[Description, 
     }
     found.captions = measure_captions(rows, config)
     if examples:
-        found.disk = disk(len(rows), examples, found.captions.tokens["mean"], config)
+        records = round(len(rows) * found.captions.measured / min(MEASURED, len(rows)))
+        found.disk = disk(records, examples, found.captions.tokens["mean"], config)
     return found, contact_sheet(shown)
 
 
@@ -111,20 +112,20 @@ def _count_sizes(images: Sequence[Image.Image]) -> dict[str, int]:
 
 
 def measure_captions(rows: Examples, config: Config) -> Captions:
-    """Counts the text tokens of at most `MEASURED` captions."""
+    """Counts the text tokens of the captions of at most `MEASURED` examples."""
     data, count = config.data, min(MEASURED, len(rows))
     tokenizer = load_tokenizer(encoder_folder(config.model.mllm, "mllm"))
     lengths = []
     for place in range(count):
         index = place * len(rows) // count
         images = [0] * rows.references(index)
-        prompt, system = rows.prompt(index), data.system_text
-        ids = build_input(tokenizer, prompt, images, system, max_text_tokens=2**62)
-        lengths.append(len(ids))
+        for caption in captions_of(rows, index):
+            ids = build_input(tokenizer, caption, images, data.system_text, max_text_tokens=2**62)
+            lengths.append(len(ids))
     tokens = np.array(lengths)
     shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
     return Captions(
-        count,
+        len(lengths),
         data.max_text_tokens,
         int((tokens > data.max_text_tokens).sum()),
         {name: int(np.quantile(tokens, share)) for name, share in shares.items()}

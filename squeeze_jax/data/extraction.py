@@ -24,7 +24,12 @@ from squeeze_jax.data.record_writer import (
 )
 from squeeze_jax.data.records import METADATA_FILE, read_metadata, shard_summary
 from squeeze_jax.data.sources import Examples, open_examples
-from squeeze_jax.data.sources.contract import most_references, parts_of
+from squeeze_jax.data.sources.contract import (
+    captions_of,
+    most_captions,
+    most_references,
+    parts_of,
+)
 from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
 from squeeze_jax.folder_lock import hold
@@ -36,10 +41,11 @@ TEXT, IMAGE = 64, 256
 """Tokens of a row that this reckons with: of its prompt, and of each tile of a reference."""
 
 
-def rows_of_shard(config: Config, layers: int, references: int = 1) -> int:
+def rows_of_shard(config: Config, layers: int, references: int = 1, captions: int = 1) -> int:
     """Rows of a shard of records that keep that many hidden states.
 
-    1,024, fewer where records are large. references: most of a row.
+    1,024, fewer where records are large. references, captions: most of a row, which has a record
+    for each caption.
     Raises InputError where a record would be larger than its format allows.
     """
     tiles = config.data.tiles_per_reference
@@ -51,7 +57,7 @@ def rows_of_shard(config: Config, layers: int, references: int = 1) -> int:
             f"{row / 2**30:.1f} GiB, more than 2; "
             "lower data.max_tiles, or set data.keep read or data.codec int8"
         )
-    return max(1, min(MOST_ROWS, MOST_BYTES // row))
+    return max(1, min(MOST_ROWS, MOST_BYTES // (row * captions)))
 
 
 def check_prompts(
@@ -67,12 +73,23 @@ def check_prompts(
             continue
         for index in own(rows):
             try:
-                reader.check(rows.prompt(index), rows.references(index))
-            except InputError as error:
-                bad.append(f"{rows.name(index)}: {error}")
+                check_captions(rows, index, reader)
+            except RowError as error:
+                bad.append(str(error))
     if bad:
         more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
         raise InputError("\n  ".join([f"{len(bad)} prompts cannot be read:", *bad[:20], *more]))
+
+
+def check_captions(rows: Examples, index: int, reader: MLLM) -> None:
+    """Raises RowError, which names the example, where the MLLM cannot read one of its captions."""
+    captions = captions_of(rows, index)
+    for number, caption in enumerate(captions, 1):
+        try:
+            reader.check(caption, rows.references(index))
+        except InputError as error:
+            which = f" caption {number}" if len(captions) > 1 else ""
+            raise RowError(f"{rows.name(index)}{which}: {error}") from None
 
 
 class Readable:
@@ -85,10 +102,7 @@ class Readable:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            self.reader.check(self.rows.prompt(index), self.rows.references(index))
-        except InputError as error:
-            raise RowError(f"{self.rows.name(index)}: {error}") from None
+        check_captions(self.rows, index, self.reader)
         return self.rows[index]
 
 
@@ -133,7 +147,8 @@ def extract_features(
     reader = encoders.reader
     layers = config.aggregator.reads if data.keep == "read" else None
     most = max(most_references(rows) for rows in sources.values())
-    rows_a_shard = rows_of_shard(config, len(layers or range(reader.layers + 1)), most)
+    captions = max(most_captions(rows) for rows in sources.values())
+    rows_a_shard = rows_of_shard(config, len(layers or range(reader.layers + 1)), most, captions)
 
     def own(rows: Examples) -> Iterable[int]:
         """A list's prompts are all checked; of one in parts, those that this process reads."""
@@ -174,7 +189,7 @@ def extract_features(
                     task, completed=done, total=total
                 ),
             )
-            if metadata is not None and (missing := len(rows) - metadata.summary.records):
+            if metadata is not None and (missing := len(rows) - metadata.summary.examples):
                 print(f"{split}: {missing:,} of {len(rows):,} examples could not be read")
             if isinstance(rows, CutCaptions) and rows.cut:
                 print(

@@ -3,9 +3,10 @@
 
     [{"prompt": "a cat on a sofa", "image_paths": ["cat.png"], "image_tgt_path": "sofa.png"}, …]
 
-`image_paths` may be empty (text only) and `image_tgt_path` left out where nothing is learned from
-it. Further keys are ignored if they are named `critter` or begin with `x_`; any other is taken for
-a misspelling.
+`prompt` may be a list of several captions of the target: training draws one an epoch, sampling
+takes the first. `image_paths` may be empty (text only) and `image_tgt_path` left out where nothing
+is learned from it. Further keys are ignored if they are named `critter` or begin with `x_`; any
+other is taken for a misspelling.
 """
 
 import hashlib
@@ -31,6 +32,8 @@ class Row(NamedTuple):
     target: Path | None
     extra: dict[str, Any]
     """The keys `critter` and `x_…`."""
+    other_captions: tuple[str, ...] = ()
+    """Behind `prompt`, where the file lists several."""
 
 
 class Unreadable(NamedTuple):
@@ -129,7 +132,7 @@ def check_rows(
             problems += [f"row {number}: {problem}" for problem in bad]
             continue
         rows.append(row)
-        same = (row.prompt, row.references, row.target)
+        same = (row.prompt, row.other_captions, row.references, row.target)
         if same in seen:
             warnings.append(
                 f"row {number}: the same as row {seen[same]}; the last rows are held out of "
@@ -199,14 +202,12 @@ def _row(number: int, value: Any, folder: Path, need_target: bool) -> tuple[Row 
     if not isinstance(value, dict):
         return None, [f"is {_kind(value)}; write an object with {', '.join(FIELDS)}"]
     meant, bad = _unknown_fields(value)
-    prompt = value.get("prompt")
-    if "prompt" not in value:
-        if "prompt" not in meant:
-            bad.append('"prompt" is missing; say what the picture shows')
-    elif not isinstance(prompt, str):
-        bad.append(f'"prompt" is {_kind(prompt)}; write a string')
-    elif not prompt.strip():
-        bad.append('"prompt" is empty; say what the picture shows')
+    captions: list[str] = []
+    if "prompt" in value:
+        captions, problems = _captions(value["prompt"])
+        bad += problems
+    elif "prompt" not in meant:
+        bad.append('"prompt" is missing; say what the picture shows')
 
     names = value.get("image_paths")
     if "image_paths" not in value:
@@ -228,13 +229,30 @@ def _row(number: int, value: Any, folder: Path, need_target: bool) -> tuple[Row 
             bad.append(f"{place} {problem}")
         else:
             found.append(resolved)
-    if len(found) != len(named) or not isinstance(prompt, str):
+    if len(found) != len(named) or not captions:
         return None, bad
     extra = {key: content for key, content in value.items() if key not in FIELDS}
     pictures = found[: len(references)]
-    return Row(
-        number, prompt, tuple(pictures), found[-1] if target is not None else None, extra
-    ), bad
+    picture = found[-1] if target is not None else None
+    return Row(number, captions[0], tuple(pictures), picture, extra, tuple(captions[1:])), bad
+
+
+def _captions(value: object) -> tuple[list[str], list[str]]:
+    """The captions of a row, and what is wrong with them."""
+    if isinstance(value, list) and not value:
+        return [], ['"prompt" is an empty list; write at least one caption']
+    named = [('"prompt"', value)]
+    if isinstance(value, list):
+        named = [(f'"prompt"[{place}]', one) for place, one in enumerate(value)]
+    captions, bad = [], []
+    for name, one in named:
+        if not isinstance(one, str):
+            bad.append(f"{name} is {_kind(one)}; write a string")
+            continue
+        if not one.strip():
+            bad.append(f"{name} is empty; say what the picture shows")
+        captions.append(one)
+    return captions if len(captions) == len(named) else [], bad
 
 
 def _unknown_fields(value: dict[str, Any]) -> tuple[set[str], list[str]]:

@@ -15,13 +15,14 @@ from PIL import Image
 
 from squeeze_jax.batch import RawBatch
 from squeeze_jax.config import Config
-from squeeze_jax.data.buckets import Bucket, Padding
+from squeeze_jax.data.buckets import Bucket, Padding, first_records
 from squeeze_jax.data.chat import build_input, load_tokenizer, pad_inputs, tile_pixels
 from squeeze_jax.data.images import resize_for_reference, resize_for_target, to_uint8
 from squeeze_jax.data.mllm import bucket
-from squeeze_jax.data.pipeline import Arrays, BatchIterator, Order
+from squeeze_jax.data.order import Order
+from squeeze_jax.data.pipeline import Arrays, BatchIterator
 from squeeze_jax.data.sources import Examples
-from squeeze_jax.data.sources.contract import parts_of
+from squeeze_jax.data.sources.contract import captions_of, parts_of
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder, internvl_source
 
@@ -40,10 +41,12 @@ class RawShape(NamedTuple):
 
 
 class ReadRaw:
-    """Example numbers to the arrays of a `RawBatch`."""
+    """Numbers of captions, counted over all examples, to the arrays of a `RawBatch`."""
 
     def __init__(self, rows: Examples, config: Config) -> None:
         self.rows, self.data = rows, config.data
+        self.captions = [len(captions_of(rows, index)) for index in range(len(rows))]
+        self.first = first_records(self.captions)
         folder = encoder_folder(config.model.mllm, "mllm")
         self.tokenizer, mllm = load_tokenizer(folder), internvl_source(folder).config
         self.tile, self.per_tile = mllm.vision.image_size, mllm.image_tokens
@@ -61,7 +64,11 @@ class ReadRaw:
         size = resize_for_reference(
             self.rows[first].references[0], self.data.reference_long_side
         ).shape[:2]
-        asked = {(self.rows.prompt(i), count): i for i, count in enumerate(counts)}
+        asked = {
+            (caption, count): i
+            for i, count in enumerate(counts)
+            for caption in captions_of(self.rows, i)
+        }
         text = 0
         for (prompt, count), row in asked.items():
             try:
@@ -95,8 +102,10 @@ class ReadRaw:
             "index": np.array(wanted, np.int32),
         }
         sequences = []
-        for row, number in enumerate(wanted):
+        for row, caption in enumerate(wanted):
+            number = int(np.searchsorted(self.first, caption, side="right")) - 1
             example = self.rows[number]
+            captions = (example.prompt, *example.other_captions)
             arrays["target"][row] = to_uint8(
                 resize_for_target(example.target, data.height, data.width)
             )
@@ -107,7 +116,10 @@ class ReadRaw:
             if tiles:
                 arrays["tiles"][row, : sum(map(len, tiles))] = np.concatenate(tiles)
             sequences.append(
-                self._ids(example.prompt, [self.per_tile * len(of_image) for of_image in tiles])
+                self._ids(
+                    captions[caption - self.first[number]],
+                    [self.per_tile * len(of_image) for of_image in tiles],
+                )
             )
         ids, valid = pad_inputs(sequences, shape.text + most * self.per_tile)
         return arrays | {"ids": ids, "valid": valid}
@@ -147,12 +159,14 @@ def make_online(
             "extract records (data.online false)"
         )
     height, width = config.target_grid
-    buckets = (Bucket(np.arange(len(rows)), height * width, Padding(0, 0, 0)),)
-    order = Order(buckets, batch, seed, np.arange(batch) if own is None else np.asarray(own))
     read = ReadRaw(rows, config)
+    captions = np.array(read.captions) if max(read.captions) > 1 else None
+    buckets = (Bucket(read.first, height * width, Padding(0, 0, 0), captions),)
+    order = Order(buckets, batch, seed, np.arange(batch) if own is None else np.asarray(own))
     data = config.data
     settings = (data.height, data.width, data.reference_long_side, data.max_tiles)
-    cut = (data.max_text_tokens,) if data.long_captions == "cut" else ()  # else it changes no prompt
+    # Else the limit changes no prompt.
+    cut = (data.max_text_tokens,) if data.long_captions == "cut" else ()
     described = repr((rows.source, settings, data.system_text, *cut))
     described = sha256(described.encode()).hexdigest()[:16]
     identity: dict[str, Any] = {

@@ -1,9 +1,9 @@
 """Feature records to training batches: shuffled for ever, shared out over processes, padded,
 prefetched (Grain).
 
-Which records make up a global batch is a function of (seed, batch number) alone, so an iterator's
-state is one number, and one process, two or eight make the same batches: each reads the rows that
-lie on its devices. Where targets are of several sizes, every batch comes from one bucket
+Which records make up a global batch is a function of (seed, batch number) alone (`order.py`), so an
+iterator's state is one number, and one process, two or eight make the same batches: each reads the
+rows that lie on its devices. Where targets are of several sizes, every batch comes from one bucket
 (`buckets.py`).
 """
 
@@ -11,6 +11,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -21,13 +22,14 @@ from etils import epath
 
 from squeeze_jax.data.buckets import (
     Bucket,
-    BucketSchedule,
     Padding,
+    first_records,
     make_buckets,
-    permutation,
     shapes,
     waste,
 )
+from squeeze_jax.data.mixture import Mixture, Weighted
+from squeeze_jax.data.order import Numbers, Order
 from squeeze_jax.data.record_format import FeatureRecord
 from squeeze_jax.data.records import FeatureSource, ShardSummary
 from squeeze_jax.diffusion.latents import (
@@ -115,39 +117,18 @@ def to_batch(arrays: Arrays) -> "TrainingBatch":
     )
 
 
-Numbers = tuple[int, np.ndarray]
-"""A bucket, and the numbers of some of its records."""
-
-
-class Order:
-    """For Grain: the records that this process reads of every batch, by the batch's number."""
-
-    def __init__(self, buckets: Sequence[Bucket], batch: int, seed: int, rows: np.ndarray):
-        self.records, self.rows = [bucket.records for bucket in buckets], rows
-        self.turns = BucketSchedule([len(own) for own in self.records], batch, seed)
-        self.batch, self.seed = batch, seed
-
-    def __len__(self) -> int:
-        return 2**48  # for ever
-
-    def __getitem__(self, index: int) -> Numbers:
-        bucket, batch = self.turns(int(index))
-        records = self.records[bucket]
-        # Epochs run into each other. Processes share out the rows of a shuffled batch: slicing the
-        # records after a shuffle instead would hand a process other records in every epoch.
-        epochs, places = np.divmod(batch * self.batch + self.rows, len(records))
-        orders = [permutation(len(records), self.seed, bucket, epoch) for epoch in epochs.tolist()]
-        return bucket, records[[order[place] for order, place in zip(orders, places)]]
-
-
 class _ReadBatch:
     """Record numbers to their padded arrays."""
 
     def __init__(
-        self, source: FeatureSource, paddings: Sequence[Padding], positions_of: ReferencePositions
+        self,
+        source: Mixture,
+        paddings: Sequence[Padding],
+        with_grid: bool,
+        positions_of: ReferencePositions,
     ) -> None:
         self.source, self.paddings, self.positions_of = source, paddings, positions_of
-        self.with_grid = None in source.metadata.summary.shape.target
+        self.with_grid = with_grid
 
     def __call__(self, numbers: Numbers) -> Arrays:
         records = [self.source[number] for number in numbers[1].tolist()]
@@ -185,7 +166,7 @@ class BatchIterator:
 
     @property
     def epoch(self) -> int:
-        """Batches in which each record has come once."""
+        """Batches in which about as many examples have come as there are."""
         return sum(-(-len(bucket.records) // self._identity["batch"]) for bucket in self.buckets)
 
     @property
@@ -266,7 +247,7 @@ def _end(running: list[grain.DatasetIterator]) -> None:
 
 
 def make_dataset(
-    feature_dir: epath.PathLike,
+    features: epath.PathLike | Weighted,
     *,
     batch: int,
     seed: int,
@@ -278,6 +259,7 @@ def make_dataset(
 ) -> BatchIterator:
     """Batches of `batch` records from a folder of feature records, reshuffled every epoch.
 
+    Of several folders with weights, each has its share of the rows, and epochs of its own.
     Epochs run into each other, so every batch is full however few records there are. rows: those of
     every batch that this process reads (0 .. batch − 1, in order); None: all. prefetch: batches
     made ahead, each by a thread. workers: processes that make them instead; they are spawned, so
@@ -286,37 +268,52 @@ def make_dataset(
     tokens stand, by the backbone's config; FLUX.1's way by default.
     Raises InputError where the folder is unfinished or damaged, or lacks hidden states.
     """
-    source = FeatureSource(feature_dir, layers)
-    buckets = buckets_of(source.metadata.summary, batch)
+    folders = [(features, 1.0)] if isinstance(features, (str, PathLike)) else features
+    mixture = Mixture(folders, layers)
+    summary = mixture.summary()
+    buckets = buckets_of(summary, batch)
     # Numbers are batched, not records, so that Grain's own work is a batch's, not a record's.
-    order = Order(buckets, batch, seed, np.arange(batch) if rows is None else np.asarray(rows))
-    read = _ReadBatch(source, [bucket.padding for bucket in buckets], positions_of)
-    metadata = source.metadata
-    described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
+    own = np.arange(batch) if rows is None else np.asarray(rows)
+    order = Order(buckets, batch, seed, own, mixture.starts, mixture.weights)
+    paddings = [bucket.padding for bucket in buckets]
+    read = _ReadBatch(mixture, paddings, None in summary.shape.target, positions_of)
     identity = {
         "version": 2,
-        "records": len(source),
-        "data": sha256(repr(described).encode()).hexdigest()[:16],
+        "records": len(mixture),
+        "data": " ".join(map(_digest, mixture.sources)),
         "seed": seed,
         "batch": batch,
     }
+    if len(folders) > 1:  # their proportion decides the order
+        identity["weights"] = [weight / sum(mixture.weights) for weight in mixture.weights]
     batches = grain.MapDataset.source(order).map(read)
     return BatchIterator(
-        batches, identity, prefetch, workers, buckets, to_batch, describe(source, buckets)
+        batches, identity, prefetch, workers, buckets, to_batch, describe(summary, buckets)
     )
 
 
-def describe(source: FeatureSource, buckets: Sequence[Bucket]) -> str:
+def _digest(source: FeatureSource) -> str:
+    """Tells records apart by how they were made."""
+    metadata = source.metadata
+    described = (metadata.shards, metadata.settings, metadata.codec, metadata.layers)
+    return sha256(repr(described).encode()).hexdigest()[:16]
+
+
+def describe(summary: ShardSummary, buckets: Sequence[Bucket]) -> str:
     """Records, shapes of batches (each one compiled program) and the share of padding."""
-    sizes, count = source.metadata.summary.sizes, shapes(buckets)
+    sizes, count = summary.sizes, shapes(buckets)
     padding = f", {100 * waste(buckets, sizes):.1f} % of their tokens padding" if sizes else ""
-    return f"{len(source):,} records, {count} shape{'s' * (count > 1)} of batch{padding}"
+    of = f" of {summary.examples:,} examples" if summary.captions else ""
+    return f"{summary.records:,} records{of}, {count} shape{'s' * (count > 1)} of batch{padding}"
 
 
 def buckets_of(summary: ShardSummary, batch: int) -> tuple[Bucket, ...]:
     """The buckets of a data set: one for all records where their targets are of one size."""
     height, width, _ = summary.shape.target
     if height is None or width is None:
-        return make_buckets(summary.sizes, batch)
+        return make_buckets(summary.sizes, batch, summary.captions)
     padding = Padding(summary.max_text, summary.max_image, summary.max_reference_tokens)
-    return (Bucket(np.arange(summary.records), height // PATCH * (width // PATCH), padding),)
+    first, captions = np.arange(summary.records), None
+    if summary.captions:
+        first, captions = first_records(summary.captions), np.array(summary.captions)
+    return (Bucket(first, height // PATCH * (width // PATCH), padding, captions),)

@@ -33,6 +33,9 @@ class FeatureRecord(NamedTuple):
     """Latents of the references, each of its own size, float32."""
     number: int = -1
     """The record's place in the data set; set by reading."""
+    caption: int = 0
+    """Which of its example's captions `prompt` is: 0 begins another example. For writing, which
+    notes it for the whole shard (`ShardSummary.captions`)."""
 
 
 @dataclass(frozen=True)

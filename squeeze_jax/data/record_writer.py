@@ -32,6 +32,8 @@ class Example(NamedTuple):
     prompt: str
     references: list[Image.Image]
     target: Image.Image
+    other_captions: tuple[str, ...] = ()
+    """Further descriptions of the target, each as good as `prompt`: a record each."""
 
 
 @runtime_checkable
@@ -257,7 +259,8 @@ def _records(
     kept = slice(None) if layers is None else list(layers)
     for examples in batches:
         references = [list(example.references) for example in examples]
-        encoded = encoders.hidden_states([example.prompt for example in examples], references)
+        captions = [[example.prompt, *example.other_captions] for example in examples]
+        encoded = iter([*_read_captions(encoders, captions, references, batch)])
         targets = [example.target for example in examples]
         pictures = [
             resize_for_target(target, *nearest_size(target.height, target.width, target_sizes))
@@ -270,22 +273,41 @@ def _records(
         ]
         latents = encode_pictures(encoders, pictures, batch)
         of_references = iter(latents[len(examples) :])
-        for example, prompt, target, sample in zip(examples, encoded, latents, references):
-            yield FeatureRecord(
-                prompt=example.prompt,
-                text=prompt.text[kept],
-                text_positions=prompt.text_positions,
-                image=prompt.image[kept],
-                image_positions=prompt.image_positions,
-                target=target,
-                references=tuple(next(of_references) for _ in sample),
-            )
+        for own, target, sample in zip(captions, latents, references):
+            of_sample = tuple(next(of_references) for _ in sample)
+            for number, caption in enumerate(own):
+                prompt = next(encoded)
+                yield FeatureRecord(
+                    prompt=caption,
+                    text=prompt.text[kept],
+                    text_positions=prompt.text_positions,
+                    image=prompt.image[kept],
+                    image_positions=prompt.image_positions,
+                    target=target,
+                    references=of_sample,
+                    caption=number,
+                )
+
+
+def _read_captions(
+    encoders: Encoders,
+    captions: Sequence[Sequence[str]],
+    references: Sequence[list[Image.Image]],
+    batch: int,
+) -> Iterator[EncodedPrompt]:
+    """What the MLLM makes of each caption with its example's references, `batch` at a time."""
+    pairs = [(one, images) for own, images in zip(captions, references) for one in own]
+    for start in range(0, len(pairs), batch):
+        some = pairs[start : start + batch]
+        yield from encoders.hidden_states([one for one, _ in some], [images for _, images in some])
 
 
 def _counted(
     records: Iterator[FeatureRecord], done: int, total: int, progress: Progress | None
 ) -> Iterator[FeatureRecord]:
-    for count, record in enumerate(records, 1):
+    count = 0
+    for record in records:
         yield record
+        count += record.caption == 0
         if progress:
             progress(done + count, total)

@@ -58,6 +58,13 @@ class ShardSummary:
     """Largest number of packed reference tokens of a record, all its references together."""
     sizes: tuple[Sizes, ...] = ()
     """Each record's; empty in folders from before they were kept."""
+    captions: tuple[int, ...] = ()
+    """Records of each example, in order, one for each of its captions; empty where all have one."""
+
+    @property
+    def examples(self) -> int:
+        """Examples that the records are of."""
+        return len(self.captions) or self.records
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,25 @@ def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
         raise ValueError(
             f"records of one data set must share one shape, found {sorted(map(str, shapes))}"
         )
-    largest = {f: max(getattr(s, f) for s in summaries) for f in _MAXIMA}
+    largest = {f: max(getattr(s, f) for s in summaries) for f in MAXIMA}
     sizes = tuple(chain.from_iterable(s.sizes for s in summaries))
     return ShardSummary(
-        records=sum(s.records for s in summaries), shape=shapes.pop(), sizes=sizes, **largest
+        records=sum(s.records for s in summaries),
+        shape=shapes.pop(),
+        sizes=sizes,
+        captions=join_captions(summaries),
+        **largest,
     )
 
 
-_MAXIMA = [f.name for f in fields(ShardSummary) if f.name.startswith("max_")]
+def join_captions(summaries: Sequence[ShardSummary]) -> tuple[int, ...]:
+    """The `captions` of all records together."""
+    if not any(summary.captions for summary in summaries):
+        return ()
+    return tuple(chain.from_iterable(s.captions or (1,) * s.records for s in summaries))
+
+
+MAXIMA = [f.name for f in fields(ShardSummary) if f.name.startswith("max_")]
 EMPTY = ShardSummary(0, Shape(0, 0, (0, 0, 0)), 0, 0, 0, 0)
 """Of a shard of whose rows none could be used."""
 
@@ -161,6 +179,7 @@ def write_shard(
     """
     path = shard_path(folder, shard, shards)
     summaries: list[ShardSummary] = []
+    captions: list[int] = []
 
     def write(part: Path) -> None:
         # Group size 1: records are read one by one in random order.
@@ -171,6 +190,9 @@ def write_shard(
                 one = _summarise(record, mixed)
                 merge([*summaries[:1], one])  # refuses another shape
                 summaries.append(one)
+                if record.caption == 0:
+                    captions.append(0)
+                captions[-1] += 1
                 features = features or record_features(one.shape, CODECS[codec])
                 writer.write(serialise(features, encode(record, CODECS[codec])))
         finally:
@@ -178,7 +200,9 @@ def write_shard(
 
     write_whole(path, write)
     summary = merge(summaries) if summaries else EMPTY
-    write_json(_beside(path), asdict(summary))
+    if any(count > 1 for count in captions):
+        summary = replace(summary, captions=tuple(captions))
+    write_json(_beside(path), _summary_values(summary))
     return summary
 
 
@@ -232,7 +256,8 @@ def write_metadata(
             write_whole(
                 folder / made.name, lambda part, made=made: part.write_bytes(made.read_bytes())
             )
-    write_json(folder / METADATA_FILE, asdict(metadata) | {"codec": CODECS[codec].version})
+    noted = {"summary": _summary_values(summary), "codec": CODECS[codec].version}
+    write_json(folder / METADATA_FILE, asdict(metadata) | noted)
     remove_parts(folder)
     return metadata
 
@@ -241,10 +266,17 @@ def _beside(shard: epath.Path) -> epath.Path:
     return shard.with_name(shard.name + ".json")
 
 
+def _summary_values(summary: ShardSummary) -> dict[str, Any]:
+    """As JSON; where each example has one caption, as it was written before there were several."""
+    values = asdict(summary)
+    return values if summary.captions else {k: v for k, v in values.items() if k != "captions"}
+
+
 def _read_summary(value: dict[str, Any]) -> ShardSummary:
     shape = Shape(**{**value["shape"], "target": tuple(value["shape"]["target"])})
     sizes = tuple(Sizes(*one) for one in value.get("sizes", ()))
-    return ShardSummary(**{**value, "shape": shape, "sizes": sizes})
+    captions = tuple(value.get("captions", ()))
+    return ShardSummary(**{**value, "shape": shape, "sizes": sizes, "captions": captions})
 
 
 # Reading
@@ -334,7 +366,8 @@ class FeatureSource:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, made for a worker, reads by number and has no use for the sizes of them all.
-        metadata = replace(self.metadata, summary=replace(self.metadata.summary, sizes=()))
+        summary = replace(self.metadata.summary, sizes=(), captions=())
+        metadata = replace(self.metadata, summary=summary)
         return {**self.__dict__, "_records": None, "metadata": metadata}
 
 

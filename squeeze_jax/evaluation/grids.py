@@ -1,4 +1,4 @@
-"""Pictures of held-out examples: sample grids during training, and the samples that suites score."""
+"""Pictures of held-out examples: sample grids during training, and samples that suites score."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +15,7 @@ from squeeze_jax.batch import HiddenStates
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FeatureExtractor
 from squeeze_jax.data.images import resize_for_target, to_uint8
+from squeeze_jax.data.mixture import record_folders
 from squeeze_jax.data.record_writer import Example
 from squeeze_jax.data.records import read_metadata
 from squeeze_jax.data.references import encode_references
@@ -56,7 +57,8 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
         print("no sample grids: no held-out row can be used")
         return None
     if not config.data.online:
-        check_encoders(encoders, epath.Path(features))
+        for records, _ in record_folders(config.data, features):
+            check_encoders(encoders, records)
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     encoded = [
         piece._replace(states=jax.tree.map(np.asarray, piece.states))
@@ -71,29 +73,30 @@ def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> Samp
             pipelines.append(Pipeline.of(split.merge(leaves), config, encoders))
         pipelines[0].params = (system_leaves,)
         drawn = draw_examples(pipelines[0], encoded, Settings())
-        size = (config.data.height, config.data.width)
-        grid = np.concatenate(
-            [
-                np.concatenate(
-                    [
-                        _shown(e.references[0], size) if e.references else _blank(size)
-                        for e in examples
-                    ],
-                    1,
-                ),
-                np.concatenate(list(drawn), 1),
-                np.concatenate([to_uint8(resize_for_target(e.target, *size)) for e in examples], 1),
-            ]
-        )
-        path = folder / "samples" / f"{step:06d}.png"
-        if is_main():
-            write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
+        _save_grid(config, examples, drawn, folder / "samples" / f"{step:06d}.png")
 
     return sample
 
 
+def draw_grid(pipeline: Pipeline, examples: Sequence[Example], path: Path) -> None:
+    """Draws held-out examples with the config's own settings, as a run's grids are."""
+    _save_grid(pipeline.config, examples, sample_examples(pipeline, examples, Settings()), path)
+
+
+def _save_grid(
+    config: Config, examples: Sequence[Example], drawn: np.ndarray, path: Path
+) -> None:
+    """A row of references, of samples, of true targets."""
+    size = (config.data.height, config.data.width)
+    shown = [_shown(e.references[0], size) if e.references else _blank(size) for e in examples]
+    targets = [to_uint8(resize_for_target(e.target, *size)) for e in examples]
+    grid = np.concatenate([np.concatenate(row, 1) for row in (shown, list(drawn), targets)])
+    if is_main():
+        write_beside(path, lambda part: Image.fromarray(grid).save(part, "PNG"))
+
+
 def check_encoders(encoders: FeatureExtractor, features: epath.Path) -> None:
-    """Raises InputError where records were made by other encoders: those that sampling would use."""
+    """Raises InputError where records were made by other encoders than sampling would use."""
     for split in ("train", "held_out"):
         there = read_metadata(features / split).settings.get("encoders", {})
         wanted = json.loads(json.dumps(encoders.settings))

@@ -233,17 +233,22 @@ class FusionBlock(nnx.Module):
         self.ff_down = Linear(config.mlp_width, width, tensor_axis="in", **kinds)
         self.heads = config.heads
 
-    def __call__(
-        self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B T C"]:
-        y = self.norm1(x)
+    def project(self, y: Float[Array, "B T C"]) -> tuple[Float[Array, "B T H D"], ...]:
+        """Normalised queries and keys, and values, of normed tokens."""
         shape = (
             *y.shape[:2],
             self.heads,
             y.shape[-1] // self.heads,
         )  # no -1: there may be no tokens at all
         q, k, v = (part.reshape(shape) for part in jnp.split(self.to_qkv(y), 3, axis=-1))
-        q, k, v = (constrain(part, "heads") for part in (self.norm_q(q), self.norm_k(k), v))
+        normed = (self.norm_q(q), self.norm_k(k), v)
+        return tuple(constrain(part, "heads") for part in normed)
+
+    def __call__(
+        self, x: Float[Array, "B T C"], mask: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T C"]:
+        y = self.norm1(x)
+        q, k, v = self.project(y)
         mixed = attention(q, k, v, mask=mask, name=ATTENTION).reshape(y.shape)
         gate = jax.nn.sigmoid(self.to_gate(y).astype(jnp.float32))
         x = constrain(x + self.to_out(scaled(mixed, gate)), "tokens")

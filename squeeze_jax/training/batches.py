@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from squeeze_jax.config import Config
 from squeeze_jax.data.check_records import check_records
+from squeeze_jax.data.mixture import record_folders
 from squeeze_jax.data.online import make_online
 from squeeze_jax.data.pipeline import BatchIterator, make_dataset
 from squeeze_jax.data.sources import Examples
@@ -30,18 +31,19 @@ def make_batches(
 ) -> tuple[BatchIterator, list[Batch]]:
     """Training batches of `rows` examples, for ever, and all validation batches, on the mesh.
 
-    They come from the records in `features`/train and `features`/held_out or, where `examples` are
-    given, from those of these two names. Each process reads the rows that lie on its devices.
+    They come from the records in `features`/train and `features`/held_out, or from those folders of
+    `data.mix`; where `examples` are given, from those of these two names. Each process reads the
+    rows that lie on its devices.
     Raises InputError where records are missing or do not fit the config.
     """
-    features, sharding = epath.Path(features), batch_sharding(mesh)
+    folders, sharding = record_folders(config.data, features), batch_sharding(mesh)
 
     def open_split(split: str, rows: int, seed: int, workers: int) -> BatchIterator:
         own = local_rows(sharding, rows)
         if examples is not None:
             return make_online(examples[split], config, batch=rows, seed=seed, own=own)
         return make_dataset(
-            features / split,
+            [(folder / split, weight) for folder, weight in folders],
             batch=rows,
             rows=own,
             seed=seed,
@@ -50,11 +52,11 @@ def make_batches(
             positions_of=config.model.dit.reference_positions,
         )
 
-    if examples is None:
-        if not (features / "held_out").is_dir():
-            raise InputError(f"{features / 'held_out'}: no held-out records; extract them too")
+    for folder, _ in folders if examples is None else ():
+        if not (folder / "held_out").is_dir():
+            raise InputError(f"{folder / 'held_out'}: no held-out records; extract them too")
         for split in ("train", "held_out"):
-            check_records(features / split, config)
+            check_records(folder / split, config)
     data = open_split("train", rows, config.training.seed, config.data.workers)
     fewer = rows // config.optimizer.accumulate
     with closing(open_split("held_out", fewer, 0, 0)) as held_out:

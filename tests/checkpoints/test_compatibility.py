@@ -79,6 +79,7 @@ OTHERS: dict[str, Any] = {
     "data.critters.size": {"data.critters.size": 48, "data.height": 48},
     "data.critters.seed": 5,
     "data.features": "elsewhere",
+    "data.mix": (("elsewhere", 2.0),),
     "data.height": {"data.critters.size": 48, "data.height": 48},
     "data.width": 48,
     "data.buckets": {"data.buckets": ((32, 32), (32, 48)), "data.critters": None},

@@ -78,7 +78,7 @@ def open_examples(config: Config, *, check_images: bool = True) -> dict[str, Exa
     name, data = source_of(config), config.data
     if name is None:
         fields = ", ".join(f"data.{name}" for name in SOURCE_FIELDS)
-        raise InputError(f"no examples: set one of {fields}, or data.features")
+        raise InputError(f"no examples: set one of {fields}, or data.features or data.mix")
     if name == "critters":
         return import_module(DRAWN).open_source(config, check_images=check_images)
     text: str = getattr(data, name)

@@ -9,7 +9,7 @@ themselves unless `options.check_images` asks for it and they are files of their
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -26,7 +26,7 @@ class Examples(Protocol):
 
     Prompts and numbers of references can be asked without decoding a picture. `rows[i]` raises
     `RowError` where example i alone cannot be used. Optional: `parts` (see `parts_of`),
-    `most_references`.
+    `most_references`, `other_captions` (see `captions_of`).
     """
 
     @property
@@ -73,6 +73,19 @@ def parts_of(rows: Examples) -> Sequence[int] | None:
     A part (an archive, a row group) is read from its beginning to its end by one process.
     """
     return getattr(rows, "parts", None)
+
+
+def captions_of(rows: Examples, index: int) -> list[str]:
+    """All captions of an example, `prompt` first."""
+    others: Callable[[int], Sequence[str]] | None = getattr(rows, "other_captions", None)
+    return [rows.prompt(index), *(others(index) if others else ())]
+
+
+def most_captions(rows: Examples) -> int:
+    """The largest number of captions of an example."""
+    if not hasattr(rows, "other_captions"):
+        return 1
+    return max(len(captions_of(rows, index)) for index in range(len(rows)))
 
 
 def most_references(rows: Examples) -> int:

@@ -33,10 +33,14 @@ class ManifestRows:
         row = self.rows[index]
         assert row.target is not None
         references = [load_image(path) for path in row.references]
-        return Example(row.prompt, references, load_image(row.target))
+        return Example(row.prompt, references, load_image(row.target), row.other_captions)
 
     def prompt(self, index: int) -> str:
         return self.rows[index].prompt
+
+    def other_captions(self, index: int) -> Sequence[str]:
+        """Behind the first, `prompt`."""
+        return self.rows[index].other_captions
 
     def references(self, index: int) -> int:
         """How many an example has."""
