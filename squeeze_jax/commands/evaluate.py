@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from etils import epath
 
 from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
@@ -18,8 +19,8 @@ class Evaluate:
 
     suite: Literal["critters"] = "critters"
     """`critters`: retrieval among redrawn candidates (the miniature's data; no learned judge)."""
-    checkpoint: Path | None = None
-    """Work or weights folder; none: the shipped miniature."""
+    checkpoint: epath.Path | None = None
+    """Work folder (also gs://bucket/…) or weights folder; none: the shipped miniature."""
     pairs: int = 512
     """Held-out pairs."""
     out: Path = Path("scores.json")
@@ -44,9 +45,11 @@ def run(given: Evaluate) -> None:
     from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.miniature.evaluation import score_critters
     from squeeze_jax.sampling.pipeline import Pipeline
+    from squeeze_jax.storage import as_path
 
     check_writable(given.out, "--out")
-    mesh = given.parallel.mesh(given.checkpoint or DEMO / "system", min(given.pairs, CHUNK))
+    checkpoint = as_path(given.checkpoint or DEMO / "system")
+    mesh = given.parallel.mesh(checkpoint, min(given.pairs, CHUNK))
     pipeline = Pipeline.load(given.checkpoint, mesh, merge_lora=given.merge_lora)
     if pipeline.config.data.critters is None:
         raise InputError(

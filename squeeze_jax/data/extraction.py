@@ -23,8 +23,8 @@ from squeeze_jax.data.record_writer import (
 from squeeze_jax.data.records import METADATA_FILE, read_metadata, shard_summary
 from squeeze_jax.data.sources import Examples, open_examples
 from squeeze_jax.data.sources.contract import most_references, parts_of
-from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import reachable
 
 MOST_ROWS, MOST_BYTES = 1024, 2 * 2**30
 """Of a shard: rows, and about how large it may become (a record alone: its format's limit). A

@@ -18,8 +18,8 @@ from squeeze_jax.data.images import nearest_size, resize_for_reference, resize_f
 from squeeze_jax.data.record_format import FeatureRecord
 from squeeze_jax.data.records import Metadata, shard_summary, write_metadata, write_shard
 from squeeze_jax.data.references import encode_pictures
-from squeeze_jax.data.storage import write_json
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import write_json
 
 SETTINGS_FILE = "extraction.json"
 Progress = Callable[[int, int], None]

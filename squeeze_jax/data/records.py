@@ -37,9 +37,15 @@ from squeeze_jax.data.record_format import (
     record_shape,
     serialise,
 )
-from squeeze_jax.data.storage import remove_parts, write_json, write_whole
 from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import (
+    ask_in_time,
+    reachable,
+    remove_parts,
+    write_json,
+    write_whole,
+)
 
 METADATA_FILE = "squeeze.json"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -253,7 +259,7 @@ def _read_summary(value: dict[str, Any]) -> ShardSummary:
 def read_metadata(folder: epath.PathLike) -> Metadata:
     """The metadata of a finished folder. Raises InputError where it is missing, unfinished or of
     another codec."""
-    folder = epath.Path(folder)
+    folder = reachable(folder)
     path = folder / METADATA_FILE
     if not path.exists():
         started = folder.exists() and any(
@@ -355,10 +361,15 @@ def check_shard(path: epath.Path, count: int) -> None:
     remedy = "run the same extract command again to replace it"
     if not path.exists():
         raise InputError(f"{path}: the shard is missing; {remedy}")
-    reader = array_record_module.ArrayRecordReader(str(path))
-    try:
+
+    def count_records() -> int:
+        reader = array_record_module.ArrayRecordReader(str(path))
         found = reader.num_records()
         reader.close()  # reports what went wrong on opening
+        return found
+
+    try:
+        found = ask_in_time(path, count_records)
     except RuntimeError as error:
         raise InputError(
             f"{path}: the shard is damaged or truncated ({error}); {remedy}"

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import AnyPath, is_remote, write_beside
 
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 DTYPES = {
@@ -34,7 +35,12 @@ class TensorFolder:
     as their product, in bfloat16; the scales themselves are not listed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | AnyPath) -> None:
+        if is_remote(path):
+            raise InputError(
+                f"{path}: weights files are read from a disk; copy them there (gcloud storage cp "
+                "-r) or mount the bucket"
+            )
         path = Path(path)
         self.files: dict[str, Path] = {}
         """Tensor name → file."""
@@ -303,14 +309,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: AnyPath) -> dict:
     """A JSON object from a file; InputError names the file and the place of a mistake."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -348,8 +354,8 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file beside its place and renames it."""
+def write_json(path: AnyPath, value: dict) -> None:
+    """Writes a JSON file that appears whole (`write_beside`)."""
     write_beside(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
@@ -361,15 +367,3 @@ def check_writable(path: Path, flag: str) -> None:
         raise InputError(
             f"{flag} {path}: nothing can be written into {there}; choose another place"
         )
-
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make `path`.part, then renames it: a reader sees the old file or the whole
-    new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -12,9 +12,9 @@ from tiny import tiny_config
 from squeeze_jax.data import records as features
 from squeeze_jax.data.record_writer import extract
 from squeeze_jax.data.records import FeatureSource, read_metadata
-from squeeze_jax.data.storage import reachable, remove_parts, write_whole
 from squeeze_jax.errors import InputError
 from squeeze_jax.sharding import make_mesh
+from squeeze_jax.storage import reachable, remove_parts, write_whole
 from squeeze_jax.training.batches import make_batches
 
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4}
