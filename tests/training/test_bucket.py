@@ -3,6 +3,7 @@ any write nothing half-written is read, and the run goes on with the same bits."
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from etils import epath
 from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
 from tiny import tiny_config
+from training_runs import ended
 
 from squeeze_jax.checkpoints.manager import MARKER, Checkpoints, Saved, read_config, read_weights
 from squeeze_jax.config import (
@@ -195,6 +197,36 @@ def test_killed_around_a_checkpoint_a_run_goes_on_with_the_same_bits(
 def test_killed_after_any_write_a_run_goes_on_with_the_same_bits(run, store, features, on_disk):
     for count in range(len(run) + 1):
         resume_after(count, run, store, features, on_disk)
+
+
+@pytest.mark.telling
+@pytest.mark.slow
+def test_a_process_killed_while_it_saves_goes_on_when_it_is_started_again(
+    store, start, records, tmp_path
+):
+    """SIGKILL, sent by the server itself once it has an object of the checkpoint of step 4."""
+    code, said = ended(start(tmp_path))
+    assert code == 0, said
+    process = start("gs://bucket/killed")
+
+    def kill(count):
+        if store.writes[-1][0].startswith("killed/checkpoints/4/state/"):
+            process.kill()
+
+    store.watch = kill
+    code, said = ended(process)
+    store.watch = lambda count: None
+    assert code == -signal.SIGKILL, said
+    assert not store.names(f"killed/checkpoints/4/{MARKER}")
+    code, said = ended(start("gs://bucket/killed"))
+    assert code == 0, said
+    assert "continuing gs://bucket/killed from step 2" in said
+    workdir = as_path("gs://bucket/killed")
+    (_, found, step), (_, wanted, _) = read_weights(workdir), read_weights(tmp_path)
+    assert step == 8
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+    assert [row[0] for row in metrics(workdir)] == [row[0] for row in metrics(tmp_path)]
 
 
 def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(run, store, features, on_disk):
