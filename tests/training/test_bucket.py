@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 from fake_encoders import LAYERS, WIDTH, FakeEncoders, some_examples
 from tiny import tiny_config
-from training_runs import ended
+from training_runs import ended, free_address
 
 from squeeze_jax.checkpoints.manager import MARKER, Checkpoints, Saved, read_config, read_weights
 from squeeze_jax.config import (
@@ -226,6 +226,26 @@ def test_a_process_killed_while_it_saves_goes_on_when_it_is_started_again(
     assert step == 8
     for name in wanted:
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+    assert [row[0] for row in metrics(workdir)] == [row[0] for row in metrics(tmp_path)]
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run_into_a_bucket(store, start, tmp_path):
+    address = free_address()
+    processes = [
+        start("gs://bucket/both", address=address, count=2, index=i, batch_per_chip=1, steps=4)
+        for i in range(2)
+    ]
+    for process in processes:
+        code, said = ended(process)
+        assert code == 0, said
+    code, said = ended(start(tmp_path, batch_per_chip=2, steps=4))
+    assert code == 0, said
+    workdir = as_path("gs://bucket/both")
+    (_, found, step), (_, wanted, _) = read_weights(workdir), read_weights(tmp_path)
+    assert step == 4
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert [row[0] for row in metrics(workdir)] == [row[0] for row in metrics(tmp_path)]
 
 
