@@ -2,11 +2,11 @@
 
     python benchmarks/encode_programs.py [--time]
 
-200 photographs of random aspect ratios (1:2 to 2:1, a fifth of them small, long side of 512 pixels or
-less) are encoded as references of an extraction, eight pictures at a time, and one after the other as
-in sampling. By size: one program for each size and number of pictures, as it was. On canvases: what
-`encode_pictures` does. With `--time` the first ones are encoded, too, by an autoencoder of FLUX.1's
-depth with widths of 8 to 16.
+200 photographs of random aspect ratios (1:2 to 2:1, a fifth of them small, long side of 512 pixels
+or less) are encoded as references of an extraction, eight pictures at a time, and one after the
+other as in sampling. By size: one program for each size and number of pictures, as it was. On
+canvases: what `encode_pictures` does. With `--time` the first ones are encoded, too, by an
+autoencoder of FLUX.1's depth with widths of 8 to 16.
 """
 
 import sys

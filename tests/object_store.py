@@ -95,7 +95,8 @@ class ObjectStore:
 
     def names(self, under):
         """Of the objects whose names begin so."""
-        return sorted(name for name in self.storage.objects.get(BUCKET, {}) if name.startswith(under))
+        held = self.storage.objects.get(BUCKET, {})
+        return sorted(name for name in held if name.startswith(under))
 
     @property
     def environment(self):
@@ -116,7 +117,8 @@ def serve():
         logging.getLogger(name).setLevel(logging.CRITICAL)
     emulator.RequestHandler, handler = Handler, emulator.RequestHandler
     # A client that has read enough hangs up; that is no news.
-    socketserver.BaseServer.handle_error, told = lambda *_: None, socketserver.BaseServer.handle_error
+    told = socketserver.BaseServer.handle_error
+    socketserver.BaseServer.handle_error = lambda *_: None
     made = emulator.create_server("localhost", 0, in_memory=True, default_bucket=BUCKET)
     made.start()
     store, before = ObjectStore(made), dict(os.environ)

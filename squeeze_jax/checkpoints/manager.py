@@ -2,9 +2,9 @@
 
 A work folder, on a disk or in a bucket (`gs://`), holds `config.json` and `checkpoints/STEP/`. On
 a disk Orbax renames a step's folder once it is whole; in a bucket, where nothing can be renamed at
-once, it writes a commit marker into it last, and a step without one is none. A weights folder holds `config.json` and
-`weights.safetensors` with the trained leaves under their dotted paths. Sampling reads either, and
-exported folders.
+once, it writes a commit marker into it last, and a step without one is none. A weights folder holds
+`config.json` and `weights.safetensors` with the trained leaves under their dotted paths. Sampling
+reads either, and exported folders.
 """
 
 import json

@@ -88,7 +88,8 @@ def run(given: Train, overrides: list[str]) -> None:
             )
     folder = as_path(given.workdir or Path("runs") / given.preset.stem)
     start_from = as_path(given.start_from) if given.start_from else None
-    if start_from is not None and start_kind(start_from) == "transformer" and config.lora is not None:
+    is_base = start_from is not None and start_kind(start_from) == "transformer"
+    if is_base and config.lora is not None:
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, dit_weights=str(start_from))
         )

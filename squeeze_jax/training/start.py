@@ -150,10 +150,10 @@ def restore_latest(
         except Exception as error:  # whatever the storage layer makes of missing and short files
             away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
             if away or any(reason in str(error) for reason in AWAY):
+                place = "bucket" if is_remote(workdir) else "disk"
                 raise InputError(
                     f"{workdir}: the checkpoint of step {step} cannot be read now "
-                    f"({first_line(error)}); see to the {'bucket' if is_remote(workdir) else 'disk'} "
-                    "and start again"
+                    f"({first_line(error)}); see to the {place} and start again"
                 ) from error
             set_aside = checkpoints.set_aside(step)
             say(

@@ -231,21 +231,21 @@ def test_a_process_killed_while_it_saves_goes_on_when_it_is_started_again(
 
 @pytest.mark.slow
 def test_two_processes_write_one_run_into_a_bucket(store, start, tmp_path):
-    address = free_address()
-    processes = [
-        start("gs://bucket/both", address=address, count=2, index=i, batch_per_chip=1, steps=4)
-        for i in range(2)
-    ]
-    for process in processes:
-        code, said = ended(process)
-        assert code == 0, said
-    code, said = ended(start(tmp_path, batch_per_chip=2, steps=4))
-    assert code == 0, said
+    """The run that two processes write on a disk, bit for bit."""
+    for place in ("gs://bucket/both", tmp_path):
+        address = free_address()
+        processes = [
+            start(place, address=address, count=2, index=i, batch_per_chip=1, steps=2)
+            for i in range(2)
+        ]
+        for process in processes:
+            code, said = ended(process)
+            assert code == 0, said
     workdir = as_path("gs://bucket/both")
     (_, found, step), (_, wanted, _) = read_weights(workdir), read_weights(tmp_path)
-    assert step == 4
+    assert step == 2
     for name in wanted:
-        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
     assert [row[0] for row in metrics(workdir)] == [row[0] for row in metrics(tmp_path)]
 
 
