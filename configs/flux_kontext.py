@@ -1,7 +1,8 @@
 r"""Stage 2 on FLUX.1-Kontext-dev (weights: black-forest-labs/FLUX.1-Kontext-dev).
 
     python train.py configs/flux_stage1.py --data.features FEATURES \
-        --workdir runs/kontext_stage1 --model.dit-weights FLUX.1-Kontext-dev/transformer --model.autoencoder FLUX.1-Kontext-dev/vae
+        --workdir runs/kontext_stage1 --model.dit-weights FLUX.1-Kontext-dev/transformer \
+        --model.autoencoder FLUX.1-Kontext-dev/vae
     python train.py configs/flux_kontext.py --data.features FEATURES --workdir runs/kontext \
         --from runs/kontext_stage1
 

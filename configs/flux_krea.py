@@ -1,7 +1,8 @@
 r"""Stage 2 on FLUX.1-Krea-dev (weights: black-forest-labs/FLUX.1-Krea-dev).
 
-    python train.py configs/flux_stage1.py --data.features FEATURES --workdir runs/krea_stage1 \
-        --model.dit-weights FLUX.1-Krea-dev/transformer --model.autoencoder FLUX.1-Krea-dev/vae
+    python train.py configs/flux_stage1.py --data.features FEATURES \
+        --workdir runs/krea_stage1 --model.dit-weights FLUX.1-Krea-dev/transformer \
+        --model.autoencoder FLUX.1-Krea-dev/vae
     python train.py configs/flux_krea.py --data.features FEATURES --workdir runs/krea \
         --from runs/krea_stage1
 

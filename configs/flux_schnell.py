@@ -1,7 +1,8 @@
 r"""Stage 2 on FLUX.1-schnell (weights: black-forest-labs/FLUX.1-schnell).
 
-    python train.py configs/flux_stage1.py --data.features FEATURES --workdir runs/schnell_stage1 \
-        --model.dit-weights FLUX.1-schnell/transformer --model.autoencoder FLUX.1-schnell/vae \
+    python train.py configs/flux_stage1.py --data.features FEATURES \
+        --workdir runs/schnell_stage1 --model.dit-weights FLUX.1-schnell/transformer \
+        --model.autoencoder FLUX.1-schnell/vae \
         --model.dit.no-guidance --sampling.no-shifted --sampling.steps 4 --sampling.cfg-scale 1
     python train.py configs/flux_schnell.py --data.features FEATURES --workdir runs/schnell \
         --from runs/schnell_stage1

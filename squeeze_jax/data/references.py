@@ -16,9 +16,9 @@ from PIL import Image
 from squeeze_jax.data.images import resize_for_reference
 
 CANVAS = 128
-"""Pixels: sides of canvases are multiples of it, or half of it. With a long side of 512 pixels these
-are nine sizes, with 4 % more pixels than photographs of the usual aspect ratios have, and a fifth
-more where ratios are random (our decision: `benchmarks/encode_programs.py`)."""
+"""Pixels: sides of canvases are multiples of it, or half of it. With a long side of 512 pixels
+these are nine sizes, with 4 % more pixels than photographs of the usual aspect ratios have, and a
+fifth more where ratios are random (our decision: `benchmarks/encode_programs.py`)."""
 Size = tuple[int, int]
 """Height and width in pixels."""
 
