@@ -1,6 +1,13 @@
-"""Stage 2 on FLUX.1-schnell (weights: black-forest-labs/FLUX.1-schnell).
+r"""Stage 2 on FLUX.1-schnell (weights: black-forest-labs/FLUX.1-schnell).
 
-    python train.py configs/flux_schnell.py --data.features FEATURES --workdir runs/schnell --from runs/stage1
+    python train.py configs/flux_stage1.py --data.features FEATURES \
+        --workdir runs/schnell_stage1 --model.dit-weights FLUX.1-schnell/transformer \
+        --model.autoencoder FLUX.1-schnell/vae \
+        --model.dit.no-guidance --sampling.no-shifted --sampling.steps 4 --sampling.cfg-scale 1
+    python train.py configs/flux_schnell.py --data.features FEATURES --workdir runs/schnell \
+        --from runs/schnell_stage1
+
+The first command is its stage 1: weights that were trained on another base are refused.
 
 It takes no distilled guidance and samples in 4 steps on the unshifted schedule: one with the MLLM
 alone, one with both conditions and two with the references alone (docs/decisions.md, "τ on few

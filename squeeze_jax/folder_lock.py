@@ -17,34 +17,39 @@ from pathlib import Path
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.processes import broadcast_from_main, is_main
+from squeeze_jax.storage import AnyPath, is_remote
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What a disk answers that has no locks."""
-_held: set[str] = set()  # a process never waits for itself: the kernel would give it the lock twice
+_held: set[Path] = set()  # a process never waits for itself: the kernel would give it the lock twice
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock file `path` while the block runs, then removes it.
+def hold(path: AnyPath, what: str) -> Iterator[None]:
+    """Holds the lock file `path` while the block runs, then removes it; in a bucket, nothing.
 
     what: how a message names the work, "a run". Raises InputError, naming host, process and start
     of the other, where it is held already. The folder must exist.
     """
+    if is_remote(path):
+        yield
+        return
+    local = Path(path).absolute()
     # Closing any descriptor of a file drops its process's lock, so our own is not opened again.
-    if (key := str(path.absolute())) in _held:
-        raise InputError(_in_use(path, what, " (this very process)"))
-    file = _acquire(path, what)
-    _held.add(key)
+    if local in _held:
+        raise InputError(_in_use(local, what, " (this very process)"))
+    file = _acquire(local, what)
+    _held.add(local)
     try:
         yield
     finally:
-        _held.discard(key)
-        path.unlink(missing_ok=True)
+        _held.discard(local)
+        local.unlink(missing_ok=True)
         os.close(file)
 
 
 @contextlib.contextmanager
-def hold_for_run(path: Path, what: str) -> Iterator[None]:
+def hold_for_run(path: AnyPath, what: str) -> Iterator[None]:
     """The same for several processes of one run: process 0 holds it, all are refused together."""
     with contextlib.ExitStack() as stack:
         refused: InputError | None = None

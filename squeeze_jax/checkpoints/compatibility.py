@@ -6,12 +6,12 @@ that begins with another's (`--from`).
 """
 
 import re
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from squeeze_jax.config import Config
 from squeeze_jax.config_json import differences
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import AnyPath
 
 Decision = Literal["free", "carried", "ask", "refused"]
 """Of a field that differs:
@@ -113,7 +113,7 @@ def _training_shift(config: Config) -> float:
 
 
 def check_same_run(
-    saved: Config, config: Config, workdir: Path, *, accept_changes: bool = False
+    saved: Config, config: Config, workdir: AnyPath, *, accept_changes: bool = False
 ) -> list[str]:
     """What differs between the config that a folder's run was saved with and this one, one line a
     field; those that are free are left out.
@@ -138,7 +138,7 @@ def check_same_run(
 
 
 def check_start(
-    saved: Config, config: Config, start: Path, *, exported: bool, accept_changes: bool = False
+    saved: Config, config: Config, start: AnyPath, *, exported: bool, accept_changes: bool = False
 ) -> None:
     """Raises InputError where the weights of a folder would compute something else under a config
     than under the one that they were trained with, and are not adapted to it.

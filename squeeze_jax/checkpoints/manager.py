@@ -1,8 +1,10 @@
 """Checkpoints of a run (Orbax), and weights folders (safetensors) to sample from.
 
-A work folder holds `config.json` and `checkpoints/STEP/`; a weights folder holds `config.json` and
-`weights.safetensors` with the trained leaves under their dotted paths. Sampling reads either, and
-exported folders.
+A work folder, on a disk or in a bucket (`gs://`), holds `config.json` and `checkpoints/STEP/`. On
+a disk Orbax renames a step's folder once it is whole; in a bucket, where nothing can be renamed at
+once, it writes a commit marker into it last, and a step without one is none. A weights folder holds
+`config.json` and `weights.safetensors` with the trained leaves under their dotted paths. Sampling
+reads either, and exported folders.
 """
 
 import json
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from squeeze_jax.array_types import DType
@@ -23,11 +26,14 @@ from squeeze_jax.config import Config
 from squeeze_jax.config_json import from_json, to_json
 from squeeze_jax.errors import InputError, OutputError
 from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
-from squeeze_jax.interop.tensors import TensorFolder, write_beside, write_tensors
+from squeeze_jax.interop.tensors import TensorFolder, write_tensors
 from squeeze_jax.processes import barrier, is_main
 from squeeze_jax.sharding import parameter_spec
+from squeeze_jax.storage import AnyPath, files_below, first_line, is_remote, write_beside
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
+MARKER = "commit_success.txt"
+"""Orbax's: what it writes last into a step in a bucket."""
 
 
 def _orbax() -> Any:
@@ -55,17 +61,28 @@ class Checkpoints:
     Every process takes part in every save and restore.
     """
 
-    def __init__(self, workdir: Path, keep: int, keep_every: int = 0) -> None:
+    def __init__(self, workdir: AnyPath, keep: int, keep_every: int = 0) -> None:
         self.workdir = workdir
         (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        self._ocp, self._folder = _orbax(), (workdir / CHECKPOINTS).absolute()
+        self._ocp, self._folder = _orbax(), _steps_of(workdir)
         self._options = self._ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not is_remote(workdir),
         )
-        self._manager = self._ocp.CheckpointManager(self._folder, options=self._options)
+        self._manager = self._open()
+
+    def _open(self) -> Any:
+        """Orbax's manager, once what a killed process left unfinished is gone. Orbax itself removes
+        that beside its own first look, which in a bucket fails where nothing else is there."""
+        if isinstance(self._folder, epath.Path):
+            if is_main() and self._folder.exists():
+                for path in self._folder.iterdir():
+                    if not (path / MARKER).exists():
+                        path.rmtree(missing_ok=True)
+            barrier("unfinished checkpoints removed")
+        return self._ocp.CheckpointManager(self._folder, options=self._options)
 
     def latest(self) -> int | None:
         """The newest finished step."""
@@ -108,19 +125,27 @@ class Checkpoints:
         saved = Saved(from_json(json.dumps(restored["config"])), **restored["run"])
         return saved, json.dumps(restored["data"]).encode()
 
-    def set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int) -> AnyPath:
         """Takes a checkpoint that cannot be read out of the way, so that its step can be saved
-        again."""
+        again. In a bucket it is copied, then removed, the marker first: killed in between, there
+        is the whole of it or, at the next start, none."""
         folder, number = self._folder.with_name("damaged"), 1
         while (aside := folder / (str(step) if number == 1 else f"{step}-{number}")).exists():
             number += 1
         barrier(f"setting aside {step}")
         if is_main():
             folder.mkdir(exist_ok=True)
-            (self._folder / str(step)).rename(aside)
+            damaged = self._folder / str(step)
+            if isinstance(damaged, Path):
+                damaged.rename(aside)
+            else:
+                for file in files_below(damaged):
+                    epath.Path(file).copy(aside / file.relative_to(damaged), overwrite=True)
+                (damaged / MARKER).unlink(missing_ok=True)
+                damaged.rmtree(missing_ok=True)
         barrier(f"set aside {step}")
         self._manager.close()
-        self._manager = self._ocp.CheckpointManager(self._folder, options=self._options)
+        self._manager = self._open()
         return aside
 
     def wait(self) -> None:
@@ -140,28 +165,34 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # a failed write arrives as whatever the storage layer raised
-            steps = [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
-            left = f"the newest whole one is step {max(steps)}" if steps else "there is none yet"
+            mend = "see to the bucket" if is_remote(self._folder) else "make room"
             raise OutputError(
-                f"{self._folder}: a checkpoint could not be written ({first_line(error)}); {left}, "
-                "make room and start again to continue from it"
+                f"{self._folder}: a checkpoint could not be written ({first_line(error)}); "
+                f"{self._newest_whole()}, {mend} and start again to continue from it"
             ) from error
 
+    def _newest_whole(self) -> str:
+        steps = [
+            int(path.name)
+            for path in self._folder.iterdir()
+            if path.name.isdigit() and (isinstance(path, Path) or (path / MARKER).exists())
+        ]
+        return f"the newest whole one is step {max(steps)}" if steps else "there is none yet"
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; of a long one the beginning and the end, where the cause
-    stands."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
+
+def _steps_of(folder: AnyPath) -> AnyPath:
+    """Where a work folder's checkpoints lie, as Orbax wants it."""
+    steps = folder / CHECKPOINTS
+    return steps.absolute() if isinstance(steps, Path) else steps
 
 
-def write_config(workdir: Path, config: Config) -> None:
+def write_config(workdir: AnyPath, config: Config) -> None:
     """The resolved config beside the checkpoints; process 0 writes it."""
     if is_main():
         write_beside(workdir / CONFIG, lambda part: part.write_text(to_json(config) + "\n"))
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: AnyPath) -> Config:
     """The config of a work or weights folder."""
     path = folder / CONFIG
     if not path.is_file():
@@ -175,7 +206,7 @@ def read_config(folder: Path) -> Config:
 
 
 def read_weights(
-    folder: Path, mesh: Mesh | None = None, *, merged: bool = False
+    folder: AnyPath, mesh: Mesh | None = None, *, merged: bool = False
 ) -> tuple[Config, dict[str, Any], int | None]:
     """Config, trained leaves by dotted path (their running average where there is one), and the
     step if known.
@@ -214,8 +245,7 @@ def read_weights(
     ocp = _orbax()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
     handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
-    path = (folder / CHECKPOINTS).absolute()
-    with ocp.CheckpointManager(path, handler_registry=handlers) as manager:
+    with ocp.CheckpointManager(_steps_of(folder), handler_registry=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(
@@ -238,17 +268,17 @@ def read_weights(
     return config, leaves, step
 
 
-def saved_step(folder: Path) -> int | None:
+def saved_step(folder: AnyPath) -> int | None:
     """The step of the weights that `read_weights` takes from a folder, if it says."""
     if is_exported(folder):
         return about_of(folder).get("step")
     if (folder / WEIGHTS).is_file() or not (folder / CHECKPOINTS).is_dir():
         return None
-    with _orbax().CheckpointManager((folder / CHECKPOINTS).absolute()) as manager:
+    with _orbax().CheckpointManager(_steps_of(folder)) as manager:
         return manager.latest_step()
 
 
-def saved_base(folder: Path) -> str | None:
+def saved_base(folder: AnyPath) -> str | None:
     """The fingerprint of the base that a folder's weights were trained on, if it says."""
     if is_exported(folder):
         return about_of(folder).get("base")
@@ -257,8 +287,7 @@ def saved_base(folder: Path) -> str | None:
     ocp = _orbax()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
     handlers.add("run", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    path = (folder / CHECKPOINTS).absolute()
-    with ocp.CheckpointManager(path, handler_registry=handlers) as manager:
+    with ocp.CheckpointManager(_steps_of(folder), handler_registry=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             return None
@@ -276,7 +305,7 @@ def write_weights(
     write_config(folder, config)
 
 
-def check_leaves(wanted: dict[str, Any], found: dict[str, Any], where: Path) -> None:
+def check_leaves(wanted: dict[str, Any], found: dict[str, Any], where: AnyPath) -> None:
     """Raises InputError unless names and shapes are the same."""
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"{name} is not of this config" for name in sorted(found.keys() - wanted.keys())]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,6 +36,7 @@ from squeeze_jax.interop.tensors import TensorFolder, read_json
 from squeeze_jax.layers.lora import LoRAConfig, LoRAScale
 from squeeze_jax.models.system import System
 from squeeze_jax.sharding import parameter_spec
+from squeeze_jax.storage import AnyPath
 
 StartKind = Literal["run", "lora", "transformer"]
 """What a run can begin with: a folder of ours (a run's, weights, exported), a LoRA, a transformer."""
@@ -53,7 +53,7 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    folder: Path,
+    folder: AnyPath,
     change: Callable[[Config], Config] = lambda config: config,
     *,
     merged: bool = True,
@@ -95,7 +95,7 @@ def load_trained(
     return Trained(system, config, step, base)
 
 
-def other_base(folder: Path, wanted: str, found: str, config: Config) -> InputError:
+def other_base(folder: AnyPath, wanted: str, found: str, config: Config) -> InputError:
     """What to say where weights meet a base that they were not trained on."""
     return InputError(
         f"{folder} was trained on another base (fingerprint {wanted}) than "
@@ -105,7 +105,7 @@ def other_base(folder: Path, wanted: str, found: str, config: Config) -> InputEr
 
 
 def load_initial_params(
-    start: Path, config: Config, base: str, mesh: Mesh, *, accept_changes: bool = False
+    start: AnyPath, config: Config, base: str, mesh: Mesh, *, accept_changes: bool = False
 ) -> dict[str, Any]:
     """Trained leaves that a run begins with, laid out on its mesh: all of them from a run's or
     exported folder, the adapters of a LoRA, or the whole of a transformer. What is not among them
@@ -165,7 +165,7 @@ def rescale_adapters(leaves: dict[str, Any], saved: Config, config: Config) -> d
     return {name: rescale(name, leaf) for name, leaf in leaves.items()}
 
 
-def with_scale_of(start: Path, frozen: nnx.State) -> nnx.State:
+def with_scale_of(start: AnyPath, frozen: nnx.State) -> nnx.State:
     """A run's frozen leaves with the adapters' scale that a folder's weights were trained with,
     which is among them: to compare fingerprints. Of what has no config, as they are."""
     saved = read_config(start) if start_kind(start) == "run" else None
@@ -191,7 +191,7 @@ def _arrays_of(config: Config) -> LoRAConfig | None:
     return config.lora and replace(config.lora, alpha=None, init_gain=1.0)
 
 
-def steps_behind(start: Path) -> int | None:
+def steps_behind(start: AnyPath) -> int | None:
     """Steps of training behind the weights of a folder, those of the runs that it began with
     included; None of a LoRA or a transformer, which do not say."""
     if start_kind(start) != "run":
@@ -200,7 +200,7 @@ def steps_behind(start: Path) -> int | None:
     return saved.training.steps_before + (saved.total_steps if step is None else step)
 
 
-def start_kind(folder: Path) -> StartKind:
+def start_kind(folder: AnyPath) -> StartKind:
     """What `--from` names. Raises InputError for anything else."""
     if not folder.exists():
         raise InputError(f"--from {folder}: no such file or folder")

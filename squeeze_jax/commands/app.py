@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import tyro
+from etils import epath
 
 from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
@@ -20,8 +21,8 @@ class App:
     """Serves a page for drawing: references, prompt, sliders, live previews. For this machine alone
     by default."""
 
-    checkpoint: Path | None = None
-    """Work or weights folder; none: the shipped miniature."""
+    checkpoint: epath.Path | None = None
+    """Work folder (also gs://bucket/…) or weights folder; none: the shipped miniature."""
     host: str = "127.0.0.1"
     """Address to serve on; 0.0.0.0 is every network of this machine."""
     port: int = 7860
@@ -62,9 +63,10 @@ def run(given: App) -> None:
         from squeeze_jax.interop.load import DEMO
         from squeeze_jax.planning.sampler_program import mllm_fits
         from squeeze_jax.sampling.pipeline import Pipeline
+        from squeeze_jax.storage import as_path
 
         print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)
-        checkpoint = given.checkpoint or DEMO / "system"
+        checkpoint = as_path(given.checkpoint or DEMO / "system")
         mesh = given.parallel.mesh(checkpoint, 1)
         keep = given.keep_mllm
         if keep is None:

@@ -56,7 +56,7 @@ def run(given: Describe) -> None:
     from squeeze_jax.data.images import save_png
     from squeeze_jax.data.sources.contract import Options
     from squeeze_jax.errors import InputError
-    from squeeze_jax.interop.tensors import write_beside
+    from squeeze_jax.storage import write_beside
 
     if given.limit is not None and given.limit < 1:
         raise InputError(f"--limit {given.limit} must be at least 1")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from etils import epath
 
 from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import check_finite, guarded, parse_shard, setup
@@ -29,8 +30,8 @@ class Evaluate:
     """critters: the miniature's held-out data, by retrieval among redrawn candidates (no learned
     judge); dreambench: DINO-I, CLIP-I, CLIP-T; prompts: a request file for a judge model;
     sensitivity: a grid of tau1, tau2, guidance and steps."""
-    checkpoint: Path | None = None
-    """Work, weights or exported folder; none: the shipped miniature."""
+    checkpoint: epath.Path | None = None
+    """Work folder (also gs://bucket/…), weights or exported folder; none: the shipped miniature."""
     out: Path | None = None
     """critters: JSON report to write (scores.json); others: folder (evaluation/SUITE)."""
     pairs: int = 512

@@ -1,7 +1,6 @@
 """`export`: a trained system as a folder that PyTorch's users load, with a certificate that it
 draws the same."""
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from etils import epath
 
 from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
@@ -26,8 +26,8 @@ class Export:
     """Writes LoRA (or transformer), aggregator, a diffusers pipeline, model card and certificate,
     ready to upload."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Work, weights or exported folder; `demo` is the shipped miniature."""
+    checkpoint: Annotated[epath.Path, tyro.conf.Positional]
+    """Work folder (also gs://bucket/…), weights or exported folder; `demo` is the shipped miniature."""
     out: Path
     """Folder to write; it must not exist."""
     lora_format: Literal["diffusers", "comfyui", "kohya", "ai_toolkit"] = "diffusers"
@@ -62,9 +62,11 @@ def run(given: Export) -> None:
     from squeeze_jax.interop.exported import write_exported
     from squeeze_jax.interop.load import DEMO
     from squeeze_jax.interop.tensors import write_json
+    from squeeze_jax.storage import as_path
 
     started = time.perf_counter()
-    checkpoint = DEMO / "system" if str(given.checkpoint) == "demo" else given.checkpoint
+    demo = str(given.checkpoint) == "demo"
+    checkpoint = as_path(DEMO / "system" if demo else given.checkpoint)
     # Everything that the user may have got wrong is looked at before anything is loaded.
     if given.out.exists():
         raise InputError(f"--out {given.out} exists; give another folder or remove it")
@@ -88,7 +90,7 @@ def run(given: Export) -> None:
         )  # fmt: skip
         scores = checkpoint / "scores.json"
         if scores.is_file():
-            shutil.copyfile(scores, folder / "scores.json")
+            (folder / "scores.json").write_bytes(scores.read_bytes())
         report: dict[str, Any] | None = None
         if given.check and not missing:
             from squeeze_jax.export.certificate import certificate

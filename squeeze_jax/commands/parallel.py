@@ -1,8 +1,9 @@
 """The flags of commands that sample: over which devices weights and images are laid."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from squeeze_jax.storage import AnyPath
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -19,7 +20,7 @@ class Parallel:
     tensor: int | None = None
     """Devices that share an image; it divides the transformer's heads."""
 
-    def mesh(self, checkpoint: Path, images: int) -> "Mesh | None":
+    def mesh(self, checkpoint: AnyPath, images: int) -> "Mesh | None":
         """The mesh to draw so many images of a checkpoint at once; None is one device.
 
         Raises InputError for a folder without a config, and for a mesh that cannot be.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from etils import epath
 
 from squeeze_jax.commands.parallel import Parallel
 from squeeze_jax.commands.run import guarded, setup
@@ -27,8 +28,8 @@ class Sample:
     """PNG to write; with several images PATH-0.png, PATH-1.png, …"""
     reference: Annotated[list[Path], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Picture of a subject; may be given several times. None: text only."""
-    checkpoint: Path | None = None
-    """Work or weights folder; none: the shipped miniature."""
+    checkpoint: epath.Path | None = None
+    """Work folder (also gs://bucket/…) or weights folder; none: the shipped miniature."""
     size: str | None = None
     """512 or 512x768 (height × width), multiples of 16 pixels; default: the checkpoint's."""
     steps: int | None = None
@@ -109,13 +110,14 @@ def run(given: Sample) -> None:
     from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.schedule import MAX_STEPS
     from squeeze_jax.sampling.solver_config import SolverConfig
+    from squeeze_jax.storage import as_path
 
     if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
         raise InputError(f"--steps is {given.steps}; it must be from 1 to {MAX_STEPS}")
     SolverConfig(
         given.solver, given.cache_interval, given.max_order, given.first_block_threshold
     )  # refuses what cannot be
-    checkpoint = given.checkpoint or DEMO / "system"
+    checkpoint = as_path(given.checkpoint or DEMO / "system")
     mesh = given.parallel.mesh(checkpoint, min(given.num_images, AT_ONCE))
     # The MLLM reads and makes room before the transformer is loaded: never are both in memory.
     config = read_config(checkpoint)

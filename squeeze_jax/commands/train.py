@@ -29,11 +29,12 @@ class Train:
     preset: Annotated[Path, tyro.conf.Positional]
     """A file of configs/, or the name of one (`demo`, `klein_stage2`); `train --list` lists them."""
     workdir: str | None = None
-    """Where checkpoints, metrics and pictures go; none: runs/<name of the preset>."""
+    """Where checkpoints, metrics and pictures go, also gs://bucket/…; none: runs/<name of the
+    preset>."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Begin with the trained weights of another run's folder, as stage 2 does with stage 1's; or
     with an exported folder, a LoRA file, or a FLUX.1 or FLUX.2 transformer (under a config with a
-    LoRA it becomes the base)."""
+    LoRA it becomes the base). A run's folder may be gs://bucket/…"""
     accept_changes: Flag = False
     """Continue a run though the preset differs from the one that it was saved with; or begin with
     weights (`--from`) whose preset asked for another input of the MLLM or another guidance."""
@@ -80,31 +81,29 @@ def run(given: Train, overrides: list[str]) -> None:
     from squeeze_jax.config import load_preset, override
     from squeeze_jax.data.extraction import extract_features
     from squeeze_jax.data.sources import open_examples
-    from squeeze_jax.data.storage import reachable
     from squeeze_jax.errors import InputError
     from squeeze_jax.evaluation.grids import grid_sampler
     from squeeze_jax.folder_lock import hold_for_run
     from squeeze_jax.interop.formats import distilled_name
     from squeeze_jax.planning.work import step_work
+    from squeeze_jax.storage import as_path, is_remote, reachable
     from squeeze_jax.training.loop import train
 
     say = print if is_main() else lambda text: None
     started = time.perf_counter()
-    workdir, start_from = given.workdir, given.start_from
     config = override(load_preset(given.preset), overrides, f"train.py {given.preset}")
-    if workdir and "://" in workdir:
-        raise InputError(
-            f"--workdir {workdir}: a work folder lies on a disk that all processes see; mount the "
-            "bucket (docs/pods.md says which will do) and give its path. Records may lie in a "
-            "bucket as they are (--data.features)"
-        )
-    if (
-        start_from is not None
-        and start_kind(Path(start_from)) == "transformer"
-        and config.lora is not None
-    ):
+    for flag, place in (("--workdir", given.workdir), ("--from", given.start_from)):
+        if place and is_remote(place) and not place.startswith("gs://"):
+            raise InputError(
+                f"{flag} {place}: Orbax reads and writes arrays on disks and in gs:// buckets; "
+                "mount this one (docs/pods.md) and give its path"
+            )
+    folder = as_path(given.workdir or Path("runs") / given.preset.stem)
+    start_from = as_path(given.start_from) if given.start_from else None
+    is_base = start_from is not None and start_kind(start_from) == "transformer"
+    if is_base and config.lora is not None:
         config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, dit_weights=start_from)
+            config, model=dataclasses.replace(config.model, dit_weights=str(start_from))
         )
         say(f"the base under the LoRA: {start_from}")
         start_from = None
@@ -114,7 +113,6 @@ def run(given: Train, overrides: list[str]) -> None:
             "take its base, FLUX.2-klein-base-4B or -9B"
         )
     check_base(config)
-    folder = Path(workdir) if workdir else Path("runs") / given.preset.stem
     folder.mkdir(parents=True, exist_ok=True)
 
     features = reachable(config.data.features or folder / "features")  # may lie in a bucket
@@ -129,7 +127,7 @@ def run(given: Train, overrides: list[str]) -> None:
             config,
             folder,
             features,
-            start_from=Path(start_from) if start_from else None,
+            start_from=start_from,
             accept_changes=given.accept_changes,
             sample=grid_sampler(config, folder, features),
             work=lambda stage, batch: step_work(config, stage, batch),

@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -30,9 +29,9 @@ from squeeze_jax.data.sources.contract import (
     most_references,
     parts_of,
 )
-from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
 from squeeze_jax.folder_lock import hold
+from squeeze_jax.storage import reachable
 
 MOST_ROWS, MOST_BYTES = 1024, 2 * 2**30
 """Of a shard: rows, and about how large it may become (a record alone: its format's limit). A
@@ -200,11 +199,9 @@ def extract_features(
 
 def hold_shard(out: epath.Path, shard: tuple[int, int]) -> AbstractContextManager[None]:
     """One process a shard; a bucket has no locks."""
-    if "://" in str(out):
-        return nullcontext()
     out.mkdir(parents=True, exist_ok=True)
     index, count = shard
-    return hold(Path(out) / f".extract-{index}-of-{count}.lock", "an extraction of this shard")
+    return hold(out / f".extract-{index}-of-{count}.lock", "an extraction of this shard")
 
 
 def progress() -> Progress:

@@ -50,7 +50,7 @@ class FeatureExtractor:
         """`load_reader` reads the MLLM from its folder where a prompt comes and it is not there."""
         self._load_reader, self._reader = load_reader, None
         self.autoencoder, self.settings, self.mesh = autoencoder, settings, mesh
-        self._encode = _compiled(autoencoder, lambda module, x: module.encode_unpacked(x), mesh)
+        self._encode = _compiled(autoencoder, lambda module, *x: module.encode_unpacked(*x), mesh)
         self._decode = _compiled(autoencoder, lambda module, x: module.decode_unpacked(x), mesh)
 
     @classmethod
@@ -150,9 +150,20 @@ class FeatureExtractor:
             for i in range(len(prompts))
         ]
 
-    def latents(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """Latents [h, w, c] of pictures [height, width, 3] in [−1, 1] of one size."""
-        return list(to_host(self._encode(np.stack(images))))
+    def latents(
+        self, images: list[np.ndarray], canvas: tuple[int, int] | None = None
+    ) -> list[np.ndarray]:
+        """Latents [h, w, c] of pictures [height, width, 3] in [−1, 1]: of one size, or of any
+        sizes on a canvas that holds them."""
+        sizes = np.array([image.shape[:2] for image in images], np.int32)
+        if canvas is None or (sizes == canvas).all():
+            return list(to_host(self._encode(np.stack(images))))
+        whole = np.zeros((len(images), *canvas, 3), np.float32)
+        for place, image in zip(whole, images):
+            place[: image.shape[0], : image.shape[1]] = image
+        cut = sizes // self.autoencoder.config.latent_pixels
+        latents = to_host(self._encode(whole, sizes))
+        return [one[:height, :width] for one, (height, width) in zip(latents, cut)]
 
     def decode(self, latents: np.ndarray | jax.Array) -> np.ndarray:
         """Pictures [B, height, width, 3] in [−1, 1] of latents [B, h, w, c]; large ones in
@@ -185,16 +196,16 @@ def digest(folder: Path) -> str:
 
 
 def _compiled(
-    module: Autoencoder, function: Callable[[Autoencoder, jax.Array], jax.Array], mesh: Mesh | None
-) -> Callable[[np.ndarray | jax.Array], jax.Array]:
+    module: Autoencoder, function: Callable[..., jax.Array], mesh: Mesh | None
+) -> Callable[..., jax.Array]:
     graph, state = nnx.split(module)
 
-    def run(state: nnx.State, x: jax.Array) -> jax.Array:
+    def run(state: nnx.State, *x: jax.Array) -> jax.Array:
         if mesh is not None:  # small weights: gathered, so that no product is cut
             whole = NamedSharding(mesh, PartitionSpec())
             state = jax.lax.with_sharding_constraint(state, whole)
         with use_mesh(mesh):
-            return function(nnx.merge(graph, state), x)
+            return function(nnx.merge(graph, state), *x)
 
     compiled = jax.jit(run, compiler_options=compiler_options(mesh))
-    return lambda x: compiled(state, shard_inputs(mesh, x))
+    return lambda *x: compiled(state, *shard_inputs(mesh, x))

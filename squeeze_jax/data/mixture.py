@@ -12,8 +12,8 @@ from etils import epath
 from squeeze_jax.config_data import DataConfig
 from squeeze_jax.data.record_format import FeatureRecord, Shape
 from squeeze_jax.data.records import MAXIMA, FeatureSource, ShardSummary, join_captions
-from squeeze_jax.data.storage import reachable
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import reachable
 
 Weighted = Sequence[tuple[epath.PathLike, float]]
 """Folders of feature records, and how often their examples come, in proportion."""

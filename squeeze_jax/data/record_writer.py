@@ -11,15 +11,15 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Int32
 from PIL import Image
 
 from squeeze_jax.data.images import nearest_size, resize_for_reference, resize_for_target
 from squeeze_jax.data.record_format import FeatureRecord
 from squeeze_jax.data.records import Metadata, shard_summary, write_metadata, write_shard
-from squeeze_jax.data.references import encode_pictures
-from squeeze_jax.data.storage import write_json
+from squeeze_jax.data.references import PictureEncoder, encode_pictures
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import write_json
 
 SETTINGS_FILE = "extraction.json"
 Progress = Callable[[int, int], None]
@@ -58,7 +58,7 @@ class EncodedPrompt(NamedTuple):
 
 
 @runtime_checkable
-class Encoders(Protocol):
+class Encoders(PictureEncoder, Protocol):
     """The frozen encoders as extraction needs them."""
 
     @property
@@ -73,10 +73,6 @@ class Encoders(Protocol):
         self, prompts: list[str], images: list[list[Image.Image]]
     ) -> list[EncodedPrompt]:
         """One result a sample, from its prompt and its references as they are (not yet resized)."""
-        ...
-
-    def latents(self, images: list[Float32[np.ndarray, "height width 3"]]) -> list[np.ndarray]:
-        """Latents [h, w, c] after shift and scale of pictures in [-1, 1], all of one size."""
         ...
 
 
@@ -266,13 +262,13 @@ def _records(
             resize_for_target(target, *nearest_size(target.height, target.width, target_sizes))
             for target in targets
         ]
-        pictures += [
+        shown = [
             resize_for_reference(picture, reference_long_side)
             for sample in references
             for picture in sample
         ]
         latents = encode_pictures(encoders, pictures, batch)
-        of_references = iter(latents[len(examples) :])
+        of_references = iter(encode_pictures(encoders, shown, batch, on_canvases=True))
         for own, target, sample in zip(captions, latents, references):
             of_sample = tuple(next(of_references) for _ in sample)
             for number, caption in enumerate(own):

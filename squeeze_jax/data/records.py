@@ -37,9 +37,15 @@ from squeeze_jax.data.record_format import (
     record_shape,
     serialise,
 )
-from squeeze_jax.data.storage import remove_parts, write_json, write_whole
 from squeeze_jax.diffusion.latents import PATCH
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import (
+    ask_in_time,
+    reachable,
+    remove_parts,
+    write_json,
+    write_whole,
+)
 
 METADATA_FILE = "squeeze.json"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -285,17 +291,13 @@ def _read_summary(value: dict[str, Any]) -> ShardSummary:
 def read_metadata(folder: epath.PathLike) -> Metadata:
     """The metadata of a finished folder. Raises InputError where it is missing, unfinished or of
     another codec."""
-    folder = epath.Path(folder)
+    folder = reachable(folder)
     path = folder / METADATA_FILE
     if not path.exists():
-        started = folder.exists() and any(
-            ".array_record-" in child.name for child in folder.iterdir()
-        )
-        remedy = (
-            "its extraction is unfinished, run the same extract command again"
-            if started
-            else "run extract first"
-        )
+        names = [child.name for child in folder.iterdir()] if folder.exists() else []
+        remedy = "run extract first"
+        if any(".array_record-" in name for name in names):
+            remedy = "its extraction is unfinished, run the same extract command again"
         raise InputError(f"{folder}: no feature records ({METADATA_FILE} is missing); {remedy}")
     try:
         value = json.loads(path.read_text())
@@ -310,9 +312,8 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
         layers = tuple(value.get("layers", range(summary.shape.layers)))
         return Metadata(summary, tuple(value["shards"]), value["settings"], names[version], layers)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{path}: not a description of feature records ({error!r}); extract again"
-        ) from error
+        why = f"not a description of feature records ({error!r})"
+        raise InputError(f"{path}: {why}; extract again") from error
 
 
 class FeatureSource:
@@ -334,11 +335,8 @@ class FeatureSource:
                 f"{folder}: records hold hidden states {_ranges(held)}, aggregator.layers asks for "
                 f"{_ranges(missing)}; extract with this config"
             )
-        self._rows = (
-            None
-            if layers is None or tuple(layers) == held
-            else [held.index(layer) for layer in layers]
-        )
+        exact = layers is None or tuple(layers) == held
+        self._rows = None if exact else [held.index(layer) for layer in layers]
         for shard, count in enumerate(self.metadata.shards):
             check_shard(shard_path(self.folder, shard, len(self.metadata.shards)), count)
         self._records = None
@@ -358,11 +356,8 @@ class FeatureSource:
             counts = self.metadata.shards
             shard = int(np.searchsorted(np.cumsum(counts), index, side="right"))
             path = shard_path(self.folder, shard, len(counts))
-            raise InputError(
-                f"{path}: record {index} cannot be read ({error}); delete this file and run the "
-                "same "
-                "extract command again"
-            ) from error
+            remedy = "delete this file and run the same extract command again"
+            raise InputError(f"{path}: record {index} cannot be read ({error}); {remedy}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, made for a worker, reads by number and has no use for the sizes of them all.
@@ -388,13 +383,17 @@ def check_shard(path: epath.Path, count: int) -> None:
     remedy = "run the same extract command again to replace it"
     if not path.exists():
         raise InputError(f"{path}: the shard is missing; {remedy}")
-    reader = array_record_module.ArrayRecordReader(str(path))
-    try:
+
+    def count_records() -> int:
+        reader = array_record_module.ArrayRecordReader(str(path))
         found = reader.num_records()
         reader.close()  # reports what went wrong on opening
+        return found
+
+    try:
+        found = ask_in_time(path, count_records)
     except RuntimeError as error:
-        raise InputError(
-            f"{path}: the shard is damaged or truncated ({error}); {remedy}"
-        ) from error
+        why = f"the shard is damaged or truncated ({error})"
+        raise InputError(f"{path}: {why}; {remedy}") from error
     if found != count:
         raise InputError(f"{path}: {found} records instead of {count}; {remedy}")

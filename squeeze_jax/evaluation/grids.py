@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,11 +20,11 @@ from squeeze_jax.data.records import read_metadata
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.data.sources import open_examples, source_of
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.tensors import write_beside
 from squeeze_jax.processes import is_main
 from squeeze_jax.sampling.batching import group_prompts
 from squeeze_jax.sampling.pipeline import Pipeline, Ready, Settings, data_parallel_size, mesh_of
 from squeeze_jax.sharding import make_mesh
+from squeeze_jax.storage import AnyPath, write_beside
 from squeeze_jax.training.loop import SampleFunction
 from squeeze_jax.training.state import Params, Split
 
@@ -33,7 +32,7 @@ CHUNK = 64
 """Pictures sampled at once."""
 
 
-def grid_sampler(config: Config, folder: Path, features: epath.PathLike) -> SampleFunction | None:
+def grid_sampler(config: Config, folder: AnyPath, features: epath.PathLike) -> SampleFunction | None:
     """A function that draws held-out examples: a row of references, of samples, of true targets."""
     if config.log.grid == 0:
         return None

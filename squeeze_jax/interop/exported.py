@@ -47,6 +47,7 @@ from squeeze_jax.layers.lora import add_lora
 from squeeze_jax.models.aggregator import Aggregator
 from squeeze_jax.models.backbone import Backbone, BackboneConfig
 from squeeze_jax.models.system import System
+from squeeze_jax.storage import AnyPath
 
 ABOUT, LORA = "export.json", "pytorch_lora_weights.safetensors"
 AGGREGATOR, TRANSFORMER = "aggregator", "transformer"
@@ -112,11 +113,11 @@ def write_exported(
     (folder / "config.json").write_text(to_json(config) + "\n")
 
 
-def is_exported(folder: Path) -> bool:
+def is_exported(folder: AnyPath) -> bool:
     return (folder / ABOUT).is_file()
 
 
-def merged_config(folder: Path, config: Config) -> Config:
+def merged_config(folder: AnyPath, config: Config) -> Config:
     """The config to sample with: base and LoRA, or where the base is not there the merged
     transformer."""
     base = config.model.dit_weights
@@ -126,7 +127,7 @@ def merged_config(folder: Path, config: Config) -> Config:
     return replace(config, lora=None, model=model)
 
 
-def is_merged(folder: Path, config: Config) -> bool:
+def is_merged(folder: AnyPath, config: Config) -> bool:
     """Whether a config takes a folder's merged transformer in place of base and LoRA.
 
     See `merged_config`.
@@ -135,7 +136,7 @@ def is_merged(folder: Path, config: Config) -> bool:
 
 
 def read_exported(
-    folder: Path,
+    folder: AnyPath,
     config: Config,
     place: Place | None = None,
     fresh: np.random.Generator | None = None,
@@ -160,7 +161,7 @@ def read_exported(
 
 
 def transformer_leaves(
-    folder: Path, config: Config, place: Place | None = None, *, as_it_is: bool = False
+    folder: AnyPath, config: Config, place: Place | None = None, *, as_it_is: bool = False
 ) -> dict[str, Any]:
     """The whole transformer of a folder as trained leaves, float32 or in its files' dtype."""
     source = dit_source(folder)
@@ -173,7 +174,7 @@ def transformer_leaves(
 
 
 def lora_leaves(
-    file: Path,
+    file: AnyPath,
     config: Config,
     place: Place | None = None,
     fresh: np.random.Generator | None = None,
@@ -188,7 +189,9 @@ def lora_leaves(
         return dit
 
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    leaves = adapter_leaves(nnx.eval_shape(make), file, alpha / lora.rank, fresh, lora.init_gain)
+    leaves = adapter_leaves(
+        nnx.eval_shape(make), str(file), alpha / lora.rank, fresh, lora.init_gain
+    )
     if place is None:
         return dict(leaves)
     return {
@@ -204,7 +207,7 @@ def _read(
     module: nnx.Module,
     table: Any,
     tensors: Any,
-    where: Path,
+    where: AnyPath,
     place: Place | None,
     dtype: Any = np.float32,
 ) -> dict[str, Any]:
@@ -220,6 +223,6 @@ def _read(
     return {name: np.asarray(leaf) for name, leaf in leaves.items()}
 
 
-def about_of(folder: Path) -> dict[str, Any]:
+def about_of(folder: AnyPath) -> dict[str, Any]:
     """What `export.json` says."""
     return read_json(folder / ABOUT)

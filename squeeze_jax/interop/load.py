@@ -36,6 +36,7 @@ from squeeze_jax.models.backbone import Backbone, BackboneConfig, ReferenceAtten
 from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2AutoencoderConfig
 from squeeze_jax.models.internvl import INTERNVL3_2B, InternVL, InternVLConfig
 from squeeze_jax.sharding import parameter_spec
+from squeeze_jax.storage import AnyPath
 
 Module = TypeVar("Module", bound=nnx.Module)
 ParsedConfig = TypeVar("ParsedConfig")
@@ -137,7 +138,7 @@ class Source(NamedTuple):
     """Whose names it has."""
 
 
-def dit_source(folder: str | Path, variant: str | None = None) -> Source:
+def dit_source(folder: str | AnyPath, variant: str | None = None) -> Source:
     """A transformer's checkpoint; without any family's mark it is taken for FLUX.1's, the first."""
     tensors = without_prefix(TensorFolder(folder, variant), DIT_PREFIXES)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
@@ -165,13 +166,13 @@ def dit_source(folder: str | Path, variant: str | None = None) -> Source:
     return Source(config, family.entries["diffusers"], tensors, "diffusers")
 
 
-def is_transformer(folder: str | Path) -> bool:
+def is_transformer(folder: str | AnyPath) -> bool:
     """Returns whether a folder or file holds a transformer of one of the families."""
     names = without_prefix(TensorFolder(folder), DIT_PREFIXES).names()
     return find_format(None, names) is not None
 
 
-def check_transformer(folder: str | Path, found: BackboneConfig, wanted: BackboneConfig) -> None:
+def check_transformer(folder: str | AnyPath, found: BackboneConfig, wanted: BackboneConfig) -> None:
     """Raises InputError unless a folder's transformer is the one that a config's `model.dit`
     describes.
 
@@ -295,7 +296,7 @@ def encoder_folder(folder: str | Path, part: str) -> Path:
     return path
 
 
-def _config_file(folder: str | Path) -> Path | None:
+def _config_file(folder: str | AnyPath) -> Path | None:
     """The config.json in a folder, or beside a file that bears a folder's standard name; another
     file's is not looked for, it may be another model's."""
     path = Path(folder)

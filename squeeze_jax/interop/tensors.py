@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from squeeze_jax.errors import InputError
 from squeeze_jax.finite import load_json
 from squeeze_jax.interop.variants import choose_weights, say_ignored
+from squeeze_jax.storage import AnyPath, is_remote, write_beside
 
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 DTYPES = {
@@ -36,9 +37,14 @@ class TensorFolder:
     as their product, in bfloat16; the scales themselves are not listed.
     """
 
-    def __init__(self, path: str | Path, variant: str | None = None) -> None:
+    def __init__(self, path: str | AnyPath, variant: str | None = None) -> None:
         """`variant`: which of a folder's variants is read (`fp16` for `….fp16.safetensors`);
         None: the standard names, or the only variant that there is."""
+        if is_remote(path):
+            raise InputError(
+                f"{path}: weights files are read from a disk; copy them there (gcloud storage cp "
+                "-r) or mount the bucket"
+            )
         path = Path(path)
         self.files: dict[str, Path] = {}
         """Tensor name → file."""
@@ -285,14 +291,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: AnyPath) -> dict:
     """A JSON object from a file; InputError names the file and the place of a mistake."""
     try:
         value = load_json(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -330,8 +336,8 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file beside its place and renames it."""
+def write_json(path: AnyPath, value: dict) -> None:
+    """Writes a JSON file that appears whole (`write_beside`)."""
     write_beside(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
@@ -343,15 +349,3 @@ def check_writable(path: Path, flag: str) -> None:
         raise InputError(
             f"{flag} {path}: nothing can be written into {there}; choose another place"
         )
-
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make `path`.part, then renames it: a reader sees the old file or the whole
-    new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

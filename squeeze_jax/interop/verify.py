@@ -185,7 +185,6 @@ def _has(*modules: str) -> bool:
 
 
 # --- a transformer
-# ----------------------------------------------------------------------------------------------------
 
 
 def _dit_rows(source: Source) -> Iterator[Row]:
@@ -256,7 +255,6 @@ def _one_block(tensors: Tensors, table: list[Entry], layers: dict[str, int]) -> 
 
 
 # --- the autoencoder
-# --------------------------------------------------------------------------------------------------
 
 
 def _autoencoder_rows(source: Source) -> Iterator[Row]:
@@ -280,7 +278,6 @@ def _autoencoder_rows(source: Source) -> Iterator[Row]:
 
 
 # --- InternVL
-# ---------------------------------------------------------------------------------------------------------
 
 WORDS = 64
 """Rows of the embedding that the check takes along: the whole of it would be most of the memory."""

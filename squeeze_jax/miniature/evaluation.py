@@ -1,7 +1,6 @@
 """The suite `critters`: samples of held-out pairs, scored by retrieval among redrawn pictures."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -20,11 +19,12 @@ from squeeze_jax.miniature.scores import (
 from squeeze_jax.miniature.source import CritterRows
 from squeeze_jax.processes import is_main
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
+from squeeze_jax.storage import AnyPath
 from squeeze_jax.training.loop import Result
 from squeeze_jax.training.metrics import progress_bar
 
 
-def score_run(config: Config, result: Result, folder: Path, count: int) -> None:
+def score_run(config: Config, result: Result, folder: AnyPath, count: int) -> None:
     """Scores held-out critters by retrieval, prints the table and writes scores.json."""
     pipeline = Pipeline.of(
         result.split.merge(result.params), config, FeatureExtractor.of(config), result.step
@@ -37,7 +37,7 @@ SETTINGS = ("demo", "mllm", "both", "withheld")
 
 def score_critters(
     pipeline: Pipeline,
-    out: Path,
+    out: AnyPath,
     count: int,
     settings: Sequence[str] = SETTINGS,
     checkpoint: str = "demo",

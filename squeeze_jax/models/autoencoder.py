@@ -4,6 +4,9 @@ Pictures [B, height, width, 3] in [-1, 1] become latents [B, h, w, c] and back. 
 `encode` shifted and scaled, (z − shift_factor) · scaling_factor, so that they have about zero
 mean and unit variance; `decode` undoes it. There are no convolutions between the moments and the
 latents (`use_quant_conv` is false in FLUX's file).
+
+Pictures of several sizes may lie on one canvas, each in its upper left corner: with their `sizes`,
+convolutions, norms and attention see of each what they see of it alone.
 """
 
 from dataclasses import dataclass
@@ -12,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from squeeze_jax.array_types import Array, DType, Float, Key
+from squeeze_jax.array_types import Array, DType, Float, Int, Key
 from squeeze_jax.layers.attention import attention
+from squeeze_jax.layers.convolution import Conv, GroupNorm, Inside, inside_of, upsample, within
 from squeeze_jax.layers.linear import FLOAT32, Linear, silu
-from squeeze_jax.layers.norm import per_channel
 
-NORM_EPS = 1e-6
 LOG_VARIANCE = (-30.0, 20.0)
 """diffusers' limits on the posterior's log variance."""
 ATTENTION_TOKENS = 4096
@@ -86,21 +88,26 @@ class Autoencoder(nnx.Module):
         self.decoder = Decoder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def posterior(
-        self, images: Float[Array, "B height width 3"]
+        self, images: Float[Array, "B height width 3"], sizes: Int[Array, "B 2"] | None = None
     ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         """Mean and log variance of q(z | image) as the encoder gives them: neither shifted nor
         scaled.
         """
         self._check_size(images.shape[1], images.shape[2])
-        moments = self.encoder(images).astype(jnp.float32)
+        moments = self.encoder(images, sizes).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE)
 
-    def encode(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w C"]:
+    def encode(
+        self, images: Float[Array, "B height width 3"], sizes: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w C"]:
         """The shifted and scaled mean of the posterior: what features and references are made
         of.
+
+        sizes: height and width of each picture on the canvas `images`, multiples of `downsampling`;
+        what lies beyond a picture has no meaning in its latents. None: pictures fill the canvas.
         """
-        return self.normalise(self.posterior(images)[0])
+        return self.normalise(self.posterior(images, sizes)[0])
 
     def sample(self, images: Float[Array, "B height width 3"], key: Key) -> Float[Array, "B h w C"]:
         """A draw from the posterior, shifted and scaled."""
@@ -112,9 +119,11 @@ class Autoencoder(nnx.Module):
         """Pictures of shifted and scaled latents; about [-1, 1], not clipped."""
         return self.decoder(self.denormalise(latents.astype(jnp.float32))).astype(jnp.float32)
 
-    def encode_unpacked(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w c"]:
+    def encode_unpacked(
+        self, images: Float[Array, "B height width 3"], sizes: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w c"]:
         """`encode`'s latents before packing, as records keep them: each stands for `latent_pixels`."""
-        return self.encode(images)
+        return self.encode(images, sizes)
 
     def decode_unpacked(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B height width 3"]:
         """`decode` of what `encode_unpacked` gives."""
@@ -157,12 +166,17 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], groups, param_dtype=param_dtype)
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, **how)
 
-    def __call__(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w C"]:
-        x = self.conv_in(images)
+    def __call__(
+        self, images: Float[Array, "B height width 3"], sizes: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w C"]:
+        inside = None if sizes is None else inside_of(sizes, images.shape[1], images.shape[2])
+        x = self.conv_in(within(images, inside))
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+            x = block(x, inside)
+            if inside is not None and block.conv is not None:
+                inside = inside[:, ::2, ::2]
+        x = self.mid_block(x, inside)
+        return self.conv_out(within(silu(self.conv_norm_out(x, inside)), inside))
 
 
 class Decoder(nnx.Module):
@@ -214,12 +228,14 @@ class Level(nnx.Module):
             Conv(width, width, stride=2 if resample == "down" else 1, **how) if resample else None
         )
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 F"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], inside: Inside = None
+    ) -> Float[Array, "B h2 w2 F"]:
         for block in self.resnets:
-            x = block(x)
+            x = block(x, inside)
         if self.resample == "up":
             x = upsample(x)
-        return x if self.conv is None else self.conv(x)
+        return x if self.conv is None else self.conv(within(x, inside))
 
 
 class MidBlock(nnx.Module):
@@ -232,8 +248,11 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(width, width, groups, **how) for _ in range(2)])
         self.attention = SpatialAttention(width, groups, **how)
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        return self.resnets[1](self.attention(self.resnets[0](x)))
+    def __call__(
+        self, x: Float[Array, "B h w C"], inside: Inside = None
+    ) -> Float[Array, "B h w C"]:
+        x = self.attention(self.resnets[0](x, inside), inside)
+        return self.resnets[1](x, inside)
 
 
 class ResidualBlock(nnx.Module):
@@ -260,9 +279,11 @@ class ResidualBlock(nnx.Module):
         self.conv2 = Conv(width, width, gain=0.0, **how)
         self.conv_shortcut = Conv(width_in, width, size=1, **how) if width_in != width else None
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w F"]:
-        y = self.conv1(silu(self.norm1(x)))
-        y = self.conv2(silu(self.norm2(y)))
+    def __call__(
+        self, x: Float[Array, "B h w C"], inside: Inside = None
+    ) -> Float[Array, "B h w F"]:
+        y = self.conv1(within(silu(self.norm1(x, inside)), inside))
+        y = self.conv2(within(silu(self.norm2(y, inside)), inside))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -280,99 +301,27 @@ class SpatialAttention(nnx.Module):
         # Of bfloat16, products are exact in any case, and attention may use a kernel.
         self.precision = FLOAT32 if jnp.dtype(dtype) == jnp.float32 else None
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], inside: Inside = None
+    ) -> Float[Array, "B h w C"]:
         batch, height, width, channels = x.shape
-        y = self.group_norm(x)
+        mask = None if inside is None else inside.reshape(batch, height * width)
+        y = self.group_norm(x, inside)
         query = self.to_q(y)
         key, value = (
             to(y).reshape(batch, height * width, 1, channels) for to in (self.to_k, self.to_v)
         )
         if height * width <= ATTENTION_TOKENS:
             query = query.reshape(batch, height * width, 1, channels)
-            y = attention(query, key, value, precision=self.precision)
+            y = attention(query, key, value, mask=mask, precision=self.precision)
         else:
             rows = query.swapaxes(0, 1)[:, :, :, None, :]
 
             def attend(row: Float[Array, "B w 1 C"]) -> Float[Array, "B w 1 C"]:
-                return attention(row, key, value, precision=self.precision)
+                return attention(row, key, value, mask=mask, precision=self.precision)
 
             y = jax.lax.map(attend, rows).swapaxes(0, 1)
         return x + self.to_out(y.reshape(x.shape))
-
-
-class Conv(nnx.Module):
-    """A convolution with bias; `kernel` is [h, w, in, out]. Initial values as `Linear`'s, zeros
-    for a `gain` of 0.
-
-    With stride 1 the size stays; with stride 2 it halves, padded below and on the right only, as
-    the original does.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        size: int = 3,
-        stride: int = 1,
-        gain: float = 1.0,
-        dtype: DType,
-        param_dtype: DType,
-        rngs: nnx.Rngs,
-    ) -> None:
-        init = (
-            nnx.initializers.normal(gain * (size * size * in_channels) ** -0.5)
-            if gain
-            else nnx.initializers.zeros
-        )
-        self.kernel = nnx.Param(
-            init(rngs.params(), (size, size, in_channels, out_channels), param_dtype)
-        )
-        self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype))
-        self.stride = stride
-        self.padding = (0, 1) if stride == 2 else (size // 2, size // 2)
-        self.dtype = jnp.dtype(dtype)
-
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 F"]:
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=(self.padding, self.padding),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=FLOAT32,
-        )
-        return y + per_channel(self.bias[...].astype(self.dtype), y)
-
-
-class GroupNorm(nnx.Module):
-    """Normalises groups of neighbouring channels over the whole picture; statistics in float32."""
-
-    def __init__(self, features: int, groups: int, *, param_dtype: DType) -> None:
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-        self.groups = groups
-
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        y = x.astype(jnp.float32)
-        y = y - self._group_mean(y)
-        scale, bias = (
-            per_channel(vector[...].astype(jnp.float32), y) for vector in (self.scale, self.bias)
-        )
-        multiplier = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + NORM_EPS) * scale
-        return (y * multiplier + bias).astype(x.dtype)
-
-    def _group_mean(self, x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
-        batch, channels = x.shape[0], x.shape[-1]
-        means = x.mean(axis=(1, 2)).reshape(batch, self.groups, -1).mean(axis=-1)
-        return jnp.repeat(means, channels // self.groups, axis=-1)[:, None, None, :]
-
-
-def upsample(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
-    """Twice the size, nearest neighbour."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def _nearest(size: int, factor: int) -> int:

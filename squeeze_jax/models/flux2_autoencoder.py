@@ -12,11 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from squeeze_jax.array_types import Array, DType, Float
+from squeeze_jax.array_types import Array, DType, Float, Int
 from squeeze_jax.diffusion.latents import PATCH, pack, unpack
 from squeeze_jax.errors import InputError
+from squeeze_jax.layers.convolution import Conv
 from squeeze_jax.layers.norm import per_channel
-from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Conv, Decoder, Encoder
+from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
 from squeeze_jax.models.tiled_decoding import TILE as TILE_OF_UNPACKED
 
 TILE = TILE_OF_UNPACKED // PATCH
@@ -101,9 +102,11 @@ class Flux2Autoencoder(Autoencoder):
             config.latent_channels * PATCH**2, config.batch_norm_eps, param_dtype=param_dtype
         )
 
-    def encode_unpacked(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w c"]:
+    def encode_unpacked(
+        self, images: Float[Array, "B height width 3"], sizes: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w c"]:
         """Normalised latents [B, height/8, width/8, 32]: `encode`'s, taken apart again."""
-        return self._unpack(self.encode(images))
+        return self._unpack(self.encode(images, sizes))
 
     def decode_unpacked(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B height width 3"]:
         """`decode` of what `encode_unpacked` gives."""
@@ -139,8 +142,10 @@ class Flux2Encoder(Encoder):
         channels = 2 * config.latent_channels
         self.quant_conv = Conv(channels, channels, size=1, **kinds)
 
-    def __call__(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w C"]:
-        return self.quant_conv(super().__call__(images))
+    def __call__(
+        self, images: Float[Array, "B height width 3"], sizes: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w C"]:
+        return self.quant_conv(super().__call__(images, sizes))
 
 
 class Flux2Decoder(Decoder):

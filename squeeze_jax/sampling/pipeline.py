@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +37,7 @@ from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, noise_for
 from squeeze_jax.sampling.settings import Resolved, Settings, resolve
+from squeeze_jax.storage import AnyPath, as_path
 
 
 class Progress(NamedTuple):
@@ -91,14 +91,14 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        checkpoint: str | Path | None = None,
+        checkpoint: str | AnyPath | None = None,
         mesh: Mesh | None = None,
         *,
         merge_lora: bool = True,
         keep_mllm: bool = True,
         encoders: FeatureExtractor | None = None,
     ) -> "Pipeline":
-        """From a work, weights or exported folder; None is the shipped miniature.
+        """From a work folder (also gs://bucket/…), a weights or an exported one; None is the shipped miniature.
 
         On a `mesh` (`sampling.layout.sampling_mesh` chooses one) every device reads and keeps its
         own slices of all weights, the encoders' included; without one all lie on one device.
@@ -107,7 +107,7 @@ class Pipeline:
         whose steps a merged adapter would drown. `encoders` are the config's own that are there
         already (`FeatureExtractor.of`). Raises InputError for a folder that cannot be used.
         """
-        folder = DEMO / "system" if checkpoint is None else Path(checkpoint)
+        folder = DEMO / "system" if checkpoint is None else as_path(checkpoint)
         if encoders is None and not keep_mllm:
             # The MLLM has come and gone before the transformer is there: both need not fit.
             encoders = FeatureExtractor.of(read_config(folder), mesh)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from squeeze_jax.data.sources import Examples
 from squeeze_jax.errors import Preempted
 from squeeze_jax.processes import broadcast_from_main, is_main, put_local_rows
 from squeeze_jax.sharding import batch_sharding, make_mesh
+from squeeze_jax.storage import AnyPath
 from squeeze_jax.training.batches import make_batches
 from squeeze_jax.training.interruption import Interruption
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
@@ -44,10 +44,10 @@ class Result(NamedTuple):
 
 def train(
     config: Config,
-    workdir: Path,
+    workdir: AnyPath,
     features: epath.PathLike,
     *,
-    start_from: Path | None = None,
+    start_from: AnyPath | None = None,
     accept_changes: bool = False,
     sample: SampleFunction | None = None,
     work: WorkFunction | None = None,
@@ -103,6 +103,7 @@ def train(
         return state.ema_params or state.params
 
     def save() -> None:
+        writer.upload()  # first, so that a checkpoint has the rows up to it
         saved = Saved(config, base, monitor.productive_seconds)
         checkpoints.save(step, to_saved(state), data.get_state(), saved)
 

@@ -1,27 +1,33 @@
 """A run's numbers: lines of metrics.jsonl, TensorBoard, and the progress bar."""
 
 import json
-from pathlib import Path
+import time
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from squeeze_jax.processes import is_main
+from squeeze_jax.storage import AnyPath, GrowingFiles
 
 FILE = "metrics.jsonl"
+UPLOAD_EVERY = 60.0
+"""Seconds after which rows in object storage are brought up to date (our decision)."""
 
 
 class MetricsWriter:
     """Appends rows {"step": …, name: value} to metrics.jsonl, and the same scalars to TensorBoard.
 
     A resumed run first drops the rows after the step that it continues from, so that every step
-    stands once. Of several processes only the first one writes.
+    stands once. Of several processes only the first one writes. In object storage both are
+    uploaded whole (`GrowingFiles`): by `upload`, at the end, and with a row that comes a minute
+    after the last time.
     """
 
-    def __init__(self, workdir: Path, first_step: int, tensorboard: bool) -> None:
-        self._file, self._board = None, None
+    def __init__(self, workdir: AnyPath, first_step: int, tensorboard: bool) -> None:
+        self._file, self._board, self._files = None, None, None
         if not is_main():
             return
-        self._path = workdir / FILE
+        self._files, self._uploaded = GrowingFiles(workdir), time.monotonic()
+        self._path = self._files.fetch(FILE)
         if self._path.exists():
             rows = self._path.read_text().splitlines()
             kept = [row for row in rows if _step(row) <= first_step]
@@ -31,7 +37,9 @@ class MetricsWriter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(
+                str(self._files.folder / "tensorboard"), purge_step=first_step
+            )
 
     def write(self, step: int, **values: float | int) -> None:
         if self._file is not None:
@@ -39,6 +47,18 @@ class MetricsWriter:
         for name, value in values.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
+        if self._files is not None and time.monotonic() - self._uploaded > UPLOAD_EVERY:
+            self.upload()
+
+    def upload(self) -> None:
+        """Brings object storage up to date; on a disk rows are there once they are written. Raises
+        OutputError where that fails."""
+        if self._files is None:
+            return
+        if self._board is not None:
+            self._board.flush()
+        self._files.upload()
+        self._uploaded = time.monotonic()
 
     def last(self, name: str, step: int) -> float:
         """What was written of `name` at `step`; NaN where nothing was, and on all processes but the
@@ -54,6 +74,8 @@ class MetricsWriter:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._files is not None:
+            self._files.close()
 
 
 def _step(row: str) -> int:

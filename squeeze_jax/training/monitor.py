@@ -4,13 +4,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from squeeze_jax.interop.tensors import write_json
 from squeeze_jax.processes import is_main
+from squeeze_jax.storage import AnyPath
 from squeeze_jax.training.step import TIME_BORDERS, Metrics
 
 STARTED = "started.json"
@@ -28,7 +28,7 @@ class Monitor:
     """
 
     def __init__(
-        self, rows: int, workdir: Path, productive_seconds: float, say: Callable[[str], None]
+        self, rows: int, workdir: AnyPath, productive_seconds: float, say: Callable[[str], None]
     ) -> None:
         """rows: examples a step. productive_seconds: those of the run's earlier processes."""
         self.rows = rows
@@ -160,12 +160,12 @@ def memory_in_use() -> dict[str, float]:
     return {ours: float(stats[theirs]) for ours, theirs in names.items() if theirs in stats}
 
 
-def _first_start(workdir: Path) -> float:
+def _first_start(workdir: AnyPath) -> float:
     """When the run in this folder was first started, in seconds since 1970; process 0 notes it."""
     path = workdir / STARTED
     try:
         return float(json.loads(path.read_text())["time"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         now = time.time()
         if is_main():
             write_json(path, {"time": now})

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 from squeeze_jax.checkpoints.compatibility import check_same_run
 from squeeze_jax.checkpoints.fingerprint import fingerprint
-from squeeze_jax.checkpoints.manager import Checkpoints, Saved, check_leaves, first_line
+from squeeze_jax.checkpoints.manager import Checkpoints, Saved, check_leaves
 from squeeze_jax.checkpoints.trained import (
     load_initial_params,
     start_kind,
@@ -22,6 +21,7 @@ from squeeze_jax.checkpoints.trained import (
 from squeeze_jax.config import Config
 from squeeze_jax.data.pipeline import BatchIterator
 from squeeze_jax.errors import InputError
+from squeeze_jax.storage import AnyPath, first_line, is_remote
 from squeeze_jax.training.state import (
     Params,
     Split,
@@ -47,6 +47,10 @@ class InitialRun(NamedTuple):
     """Time that went into the steps so far, in all of the run's processes."""
 
 
+AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")
+"""How TensorStore's errors begin, or go on, where a bucket is out of reach and not damaged."""
+
+
 def restore_or_initialize(
     config: Config,
     mesh: Mesh,
@@ -54,7 +58,7 @@ def restore_or_initialize(
     checkpoints: Checkpoints,
     data: BatchIterator,
     *,
-    start_from: Path | None,
+    start_from: AnyPath | None,
     accept_changes: bool,
     say: Callable[[str], None],
 ) -> InitialRun:
@@ -91,7 +95,7 @@ def _after(steps: int | None, config: Config) -> Config:
 
 
 def load_params(
-    folder: Path,
+    folder: AnyPath,
     params: Params,
     split: Split,
     config: Config,
@@ -128,7 +132,7 @@ def restore_latest(
     another run.
     """
     workdir = checkpoints.workdir
-    set_aside: Path | None = None
+    set_aside: AnyPath | None = None
     while (step := checkpoints.latest()) is not None:
         try:
             saved, place = checkpoints.about(step)
@@ -144,10 +148,12 @@ def restore_latest(
         except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the last: devices are full
             raise
         except Exception as error:  # whatever the storage layer makes of missing and short files
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            if away or any(reason in str(error) for reason in AWAY):
+                place = "bucket" if is_remote(workdir) else "disk"
                 raise InputError(
                     f"{workdir}: the checkpoint of step {step} cannot be read now "
-                    f"({first_line(error)}); see to the disk and start again"
+                    f"({first_line(error)}); see to the {place} and start again"
                 ) from error
             set_aside = checkpoints.set_aside(step)
             say(

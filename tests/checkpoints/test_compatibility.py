@@ -1,6 +1,9 @@
 """Every field of the config has a decision, and loaded weights compute what the decision says."""
 
+import ast
 import dataclasses
+import re
+import shlex
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -18,7 +21,8 @@ from squeeze_jax.checkpoints.compatibility import RULES, check_same_run, check_s
 from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.checkpoints.manager import write_weights
 from squeeze_jax.checkpoints.trained import load_initial_params, with_scale_of
-from squeeze_jax.config import Config, CrittersConfig, StageConfig, load_preset
+from squeeze_jax.config import Config, CrittersConfig, StageConfig, load_preset, override
+from squeeze_jax.config_json import differences
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.sharding import make_mesh
@@ -33,6 +37,7 @@ WHOLE = dataclasses.replace(
 )
 ADAPTED = dataclasses.replace(WHOLE, lora=LoRAConfig(rank=2, alpha=3.0))
 STAGES = (StageConfig(steps=3, references=False),)
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 OTHERS: dict[str, Any] = {
     "name": "other",
@@ -335,3 +340,22 @@ def test_layers_that_no_kind_reads_may_differ():
     fewer = replaced(last, "aggregator.layers", (1,))
     check_start(last, fewer, Path("run"), exported=False)
     assert LAYERS == 3
+
+
+@pytest.mark.parametrize("base", ["krea", "kontext", "schnell"])
+def test_the_stage_1_that_a_preset_names_is_one_that_it_can_begin_with(base):
+    """Both commands stand in its docstring; only what stages are about may differ."""
+    path = CONFIGS / f"flux_{base}.py"
+    said = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", " ")
+    first, second = (shlex.split(line) for line in re.findall(r"python train\.py (.*)", said))
+    workdir = first.index("--workdir")
+    assert second[second.index("--from") + 1] == first[workdir + 1]
+    flags = first[1:workdir] + first[workdir + 2 :]
+    stage1 = override(load_preset(CONFIGS.parent / first[0]), flags, "train.py")
+    stage2 = load_preset(path)
+    check_start(stage1, stage2, Path(first[workdir + 1]), exported=False)
+    assert stage1.model == stage2.model
+    differing = {line.split(": ")[0] for line in differences(stage1, stage2)}
+    assert differing == {
+        "name", "data.features", "sampling.tau1", "sampling.tau2", "training.stages"
+    }  # fmt: skip

@@ -133,7 +133,7 @@ def test_weights_of_another_size_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workdir", "gs://bucket/run"], "mount the bucket"),
+        (["--workdir", "s3://bucket/run"], "mount this one"),
         (["--coordinator", "localhost:1"], "give all three"),
         (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "must be from 0 to 1"),
     ],

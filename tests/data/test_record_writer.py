@@ -55,10 +55,10 @@ def test_pictures_of_one_size_go_together(tmp_path):
 @pytest.mark.parametrize("after", [0, 1, 4, 7, 9])
 def test_an_interrupted_extraction_goes_on_without_loss_or_repetition(tmp_path, after):
     class Broken(FakeEncoders):
-        def latents(self, images):
+        def latents(self, images, canvas=None):
             if len(self.prompts) > after:
                 raise KeyboardInterrupt
-            return super().latents(images)
+            return super().latents(images, canvas)
 
     examples = some_examples(10)
     with pytest.raises(KeyboardInterrupt):
@@ -79,10 +79,10 @@ sys.path.insert(0, {tests!r})
 from fake_encoders import FakeEncoders, some_examples
 from squeeze_jax.data.record_writer import extract
 class Slow(FakeEncoders):
-    def latents(self, images):
+    def latents(self, images, canvas=None):
         time.sleep(0.02)
         print("batch", flush=True)
-        return super().latents(images)
+        return super().latents(images, canvas)
 sys.stdin.readline()
 extract(
     some_examples(40), Slow(), {out!r}, target_size=(64, 64), reference_long_side=64,

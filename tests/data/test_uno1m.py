@@ -95,10 +95,10 @@ def test_processes_share_archives_and_nobody_reads_anothers(uno, tmp_path, monke
 @pytest.mark.parametrize("after", [0, 5, 11, 17])
 def test_an_interrupted_stream_goes_on(uno, tmp_path, after):
     class Broken(FakeEncoders):
-        def latents(self, images):
+        def latents(self, images, canvas=None):
             if len(self.prompts) > after:
                 raise KeyboardInterrupt
-            return super().latents(images)
+            return super().latents(images, canvas)
 
     rows = opened("uno1m", uno).rows
     options = SIZES | {"parts": parts_of(rows), "source": rows.source}

@@ -218,7 +218,7 @@ class Listening(FeatureExtractor):
         self.heard += [[np.asarray(image)[0, 0].tolist() for image in of_prompt] for of_prompt in images]
         return STATES
 
-    def latents(self, images):
+    def latents(self, images, canvas=None):
         return [np.asarray(image)[::8, ::8] for image in images]
 
 

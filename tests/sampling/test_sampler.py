@@ -397,7 +397,7 @@ def test_references_are_laid_upright_and_made_rgb(pipeline, tmp_path):
         def __init__(self):
             pass
 
-        def latents(self, images):
+        def latents(self, images, canvas=None):
             return [image[::8, ::8] for image in images]
 
         def read(self, prompts, images):

@@ -1,7 +1,8 @@
 """A training run of the tiny system as a program of its own: `tiny_run.py WORKDIR FEATURES
 '{"settings": …}'`.
 
-Settings: devices, address (HOST:PORT), count, index, steps, mesh, batch_per_chip, limit (bytes a
+WORKDIR may be gs://bucket/…. Settings: devices, address (HOST:PORT), count, index, steps, mesh,
+batch_per_chip, limit (bytes a
 file may have), slow (seconds that a step takes at least), seen (file for the records of every
 batch).
 """
@@ -13,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-workdir, features, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+features, settings = Path(sys.argv[2]), json.loads(sys.argv[3])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={settings.get('devices', 1)}"
@@ -39,6 +40,7 @@ def main():
     from squeeze_jax.data.pipeline import BatchIterator
     from squeeze_jax.models.aggregator import AggregatorConfig
     from squeeze_jax.processes import init_distributed, is_main
+    from squeeze_jax.storage import as_path
     from squeeze_jax.training.loop import train
 
     setup()
@@ -98,7 +100,7 @@ def main():
 
     def run():
         say = lambda text: is_main() and print(text, flush=True)  # noqa: E731
-        result = train(config, workdir, features, say=say)
+        result = train(config, as_path(sys.argv[1]), features, say=say)
         if is_main():
             print("validation", result.validation)
 

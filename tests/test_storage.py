@@ -1,6 +1,8 @@
 """Object storage, simulated: no rename, no random writes, an object appears whole; the records are those of a disk."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,20 @@ from etils.epath import backend, gpath
 from fake_encoders import FakeEncoders, some_examples
 from tiny import tiny_config
 
+from squeeze_jax import storage
 from squeeze_jax.data import records as features
 from squeeze_jax.data.record_writer import extract
 from squeeze_jax.data.records import FeatureSource, read_metadata
-from squeeze_jax.data.storage import reachable, remove_parts, write_whole
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, OutputError
 from squeeze_jax.sharding import make_mesh
+from squeeze_jax.storage import (
+    GrowingFiles,
+    as_path,
+    reachable,
+    remove_parts,
+    write_beside,
+    write_whole,
+)
 from squeeze_jax.training.batches import make_batches
 
 OPTIONS = {"target_size": (64, 64), "reference_long_side": 64, "examples_per_shard": 4}
@@ -54,6 +64,7 @@ class Bucket(backend._OsPathBackend):
 
     def copy(self, path, dst, overwrite):
         self.uploads.append(os.fspath(dst))
+        Path(self.local(dst)).parent.mkdir(parents=True, exist_ok=True)  # a bucket has no folders
         return super().copy(self.local(path), self.local(dst), overwrite)
 
     def rename(self, path, dst):
@@ -159,3 +170,102 @@ def test_a_bucket_without_its_library_is_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"gs://bucket/records: Please install gcsfs.*pip install 'squeeze_jax\[gcs\]'"):
         reachable("gs://bucket/records")
     assert reachable(tmp_path) == epath.Path(tmp_path)
+
+
+def test_storage_that_does_not_answer_is_one_sentence_in_time(monkeypatch, tmp_path):
+    released = threading.Event()
+
+    class Silent(Bucket):
+        def exists(self, path):
+            released.wait(30)
+            return False
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Silent(tmp_path))
+    monkeypatch.setattr(storage, "PATIENCE", 0.3)
+    asked = time.monotonic()
+    for ask in (as_path, reachable, read_metadata, FeatureSource):
+        with pytest.raises(
+            InputError, match=r"gs://bucket/here: no answer within 0.3 s; see to the network.*disk"
+        ):
+            ask("gs://bucket/here")
+    assert time.monotonic() - asked < 5
+    released.set()
+
+
+def test_a_shard_that_does_not_answer_is_one_sentence_in_time(bucket, monkeypatch):
+    extract(some_examples(4), FakeEncoders(), "gs://b/records", **OPTIONS)
+    released = threading.Event()
+
+    class Silent:
+        def __init__(self, path):
+            released.wait(30)
+
+    monkeypatch.setattr(features.array_record_module, "ArrayRecordReader", Silent)
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    with pytest.raises(InputError, match=r"gs://b/records/.*array_record-0.*no answer within"):
+        FeatureSource("gs://b/records")
+    released.set()
+
+
+def test_an_address_where_nobody_listens_is_one_sentence_in_time(monkeypatch):
+    """Google's library tries again for most of a minute."""
+    gcsfs = pytest.importorskip("gcsfs")
+    clear = [backend._FileSystemSpecBackend._get_filesystem.cache_clear]
+    clear.append(gcsfs.GCSFileSystem.clear_instance_cache)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setattr(storage, "PATIENCE", 1.5)
+    for forget in clear:
+        forget()
+    with pytest.raises(InputError, match=r"gs://bucket/run: no answer within 1.5 s"):
+        as_path("gs://bucket/run")
+    for forget in clear:
+        forget()
+
+
+def test_files_of_a_run_appear_whole_in_a_bucket(bucket):
+    """No rename, no append: each is made on the disk here and uploaded."""
+    folder = as_path("gs://b/run")
+    write_beside(folder / "config.json", lambda part: part.write_text("{}"))
+    assert (folder / "config.json").read_text() == "{}"
+    growing = GrowingFiles(folder)
+    path = growing.fetch("metrics.jsonl")
+    with path.open("a") as file:
+        file.write("1\n")
+    (growing.folder / "board").mkdir()
+    (growing.folder / "board" / "events").write_bytes(b"12")
+    growing.upload()
+    assert (folder / "metrics.jsonl").read_text() == "1\n"
+    assert (folder / "board" / "events").read_bytes() == b"12"
+    count = len(bucket.uploads)
+    growing.upload()
+    assert len(bucket.uploads) == count, "nothing has changed"
+    with path.open("a") as file:
+        file.write("2\n")
+    assert (folder / "metrics.jsonl").read_text() == "1\n", "as it was until it is uploaded"
+    growing.close()
+    assert (folder / "metrics.jsonl").read_text() == "1\n2\n"
+    assert not growing.folder.exists()
+    again = GrowingFiles(folder)
+    assert again.fetch("metrics.jsonl").read_text() == "1\n2\n"
+    again.close()
+
+
+def test_on_a_disk_files_grow_where_they_are(tmp_path):
+    growing = GrowingFiles(as_path(tmp_path))
+    assert growing.fetch("metrics.jsonl") == tmp_path / "metrics.jsonl"
+    growing.close()
+    assert tmp_path.is_dir()
+
+
+def test_writes_that_a_bucket_refuses_are_one_sentence(bucket, monkeypatch):
+    growing = GrowingFiles(as_path("gs://b/run"))
+    (growing.folder / "metrics.jsonl").write_text("1\n")
+
+    def refuse(self, path, dst, overwrite):
+        raise PermissionError("403: no storage.objects.create")
+
+    monkeypatch.setattr(Bucket, "copy", refuse)
+    with pytest.raises(OutputError, match=r"gs://b/run/metrics.jsonl: cannot be written \(403.*"):
+        growing.close()
+    assert not growing.folder.exists()
