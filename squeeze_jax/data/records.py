@@ -335,8 +335,8 @@ class FeatureSource:
                 f"{folder}: records hold hidden states {_ranges(held)}, aggregator.layers asks for "
                 f"{_ranges(missing)}; extract with this config"
             )
-        exact = layers is None or tuple(layers) == held
-        self._rows = None if exact else [held.index(layer) for layer in layers]
+        own = held if layers is None else tuple(layers)
+        self._rows = None if own == held else [held.index(layer) for layer in own]
         for shard, count in enumerate(self.metadata.shards):
             check_shard(shard_path(self.folder, shard, len(self.metadata.shards)), count)
         self._records = None
