@@ -64,7 +64,7 @@ def test_an_encoded_prompt_says_where_each_token_stood():
 
 def test_a_batch_of_records_says_where_each_token_stood(tmp_path):
     encoders = frozen()
-    encoders.latents = lambda pictures: [np.zeros((4, 4, 16), np.float32) for _ in pictures]
+    encoders.latents = lambda pictures, canvas=None: [np.zeros((4, 4, 16), np.float32) for _ in pictures]
     examples = [Example(str(i), one.references, one.target) for i, one in enumerate(some_examples(4, ((32, 32),) * 3))]
     extract(examples, encoders, tmp_path, target_size=(32, 32), reference_long_side=32)
     batch = next(make_dataset(tmp_path, batch=4, seed=0))

@@ -166,10 +166,10 @@ def test_one_caption_each_is_written_as_before_there_were_several(tmp_path):
 
 def test_a_killed_extraction_ends_with_the_same_bytes(folder, tmp_path):
     class Broken(FakeEncoders):
-        def latents(self, images):
+        def latents(self, images, canvas=None):
             if len(self.prompts) > 8:
                 raise KeyboardInterrupt
-            return super().latents(images)
+            return super().latents(images, canvas)
 
     with pytest.raises(KeyboardInterrupt):
         extract(several(), Broken(), tmp_path, **OPTIONS)
