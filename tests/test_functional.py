@@ -46,6 +46,8 @@ def parts():
     return trained, frozen, tiny_batch()
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_init_is_pure_and_has_the_leaves_of_the_system():
     trained, frozen = jax.jit(functional.init, static_argnums=0)(CONFIG, KEY)
     again, _ = jax.jit(functional.init, static_argnums=0)(CONFIG, KEY)
@@ -76,6 +78,8 @@ def test_a_step_is_the_one_that_training_takes(parts):
         np.testing.assert_allclose(found.params[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own(parts):
     trained, frozen, batch = parts
     key = jax.random.fold_in(jax.random.key(CONFIG.training.seed), 0)
@@ -100,6 +104,8 @@ def test_a_population_of_adapters_is_each_of_them_alone(parts):
     assert len({round(float(value), 3) for value in alone}) == 3
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_a_checkpointed_loss_has_the_same_gradient(parts):
     trained, frozen, batch = parts
 
@@ -116,6 +122,8 @@ def drawn(trained, frozen, states, references, key):
     return functional.sample(trained, frozen, states, references, key, CONFIG, SETTINGS)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_sampling_over_keys_is_each_key_alone(parts):
     trained, frozen, batch = parts
     states, references = row(batch.hidden_states, 0), row(batch.references, 1)
@@ -161,6 +169,8 @@ assert not any(name.startswith(("squeeze_jax", "flax")) for name in sys.modules)
 """
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_an_exported_sampler_runs_where_the_package_is_not(parts, tmp_path):
     trained, frozen, batch = parts
     states, references = row(batch.hidden_states, 0), row(batch.references, 1)

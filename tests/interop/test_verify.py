@@ -132,6 +132,8 @@ def test_a_wrong_computation_fails(tmp_path, monkeypatch):
     assert all(row.error > 1e-3 for row in report.rows)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_without_pytorch_there_are_digests(tmp_path, monkeypatch):
     monkeypatch.setattr(verifier, "_has", lambda *modules: False)
     folder = write(tmp_path / "x", "flux-diffusers")

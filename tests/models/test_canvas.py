@@ -61,6 +61,8 @@ def test_a_long_grid_attends_row_by_row_on_a_canvas_too(autoencoder, monkeypatch
     np.testing.assert_allclose(autoencoder.encode(canvas, sizes), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_many_sizes_take_few_programs_and_keep_their_order(autoencoder):
     encoder = FeatureExtractor(lambda: None, autoencoder, {})
     asked = []

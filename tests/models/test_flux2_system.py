@@ -53,6 +53,8 @@ def batch_of(rows):
     return batch._replace(references=batch.references._replace(positions=positions))
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["joint", "cached"])
 def test_the_train_step_learns(attention):
     params, split = split_system(small_system(attention), TINY)

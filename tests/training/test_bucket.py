@@ -116,6 +116,8 @@ def run(store, features):
     return store.writes[before:]
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_one_on_a_disk(run, store, on_disk):
     assert_same_run(as_path("gs://bucket/run"), on_disk)
     names = [name for name, content, _ in run if content is not None]
@@ -126,6 +128,8 @@ def test_a_run_in_a_bucket_is_the_one_on_a_disk(run, store, on_disk):
     assert not store.names("run/checkpoints/2/"), "checkpoint.keep"
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_another_run_begins_with_weights_from_a_bucket(run, features, on_disk, tmp_path):
     stages = (StageConfig(steps=1, references=True),)
     config = dataclasses.replace(
@@ -137,6 +141,8 @@ def test_another_run_begins_with_weights_from_a_bucket(run, features, on_disk, t
     assert read_config(tmp_path / "a").training.steps_before == 4
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_after_any_write_the_newest_whole_checkpoint_is_what_is_read(store):
     """Of two checkpoints, of which the second removes the first. What a killed process leaves is
     what the bucket held after one of its writes."""
@@ -184,6 +190,8 @@ def resume_after(count, run, store, features, on_disk):
     assert_same_run(workdir, on_disk)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_killed_around_a_checkpoint_a_run_goes_on_with_the_same_bits(
     run, store, features, on_disk
 ):
@@ -249,6 +257,8 @@ def test_two_processes_write_one_run_into_a_bucket(store, start, tmp_path):
     assert [row[0] for row in metrics(workdir)] == [row[0] for row in metrics(tmp_path)]
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(run, store, features, on_disk):
     names = [name for name, _, _ in run]
     last = names.index(f"run/checkpoints/4/{MARKER}")
@@ -262,6 +272,8 @@ def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(run, store, features, o
     assert_same_run(as_path("gs://bucket/run"), on_disk)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_a_bucket_out_of_reach_damages_nothing(run, store, features, monkeypatch):
     store.show(run)
 
@@ -275,6 +287,8 @@ def test_a_bucket_out_of_reach_damages_nothing(run, store, features, monkeypatch
     assert not store.names("run/damaged")
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_records_are_read_from_the_bucket(features, store):
     for path in (features / "train").iterdir():
         (epath.Path("gs://bucket/features/train") / path.name).write_bytes(path.read_bytes())
@@ -285,6 +299,8 @@ def test_records_are_read_from_the_bucket(features, store):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_weights_files_are_not_read_from_a_bucket(store):
     (epath.Path("gs://bucket/exported") / "lora.safetensors").write_bytes(b"\0" * 16)
     from squeeze_jax.checkpoints.trained import start_kind

@@ -200,6 +200,8 @@ def test_another_config_is_refused_and_what_it_may_change_is_not(whole, features
     assert train(free, workdir, features, say=lambda text: None).step == 4
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_changes_go_on_when_told_so_and_never_those_of_size(whole, features):
     workdir, _ = whole
     said = []
@@ -273,6 +275,8 @@ def test_the_folders_of_frozen_weights_may_move():
         assert check_same_run(BOTH, moved, Path("work")) == []
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_stage_two_from_stage_ones_weights(whole, features, tmp_path):
     rng = np.random.default_rng(0)
     start = {

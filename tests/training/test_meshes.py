@@ -45,10 +45,10 @@ MESHES = [
     (8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 2, 1),
     (2, 2, 2), (1, 4, 2), (4, 1, 2), (1, 2, 4), (2, 1, 4), (1, 1, 8),
 ]  # fmt: skip
-FAST = [((2, 2, 2), "adapters")]
+TELLING = [((2, 2, 2), "adapters")]
 EVERY_MESH = [
     pytest.param(
-        axes, way, id=f"{axes} {way}", marks=() if (axes, way) in FAST else pytest.mark.slow
+        axes, way, id=f"{axes} {way}", marks=pytest.mark.telling if (axes, way) in TELLING else ()
     )
     for way in WAYS
     for axes in MESHES
@@ -72,6 +72,7 @@ def one_device(way):
     return before, jax.tree.map(np.asarray, state), metrics.loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axes", "way"), EVERY_MESH)
 def test_one_device_equals_eight(axes, way):
     """Loss, every gradient and every parameter after a step of plain descent; rows of different

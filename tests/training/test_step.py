@@ -103,6 +103,8 @@ def test_draws_of_a_row_do_not_depend_on_the_batch_and_steps_differ():
     assert len(np.unique(np.asarray(big.t))) == 8
 
 
+@pytest.mark.telling
+@pytest.mark.slow
 def test_accumulated_gradients_equal_one_large_batch():
     config = dataclasses.replace(
         CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, accumulate=2)
