@@ -82,7 +82,7 @@ def rounded_scales() -> Iterator[None]:
     with ExitStack() as stack:
         for room in ("layers.lora", "layers.splash", "models.aggregator"):
             stack.enter_context(patch(f"squeeze_jax.{room}.scaled", scaled))
-        stack.enter_context(patch("squeeze_jax.models.dit.add_gated", add_gated))
+        stack.enter_context(patch("squeeze_jax.models.dit_blocks.add_gated", add_gated))
         yield
 
 
