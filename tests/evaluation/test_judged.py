@@ -83,6 +83,21 @@ def test_what_cannot_be_read_is_missing_and_said(folder, capsys):
     assert f"{product:.4f}" in page and f"{geometric:.4f}" in page
 
 
+def test_hostile_replies_are_missing_and_said(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    replies = [
+        '{"id": ["a"], "scores": {"s": 1}}',
+        '{"id": {}, "scores": {"s": 1}}',
+        f'{{"id": "a", "scores": {{"s": 1{"0" * 400}}}}}',
+        '{"id": "a", "scores": {"s": 2}, "why": "lines\u2028and\u0085pages"}',
+    ]
+    path.write_text("\r\n".join(replies), encoding="utf-8", newline="")
+    for scale in (None, (0.0, 4.0)):
+        found = read_replies(path, ["a"], scale)
+        assert found.scores == {"s": {"a": [2.0]}}
+        assert [problem[:6] for problem in found.problems] == ["line 1", "line 2", "line 3"]
+
+
 def test_nothing_readable_is_refused(folder):
     place, pictures = folder
     (place / "replies.jsonl").write_text("sorry\n")
