@@ -55,16 +55,25 @@ DREAMBENCH = {
 }
 
 
-def make_set(folder, names=("dog/00", "dog/01")):
+JUDGED = {
+    "judged": "replies.jsonl",
+    "scores": {
+        "overall": {"value": 3.0, "low": 2.0, "high": 4.0, "pictures": 2, "missing": 0},
+        "look": {"value": 1.0, "low": None, "high": None, "pictures": 1, "missing": 1},
+    },
+}
+
+
+def make_set(folder, names=("dog/00", "dog/01"), suite="dreambench", scores=DREAMBENCH):
     """As evaluate writes it, with a picture of each prompt but the last."""
     prompts = [{"name": name, "prompt": f"a picture of {name}", "references": []} for name in names]
-    values = {"format": 1, "suite": "dreambench", "references": ".", "images_per_prompt": 1}
+    values = {"format": 1, "suite": suite, "references": ".", "images_per_prompt": 1}
     values |= {"system": {}, "prompts": prompts}
     (folder / "dog").mkdir(parents=True)
     (folder / "pictures.json").write_text(json.dumps(values))
     for name in names[:-1]:
         Image.new("RGB", (32, 32), "green").save(folder / f"{name}-0.png")
-    (folder / "scores.json").write_text(json.dumps(DREAMBENCH))
+    (folder / "scores.json").write_text(json.dumps(scores))
 
 
 def test_a_run_is_read_as_training_left_it(tmp_path):
@@ -77,6 +86,27 @@ def test_a_run_is_read_as_training_left_it(tmp_path):
     assert set(read_run(tmp_path / "a").scores) == {"subject easy", "DINO-I all"}
     with pytest.raises(InputError, match=r"no config\.json in it"):
         read_run(tmp_path / "nothing")
+
+
+def test_scores_of_two_suites_are_not_mixed(tmp_path):
+    folder = make_run(tmp_path / "a", tiny_config(), scores=CRITTERS)
+    make_set(folder / "evaluation" / "dreambench")
+    other = {"scores": {"overall": {"DINO-I all": {"value": 0.2, "low": 0.1, "high": 0.3}}}}
+    make_set(folder / "evaluation" / "prompts", suite="prompts", scores=other)
+    assert {name: one.value for name, one in read_run(folder).scores.items()} == {
+        "subject easy": 0.5,
+        "DINO-I all": 0.7,
+        "prompts: DINO-I all": 0.2,
+    }
+
+
+def test_what_a_judge_said_is_compared_whatever_it_calls_it(tmp_path):
+    folder = make_run(tmp_path / "a", tiny_config())
+    make_set(folder / "evaluation" / "prompts", suite="prompts", scores=JUDGED)
+    assert read_run(folder).scores == {
+        "prompts: overall": Estimate(3.0, 2.0, 4.0),
+        "prompts: look": Estimate(1.0, None, None),
+    }
 
 
 def test_compare_writes_a_page_with_everything(tmp_path, capsys):
