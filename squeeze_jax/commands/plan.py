@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from squeeze_jax.commands.run import guarded
+from squeeze_jax.commands.run import check_finite, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
