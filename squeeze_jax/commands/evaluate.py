@@ -101,6 +101,7 @@ def run_critters(given: Evaluate) -> None:
             f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this "
             "checkpoint's data"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(out.name + ".lock"), f"an evaluation into {out.name}"):
         score_critters(pipeline, out, given.pairs, checkpoint=str(given.checkpoint or "demo"))
 

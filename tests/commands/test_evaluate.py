@@ -12,6 +12,7 @@ import pytest
 
 from squeeze_jax.commands import evaluate
 from squeeze_jax.data.images import load_image
+from squeeze_jax.miniature import evaluation as miniature
 from squeeze_jax.sampling import png_metadata
 
 pytest.importorskip("torch")
@@ -70,6 +71,13 @@ def test_what_cannot_be_done_is_one_sentence_before_weights_are_read(
     assert evaluate.main([prompts if word == "P" else word for word in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_critters_report_may_be_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniature, "score_critters", lambda _, out, *__, **___: out.write_text("{}"))
+    out = tmp_path / "new" / "scores.json"
+    assert evaluate.main(["--pairs", "1", "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
 
 
 def test_the_list_alone_is_written_for_another_system(root, tmp_path):
