@@ -60,6 +60,10 @@ def names(kind):
         (["--suite", "prompts", "P", "--images", "0"], "--images 0 must be at least 1"),
         (["--suite", "prompts", "P", "--shard", "2/2"], "must be i/n with i below n"),
         (["--suite", "prompts", "P", "--out", "P"], "is a file; give a folder"),
+        (["--tau1", "0.5"], "--tau1: --suite critters has no use for it"),
+        (["--list-only"], "--list-only: --suite critters has no use for it"),
+        (["--suite", "sensitivity", "P", "--shard", "1/2"], "--shard: --suite sensitivity has no"),
+        (["--suite", "prompts", "P", "--pairs", "8"], "--pairs: --suite prompts has no use"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_before_weights_are_read(
