@@ -2,6 +2,7 @@
 
     WORKDIR/features              records, where the presets name none: one extraction for all
     WORKDIR/PRESET/seed-N         a run: what training writes, and samples/ or evaluation/SUITE
+    WORKDIR/PRESET/seed-N/begun.json    the config that is drawn with: pictures of another one go
     WORKDIR/PRESET/seed-N/row.json      written once the row is finished: it is not looked at again
     WORKDIR/report.html, scores.json    all rows that are finished
 
@@ -29,7 +30,7 @@ from squeeze_jax.evaluation.suites import Prompts, Work, draw_set, plan_set, sco
 from squeeze_jax.interop.tensors import read_json, write_json
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
-FINISHED, TRAINED = "row.json", "trained.json"
+BEGUN, FINISHED, TRAINED = "begun.json", "row.json", "trained.json"
 PUBLISHED = {
     "last_layer": (0.6566, 0.8128, 0.2893),
     "last_layer_vit": (0.7118, 0.8286, 0.2850),
@@ -150,12 +151,26 @@ def run_rows(
 
 
 def _finish(row: Row, drawing: Drawing, train: Train, score: Mapping[str, Score]) -> None:
+    begun = row.folder / BEGUN
+    if not begun.exists():
+        write_json(begun, _values(row.config))
     marker, wanted = row.trained / TRAINED, _values(_training(row.config))
     if row.trainer is not None and not (marker.exists() and read_json(marker) == wanted):
         train(row._replace(preset=row.trainer, folder=row.trained))
         write_json(marker, wanted)
+    _remove_others(row, begun)
     _draw(row, drawing, score)
     write_json(row.folder / FINISHED, _row_values(row, drawing))
+
+
+def _remove_others(row: Row, begun: Path) -> None:
+    """Removes grids and scores that another config has left in the folder, which would be taken for
+    this one's. (Training and picture sets refuse another by themselves.)"""
+    wanted = _values(row.config)
+    if read_json(begun) != wanted:
+        for old in [*(row.folder / "samples").glob("*.png"), row.folder / "scores.json"]:
+            old.unlink(missing_ok=True)
+        write_json(begun, wanted)
 
 
 def _draw(row: Row, drawing: Drawing, score: Mapping[str, Score]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,17 @@ from tiny import tiny_config
 
 from squeeze_jax.checkpoints.manager import write_config
 from squeeze_jax.commands import compare
-from squeeze_jax.config import SamplingConfig, load_preset
+from squeeze_jax.config import Config, SamplingConfig, load_preset
 from squeeze_jax.errors import InputError
-from squeeze_jax.evaluation.ablation import PUBLISHED, plan_rows, preset_table, trains_alike
+from squeeze_jax.evaluation import ablation
+from squeeze_jax.evaluation.ablation import (
+    PUBLISHED,
+    Drawing,
+    plan_rows,
+    preset_table,
+    run_rows,
+    trains_alike,
+)
 from squeeze_jax.evaluation.runs import POINTS, Curve, compare_report, name_runs, read_run, thin
 from squeeze_jax.evaluation.similarity import Estimate
 
@@ -188,6 +197,45 @@ def test_presets_that_differ_in_sampling_alone_share_a_training(tmp_path, reques
         plan_rows([tmp_path / "a.py"], [0, 0], tmp_path, [])
     with pytest.raises(InputError, match="no presets"):
         plan_rows([], [0], tmp_path, [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a pipeline is to an ablation."""
+
+    config: Config | None = None
+
+
+def test_a_row_done_again_with_another_config_is_drawn_again(tmp_path, request, monkeypatch):
+    """As `row.json` asks where the config has changed: its file is deleted, and ablate started."""
+    drawn = []
+    monkeypatch.setattr(ablation, "source_of", lambda config: "made up")
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: 4)
+    monkeypatch.setattr(ablation, "open_examples", lambda config, **_: {"held_out": []})
+    monkeypatch.setattr(ablation, "Pipeline", SimpleNamespace(load=lambda folder: Loaded()))
+
+    def draw(pipeline, examples, path):
+        drawn.append(pipeline.config.sampling.tau1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+    def score(pipeline, path):
+        path.write_text(json.dumps({"tau1": pipeline.config.sampling.tau1}))
+
+    monkeypatch.setattr(ablation, "draw_grid", draw)
+    tests, preset = str(request.config.rootpath / "tests"), tmp_path / "a.py"
+    for tau1 in (0.9, 0.7):
+        sampling = f", sampling=SamplingConfig(steps=6, tau1={tau1}, tau2=0.5)"
+        preset.write_text(PRESET.format(tests=tests, name="a", changes=sampling))
+        given = ["--log.score", "4", "--log.grid", "1"]
+        (row,) = plan_rows([preset], [0], tmp_path / "runs", given)
+        for _ in range(2):  # the second time nothing is left to do
+            list(run_rows([row], Drawing(), lambda row: None, {"made up": score}))
+        assert json.loads((row.folder / "scores.json").read_text()) == {"tau1": tau1}
+        (row.folder / "row.json").unlink()
+        list(run_rows([row], Drawing(), lambda row: None, {"made up": score}))  # killed at the end
+        (row.folder / "row.json").unlink()
+    assert drawn == [0.9, 0.7]
 
 
 def test_steps_are_another_training_where_its_times_follow_them():
