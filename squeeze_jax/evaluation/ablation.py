@@ -154,7 +154,8 @@ def _finish(row: Row, drawing: Drawing, train: Train, score: Mapping[str, Score]
     begun = row.folder / BEGUN
     if not begun.exists():
         write_json(begun, _values(row.config))
-    marker, wanted = row.trained / TRAINED, _values(_training(row.config))
+    marker = row.trained / TRAINED
+    wanted = _values(_training(row.config)) | {"shift": _shift(row.config)}
     if row.trainer is not None and not (marker.exists() and read_json(marker) == wanted):
         train(row._replace(preset=row.trainer, folder=row.trained))
         write_json(marker, wanted)
