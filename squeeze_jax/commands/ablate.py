@@ -70,6 +70,9 @@ def run(given: Ablate, overrides: list[str]) -> None:
         raise InputError(f"--seeds {given.seeds!r} must be numbers with commas: 0,1,2") from None
     presets = sorted(given.presets.glob("*.py")) if given.presets.is_dir() else [given.presets]
     rows = plan_rows(presets, seeds, given.workdir, overrides, given.trained)
+    for folder in given.trained:
+        if all(row.trained != folder for row in rows):
+            print(f"warning: --trained {folder}: not used, no preset trains so with these seeds")
     judges, drawing = load_judges(given.dino, given.clip), Drawing()
     if given.prompts is not None or given.dreambench is not None:
         suite = "prompts" if given.dreambench is None else "dreambench"

@@ -92,14 +92,15 @@ def plan_rows(
 ) -> list[Row]:
     """The rows in order. there: finished runs, whose weights rows of the same training take.
 
-    Raises InputError where there are no rows, and for an impossible override.
+    Raises InputError where there are no rows, for an impossible override, and for a run of `there`
+    that has not finished.
     """
     if not presets:
         raise InputError("no presets: give a folder with at least one *.py in it")
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds {list(seeds)}: give at least one, each once")
     rows: list[Row] = []
-    finished = [(read_config(folder), folder) for folder in there]
+    finished = [(_finished_config(folder), folder) for folder in there]
     for preset in presets:
         for seed in seeds:
             given = [*overrides, "--training.seed", str(seed)]
@@ -112,6 +113,15 @@ def plan_rows(
             first = alike[0] if alike else (preset, folder)
             rows.append(Row(preset, seed, config, given, folder, *first))
     return rows
+
+
+def _finished_config(folder: Path) -> Config:
+    config, step = read_config(folder), saved_step(folder)
+    if step is not None and step < config.total_steps:
+        raise InputError(
+            f"--trained {folder}: stands at step {step} of {config.total_steps}; let it finish"
+        )
+    return config
 
 
 def trains_alike(one: Config, other: Config) -> bool:
@@ -275,7 +285,7 @@ def preset_table(presets: Mapping[str, Sequence[Run]]) -> Table:
             _spread([run.scores[what].value for run in own if what in run.scores])
             for what in measured
         ]
-        paper = " / ".join(f"{value:.4f}" for value in PUBLISHED[name]) if name in PUBLISHED else None
+        paper = " / ".join(f"{value:.4f}" for value in PUBLISHED.get(name, ())) or None
         rows.append([name, len(own), *cells, paper])
     return Table(
         ["preset", "seeds", "validation loss", *measured, "paper: DINO-I / CLIP-I / CLIP-T"],

@@ -78,7 +78,7 @@ def test_what_cannot_be_done_is_one_sentence_before_weights_are_read(
 
 
 def test_the_folder_of_the_critters_report_may_be_new(tmp_path, monkeypatch):
-    monkeypatch.setattr(miniature, "score_critters", lambda _, out, *__, **___: out.write_text("{}"))
+    monkeypatch.setattr(miniature, "score_critters", lambda _, out, *a, **b: out.write_text("{}"))
     out = tmp_path / "new" / "scores.json"
     assert evaluate.main(["--pairs", "1", "--out", str(out)]) == 0
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]

@@ -238,6 +238,34 @@ def test_a_row_done_again_with_another_config_is_drawn_again(tmp_path, request, 
     assert drawn == [0.9, 0.7]
 
 
+def test_a_row_done_again_with_other_times_of_training_is_trained_again(
+    tmp_path, request, monkeypatch
+):
+    monkeypatch.setattr(ablation, "source_of", lambda config: None)
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: 4)
+    monkeypatch.setattr(ablation, "_shift", lambda config: config.sampling.steps / 3)
+    tests, preset, trained = str(request.config.rootpath / "tests"), tmp_path / "a.py", []
+    for steps in (6, 6, 7):
+        sampling = f", sampling=SamplingConfig(steps={steps}, tau1=0.9, tau2=0.5)"
+        preset.write_text(PRESET.format(tests=tests, name="a", changes=sampling))
+        (row,) = plan_rows([preset], [0], tmp_path / "runs", [])
+        list(run_rows([row], Drawing(), lambda row: trained.append(row.config.sampling.steps), {}))
+        (row.folder / "row.json").unlink()
+    assert trained == [6, 7]
+
+
+def test_weights_of_a_run_that_has_not_finished_are_not_taken(tmp_path, request, monkeypatch):
+    tests, preset = str(request.config.rootpath / "tests"), tmp_path / "a.py"
+    preset.write_text(PRESET.format(tests=tests, name="a", changes=""))
+    run = make_run(tmp_path / "run", tiny_config())
+    total = tiny_config().total_steps
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: total - 1)
+    with pytest.raises(InputError, match=f"stands at step {total - 1} of {total}; let it finish"):
+        plan_rows([preset], [0], tmp_path / "runs", [], [run])
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: total)
+    assert plan_rows([preset], [0], tmp_path / "runs", [], [run])[0].trained == run
+
+
 def test_steps_are_another_training_where_its_times_follow_them():
     """FLUX.2's shift depends on the number of steps, FLUX.1's does not."""
     for preset, alike in (("flux_stage2", True), ("klein_stage2", False)):
