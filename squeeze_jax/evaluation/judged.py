@@ -37,7 +37,7 @@ from squeeze_jax.evaluation.report import (
 )
 from squeeze_jax.evaluation.score_report import show, thumbnail
 from squeeze_jax.evaluation.similarity import Estimate, estimate
-from squeeze_jax.interop.tensors import write_beside
+from squeeze_jax.storage import write_whole
 
 REQUESTS = "requests.jsonl"
 RUBRIC = "<rubric>"
@@ -63,7 +63,7 @@ def write_requests(folder: Path, pictures: PictureSet) -> Path:
         for i, path in enumerate(paths)
     ]
     out = folder / REQUESTS
-    write_beside(out, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_whole(out, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     return out
 
 

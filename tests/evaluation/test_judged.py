@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +38,25 @@ def test_a_request_a_picture(folder):
         "extra": {"task": "t"},
     }
     assert lines[2]["references"] == []
+
+
+def test_shards_that_end_or_begin_at_once_do_not_disturb_each_other(folder, monkeypatch):
+    """Between what one writes and its renaming another one does all of the same."""
+    place, pictures = folder
+    replace = Path.replace
+    for name, write in (
+        ("pictures.json", begin_picture_set), ("requests.jsonl", write_requests)
+    ):  # fmt: skip
+        (place / name).unlink(missing_ok=True)
+
+        def later(part, target, write=write):
+            monkeypatch.setattr(Path, "replace", replace)
+            write(place, pictures)
+            return replace(part, target)
+
+        monkeypatch.setattr(Path, "replace", later)
+        write(place, pictures)
+        assert (place / name).is_file() and not list(place.glob("*.part"))
 
 
 @pytest.mark.parametrize(
