@@ -60,6 +60,7 @@ def names(kind):
         (["--suite", "prompts", "P", "--images", "0"], "--images 0 must be at least 1"),
         (["--suite", "prompts", "P", "--shard", "2/2"], "must be i/n with i below n"),
         (["--suite", "prompts", "P", "--out", "P"], "is a file; give a folder"),
+        (["--suite", "prompts", "P", "--out", "gs://a/b"], "--out gs:/a/b/report.html: written to"),
         (["--tau1", "0.5"], "--tau1: --suite critters has no use for it"),
         (["--list-only"], "--list-only: --suite critters has no use for it"),
         (["--suite", "sensitivity", "P", "--shard", "1/2"], "--shard: --suite sensitivity has no"),
