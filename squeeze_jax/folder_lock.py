@@ -52,11 +52,11 @@ def hold(path: AnyPath, what: str) -> Iterator[None]:
 def hold_for_run(path: AnyPath, what: str) -> Iterator[None]:
     """The same for several processes of one run: process 0 holds it, all are refused together."""
     with contextlib.ExitStack() as stack:
-        refused: InputError | None = None
+        refused: Exception | None = None
         if is_main():
             try:
                 stack.enter_context(hold(path, what))
-            except InputError as error:
+            except Exception as error:  # whatever it is: the others wait for the news below
                 refused = error
         if broadcast_from_main(float(refused is not None)):
             raise refused or InputError(f"{path.parent}: {what} is in it already, says process 0")
@@ -66,7 +66,12 @@ def hold_for_run(path: AnyPath, what: str) -> Iterator[None]:
 def _acquire(path: Path, what: str) -> int:
     """Opens, locks and signs the file; the file that is locked is the one that has the name."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be made or opened ({error.strerror}); choose another folder"
+            ) from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -77,8 +82,9 @@ def _acquire(path: Path, what: str) -> int:
             if error.errno not in NO_LOCKS:
                 os.close(file)
                 raise
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                break
         os.close(file)  # its last holder removed it between our opening and our locking
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     signed = {"host": socket.gethostname(), "process": os.getpid(), "since": since}

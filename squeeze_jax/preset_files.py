@@ -22,13 +22,28 @@ def find_preset(preset: str | Path) -> Path:
     path = Path(preset)
     if path.is_file():
         return path
-    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
-    shipped = SHIPPED.joinpath(*parts).with_suffix(".py")
-    if not path.is_absolute() and ".." not in parts and shipped.is_file():
-        return shipped
+    shipped = _shipped(path)
+    if shipped is not None and shipped.with_suffix(".py").is_file():
+        return shipped.with_suffix(".py")
     nearby = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.suffix else []
     there = nearby or [name for name in list_presets() if "/" not in name]
     raise InputError(f"no preset {preset}; there are {', '.join(there)}")
+
+
+def find_presets(folder: str | Path) -> list[Path]:
+    """Returns the files of a folder of presets, which may be a shipped one (`ablations`) likewise;
+    of one preset, that alone."""
+    path = Path(folder)
+    for place in (path, _shipped(path)):
+        if place is not None and place.is_dir():
+            return sorted(place.glob("*.py"))
+    return [find_preset(path)]
+
+
+def _shipped(path: Path) -> Path | None:
+    """Where a path below `configs/`, or the name of a preset, would lie among the shipped ones."""
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    return None if path.is_absolute() or ".." in parts else SHIPPED.joinpath(*parts)
 
 
 def list_presets() -> dict[str, str]:

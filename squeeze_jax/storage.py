@@ -107,7 +107,7 @@ def write_beside(path: AnyPath, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_whole(path: epath.Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
     """Lets `write` make a local file, which then becomes `path`: of a folder that is there and
     has several writers.
 

@@ -15,6 +15,7 @@ from squeeze_jax.config_json import differences, from_json, to_json
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
 from squeeze_jax.models.dit import DiTConfig
+from squeeze_jax.preset_files import find_presets
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "configs").rglob("*.py"))
@@ -248,3 +249,16 @@ def test_validation_needs_rows_and_grids_no_negative_number():
         dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0))
     with pytest.raises(InputError, match=r"log\.grid is -1"):
         dataclasses.replace(config, log=dataclasses.replace(config.log, grid=-1))
+
+
+def test_a_folder_of_shipped_presets_is_found_from_anywhere(tmp_path, monkeypatch):
+    """What docs/training.md gives to `ablate` is there where the package is installed, too."""
+    monkeypatch.chdir(tmp_path)
+    shipped = ROOT / "configs" / "ablations"
+    for name in ("configs/ablations/", "ablations"):
+        assert find_presets(name) == sorted(shipped.glob("*.py"))
+    assert find_presets("ablations/lap") == [shipped / "lap.py"]
+    (tmp_path / "mine.py").touch()
+    assert find_presets(tmp_path) == [tmp_path / "mine.py"]
+    with pytest.raises(InputError, match="no preset nothing"):
+        find_presets("nothing")

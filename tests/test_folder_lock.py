@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from squeeze_jax import folder_lock
 from squeeze_jax.errors import InputError
-from squeeze_jax.folder_lock import hold
+from squeeze_jax.folder_lock import hold, hold_for_run
 
 HOLDER = """
 import sys, time
@@ -67,6 +68,42 @@ def test_a_process_does_not_hold_one_folder_twice(tmp_path):
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert f"process {os.getpid()} on" in ran.stderr
+
+
+def test_a_folder_that_takes_no_lock_is_one_sentence_on_all_processes(tmp_path, monkeypatch):
+    """The others wait for what process 0 says."""
+    (tmp_path / "file").touch()
+    place, said = tmp_path / "file" / "run.lock", []
+
+    def broadcast(value):
+        said.append(value)
+        return value
+
+    monkeypatch.setattr(folder_lock, "broadcast_from_main", broadcast)
+    with pytest.raises(InputError, match="cannot be made or opened"), hold_for_run(place, "a run"):
+        pass
+    assert said == [1.0]
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(folder_lock, "hold", fail)
+    with pytest.raises(MemoryError), hold_for_run(tmp_path / "run.lock", "a run"):
+        pass
+    assert said == [1.0, 1.0]
+
+
+def test_one_that_is_removed_while_it_is_looked_at_is_made_again(tmp_path, monkeypatch):
+    lock, fstat = tmp_path / "run.lock", os.fstat
+
+    def remove_first(file):
+        monkeypatch.setattr(os, "fstat", fstat)
+        lock.unlink()
+        return fstat(file)
+
+    monkeypatch.setattr(os, "fstat", remove_first)
+    with hold(lock, "a run"):
+        assert json.loads(lock.read_text())["process"] == os.getpid()
 
 
 def test_an_error_releases_it(tmp_path):

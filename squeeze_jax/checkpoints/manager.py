@@ -79,7 +79,8 @@ class Checkpoints:
         if isinstance(self._folder, epath.Path):
             if is_main() and self._folder.exists():
                 for path in self._folder.iterdir():
-                    if not (path / MARKER).exists():
+                    # Object storage may list a folder as its own first entry.
+                    if path != self._folder and not (path / MARKER).exists():
                         path.rmtree(missing_ok=True)
             barrier("unfinished checkpoints removed")
         return self._ocp.CheckpointManager(self._folder, options=self._options)

@@ -61,6 +61,7 @@ def run(given: Ablate, overrides: list[str]) -> None:
     from squeeze_jax.evaluation.suites import load_judges, open_prompts
     from squeeze_jax.interop.tensors import check_writable
     from squeeze_jax.miniature.evaluation import score_critters
+    from squeeze_jax.preset_files import find_presets
 
     require_matplotlib()
     check_writable(given.workdir / "report.html", "--workdir")
@@ -68,8 +69,11 @@ def run(given: Ablate, overrides: list[str]) -> None:
         seeds = [int(seed) for seed in given.seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds {given.seeds!r} must be numbers with commas: 0,1,2") from None
-    presets = sorted(given.presets.glob("*.py")) if given.presets.is_dir() else [given.presets]
+    presets = find_presets(given.presets)
     rows = plan_rows(presets, seeds, given.workdir, overrides, given.trained)
+    for folder in given.trained:
+        if all(row.trained != folder for row in rows):
+            print(f"warning: --trained {folder}: not used, no preset trains so with these seeds")
     judges, drawing = load_judges(given.dino, given.clip), Drawing()
     if given.prompts is not None or given.dreambench is not None:
         suite = "prompts" if given.dreambench is None else "dreambench"

@@ -65,6 +65,18 @@ class Evaluate:
     parallel: Parallel = field(default_factory=Parallel)
 
 
+UNUSED = {
+    "critters": (
+        "dreambench", "images", "dino", "clip", "shard", "list_only", "size", "steps", "tau1",
+        "tau2", "cfg_scale", "seed", "at_once",
+    ),
+    "dreambench": ("pairs",),
+    "prompts": ("pairs",),
+    "sensitivity": ("pairs", "shard", "list_only"),
+}  # fmt: skip
+"""Flags that a suite does not look at: given, they are refused."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     given = tyro.cli(
         Evaluate, args=sys.argv[1:] if arguments is None else arguments, prog="squeeze_jax evaluate"
@@ -75,8 +87,22 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: Evaluate) -> None:
     setup()
     check_finite(given)
+    check_used(given)
     suites = {"critters": run_critters, "sensitivity": run_sensitivity}
     suites.get(given.suite, run_pictures)(given)
+
+
+def check_used(given: Evaluate) -> None:
+    """Raises InputError for a flag that the suite would pass over without a word."""
+    from squeeze_jax.errors import InputError
+
+    others = Evaluate()
+    for name in UNUSED[given.suite]:
+        if getattr(given, name) != getattr(others, name):
+            raise InputError(
+                f"--{name.replace('_', '-')}: --suite {given.suite} has no use for it; leave it "
+                "out, or name another --suite"
+            )
 
 
 def run_critters(given: Evaluate) -> None:
@@ -101,6 +127,7 @@ def run_critters(given: Evaluate) -> None:
             f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this "
             "checkpoint's data"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(out.name + ".lock"), f"an evaluation into {out.name}"):
         score_critters(pipeline, out, given.pairs, checkpoint=str(given.checkpoint or "demo"))
 

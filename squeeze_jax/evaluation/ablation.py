@@ -2,6 +2,7 @@
 
     WORKDIR/features              records, where the presets name none: one extraction for all
     WORKDIR/PRESET/seed-N         a run: what training writes, and samples/ or evaluation/SUITE
+    WORKDIR/PRESET/seed-N/begun.json    the config that is drawn with: pictures of another one go
     WORKDIR/PRESET/seed-N/row.json      written once the row is finished: it is not looked at again
     WORKDIR/report.html, scores.json    all rows that are finished
 
@@ -29,7 +30,7 @@ from squeeze_jax.evaluation.suites import Prompts, Work, draw_set, plan_set, sco
 from squeeze_jax.interop.tensors import read_json, write_json
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
-FINISHED, TRAINED = "row.json", "trained.json"
+BEGUN, FINISHED, TRAINED = "begun.json", "row.json", "trained.json"
 PUBLISHED = {
     "last_layer": (0.6566, 0.8128, 0.2893),
     "last_layer_vit": (0.7118, 0.8286, 0.2850),
@@ -91,14 +92,15 @@ def plan_rows(
 ) -> list[Row]:
     """The rows in order. there: finished runs, whose weights rows of the same training take.
 
-    Raises InputError where there are no rows, and for an impossible override.
+    Raises InputError where there are no rows, for an impossible override, and for a run of `there`
+    that has not finished.
     """
     if not presets:
         raise InputError("no presets: give a folder with at least one *.py in it")
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds {list(seeds)}: give at least one, each once")
     rows: list[Row] = []
-    finished = [(read_config(folder), folder) for folder in there]
+    finished = [(_finished_config(folder), folder) for folder in there]
     for preset in presets:
         for seed in seeds:
             given = [*overrides, "--training.seed", str(seed)]
@@ -111,6 +113,15 @@ def plan_rows(
             first = alike[0] if alike else (preset, folder)
             rows.append(Row(preset, seed, config, given, folder, *first))
     return rows
+
+
+def _finished_config(folder: Path) -> Config:
+    config, step = read_config(folder), saved_step(folder)
+    if step is not None and step < config.total_steps:
+        raise InputError(
+            f"--trained {folder}: stands at step {step} of {config.total_steps}; let it finish"
+        )
+    return config
 
 
 def trains_alike(one: Config, other: Config) -> bool:
@@ -150,12 +161,27 @@ def run_rows(
 
 
 def _finish(row: Row, drawing: Drawing, train: Train, score: Mapping[str, Score]) -> None:
-    marker, wanted = row.trained / TRAINED, _values(_training(row.config))
+    begun = row.folder / BEGUN
+    if not begun.exists():
+        write_json(begun, _values(row.config))
+    marker = row.trained / TRAINED
+    wanted = _values(_training(row.config)) | {"shift": _shift(row.config)}
     if row.trainer is not None and not (marker.exists() and read_json(marker) == wanted):
         train(row._replace(preset=row.trainer, folder=row.trained))
         write_json(marker, wanted)
+    _remove_others(row, begun)
     _draw(row, drawing, score)
     write_json(row.folder / FINISHED, _row_values(row, drawing))
+
+
+def _remove_others(row: Row, begun: Path) -> None:
+    """Removes grids and scores that another config has left in the folder, which would be taken for
+    this one's. (Training and picture sets refuse another by themselves.)"""
+    wanted = _values(row.config)
+    if read_json(begun) != wanted:
+        for old in [*(row.folder / "samples").glob("*.png"), row.folder / "scores.json"]:
+            old.unlink(missing_ok=True)
+        write_json(begun, wanted)
 
 
 def _draw(row: Row, drawing: Drawing, score: Mapping[str, Score]) -> None:
@@ -259,7 +285,7 @@ def preset_table(presets: Mapping[str, Sequence[Run]]) -> Table:
             _spread([run.scores[what].value for run in own if what in run.scores])
             for what in measured
         ]
-        paper = " / ".join(f"{value:.4f}" for value in PUBLISHED[name]) if name in PUBLISHED else None
+        paper = " / ".join(f"{value:.4f}" for value in PUBLISHED.get(name, ())) or None
         rows.append([name, len(own), *cells, paper])
     return Table(
         ["preset", "seeds", "validation loss", *measured, "paper: DINO-I / CLIP-I / CLIP-T"],

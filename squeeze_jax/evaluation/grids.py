@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -78,13 +77,13 @@ def grid_sampler(config: Config, folder: AnyPath, features: epath.PathLike) -> S
     return sample
 
 
-def draw_grid(pipeline: Pipeline, examples: Sequence[Example], path: Path) -> None:
+def draw_grid(pipeline: Pipeline, examples: Sequence[Example], path: AnyPath) -> None:
     """Draws held-out examples with the config's own settings, as a run's grids are."""
     _save_grid(pipeline.config, examples, sample_examples(pipeline, examples, Settings()), path)
 
 
 def _save_grid(
-    config: Config, examples: Sequence[Example], drawn: np.ndarray, path: Path
+    config: Config, examples: Sequence[Example], drawn: np.ndarray, path: AnyPath
 ) -> None:
     """A row of references, of samples, of true targets."""
     size = (config.data.height, config.data.width)

@@ -37,7 +37,7 @@ from squeeze_jax.evaluation.report import (
 )
 from squeeze_jax.evaluation.score_report import show, thumbnail
 from squeeze_jax.evaluation.similarity import Estimate, estimate
-from squeeze_jax.interop.tensors import write_beside
+from squeeze_jax.storage import write_whole
 
 REQUESTS = "requests.jsonl"
 RUBRIC = "<rubric>"
@@ -63,7 +63,7 @@ def write_requests(folder: Path, pictures: PictureSet) -> Path:
         for i, path in enumerate(paths)
     ]
     out = folder / REQUESTS
-    write_beside(out, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_whole(out, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     return out
 
 
@@ -87,7 +87,7 @@ def read_replies(
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     known, replies = set(ids), Replies()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other ends of lines
         if not line.strip():
             continue
         replies.count += 1
@@ -99,7 +99,7 @@ def read_replies(
         for name, value in scores.items():
             try:
                 score = _number(value, scale)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:  # the second: of 400 digits
                 replies.problems.append(f"line {number}, {name!r} of {identity}: {error}")
                 replies.scores.setdefault(name, {})
             else:
@@ -114,9 +114,10 @@ def _reply(line: str, known: set[str]) -> tuple[str, Mapping[str, Any]]:
         raise ValueError("not JSON") from None
     if not isinstance(value, dict) or not isinstance(value.get("scores"), dict):
         raise ValueError('no object with "id" and "scores"')
-    if value.get("id") not in known:
-        raise ValueError(f"no picture has the id {value.get('id')!r}")
-    return value["id"], value["scores"]
+    identity = value.get("id")
+    if not isinstance(identity, str) or identity not in known:
+        raise ValueError(f"no picture has the id {identity!r}")
+    return identity, value["scores"]
 
 
 def _number(value: object, scale: tuple[float, float] | None) -> float:

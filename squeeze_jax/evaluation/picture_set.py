@@ -24,7 +24,8 @@ from typing import Any
 
 from squeeze_jax.data.manifest import check_rows, read_text_file
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.tensors import read_json, write_json
+from squeeze_jax.interop.tensors import read_json
+from squeeze_jax.storage import write_whole
 
 MANIFEST = "pictures.json"
 FORMAT = 1
@@ -112,8 +113,10 @@ def begin_picture_set(folder: Path, wanted: PictureSet) -> None:
     """
     path = folder / MANIFEST
     new = json.loads(json.dumps(wanted.to_json()))
-    if not path.exists():
-        write_json(path, new)
+    if not path.exists():  # shards may write it at once
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(new, indent=1) + "\n"
+        write_whole(path, lambda part: part.write_text(text))
         return
     old = read_json(path)
     differing = [

@@ -70,14 +70,14 @@ def read_run(folder: Path, name: str | None = None, config: Config | None = None
     config = config or read_config(folder)
     rows = list(_metrics(folder / FILE))
     grids = sorted((folder / "samples").glob("*.png"))
-    places = [folder, *sorted(path.parent for path in folder.glob(f"evaluation/*/{MANIFEST}"))]
-    scores: dict[str, Estimate] = {}
-    for place in places:
-        scores |= read_scores(place / "scores.json")
-    sets = {}
-    for place in places[1:]:
+    scores, sets = read_scores(folder / "scores.json"), {}
+    for place in sorted(path.parent for path in folder.glob(f"evaluation/*/{MANIFEST}")):
         found = read_picture_set(place)
         sets[found.suite] = (place, found)
+        # Scores of other prompts than DreamBench's are others, though they are called alike.
+        of_suite = "" if found.suite == "dreambench" else f"{found.suite}: "
+        own = read_scores(place / "scores.json")
+        scores |= {f"{of_suite}{name}": value for name, value in own.items()}
     return Run(
         name or config.name,
         folder,
@@ -111,9 +111,12 @@ def read_scores(path: Path) -> dict[str, Estimate]:
     if not path.is_file():
         return {}
     found: dict[str, Estimate] = {}
-    scores = read_json(path).get("scores", {})
+    content = read_json(path)
+    scores = content.get("scores", {})
     if not isinstance(scores, dict):
         return {}
+    if "judged" in content:  # by what a judge model calls them
+        return {name: _estimate(value) for name, value in scores.items()}
     for name, value in scores.get("overall", {}).items():  # DINO-I, CLIP-I, CLIP-T
         found[name] = _estimate(value)
     for label, score in scores.items():  # retrieval of critters, by how they were sampled

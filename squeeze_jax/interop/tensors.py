@@ -343,7 +343,11 @@ def write_json(path: AnyPath, value: dict) -> None:
 
 def check_writable(path: Path, flag: str) -> None:
     """Raises InputError, naming the flag, where a file could not be made; folders on the way to
-    it may still be missing."""
+    it may still be missing. A path in a bucket would become a folder here."""
+    if re.match(r"[a-z0-9]+:/", str(path)):
+        raise InputError(
+            f"{flag} {path}: written to a disk alone; give a place there and copy it afterwards"
+        )
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(

@@ -12,6 +12,7 @@ import pytest
 
 from squeeze_jax.commands import evaluate
 from squeeze_jax.data.images import load_image
+from squeeze_jax.miniature import evaluation as miniature
 from squeeze_jax.sampling import png_metadata
 
 pytest.importorskip("torch")
@@ -59,6 +60,11 @@ def names(kind):
         (["--suite", "prompts", "P", "--images", "0"], "--images 0 must be at least 1"),
         (["--suite", "prompts", "P", "--shard", "2/2"], "must be i/n with i below n"),
         (["--suite", "prompts", "P", "--out", "P"], "is a file; give a folder"),
+        (["--suite", "prompts", "P", "--out", "gs://a/b"], "--out gs:/a/b/report.html: written to"),
+        (["--tau1", "0.5"], "--tau1: --suite critters has no use for it"),
+        (["--list-only"], "--list-only: --suite critters has no use for it"),
+        (["--suite", "sensitivity", "P", "--shard", "1/2"], "--shard: --suite sensitivity has no"),
+        (["--suite", "prompts", "P", "--pairs", "8"], "--pairs: --suite prompts has no use"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_before_weights_are_read(
@@ -70,6 +76,13 @@ def test_what_cannot_be_done_is_one_sentence_before_weights_are_read(
     assert evaluate.main([prompts if word == "P" else word for word in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_critters_report_may_be_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniature, "score_critters", lambda _, out, *a, **b: out.write_text("{}"))
+    out = tmp_path / "new" / "scores.json"
+    assert evaluate.main(["--pairs", "1", "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
 
 
 def test_the_list_alone_is_written_for_another_system(root, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +38,25 @@ def test_a_request_a_picture(folder):
         "extra": {"task": "t"},
     }
     assert lines[2]["references"] == []
+
+
+def test_shards_that_end_or_begin_at_once_do_not_disturb_each_other(folder, monkeypatch):
+    """Between what one writes and its renaming another one does all of the same."""
+    place, pictures = folder
+    replace = Path.replace
+    for name, write in (
+        ("pictures.json", begin_picture_set), ("requests.jsonl", write_requests)
+    ):  # fmt: skip
+        (place / name).unlink(missing_ok=True)
+
+        def later(part, target, write=write):
+            monkeypatch.setattr(Path, "replace", replace)
+            write(place, pictures)
+            return replace(part, target)
+
+        monkeypatch.setattr(Path, "replace", later)
+        write(place, pictures)
+        assert (place / name).is_file() and not list(place.glob("*.part"))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +101,21 @@ def test_what_cannot_be_read_is_missing_and_said(folder, capsys):
     product = look["value"] / 4 * text["value"] / 4
     geometric = np.mean([math.sqrt(3 * 2), math.sqrt(0 * 4)])
     assert f"{product:.4f}" in page and f"{geometric:.4f}" in page
+
+
+def test_hostile_replies_are_missing_and_said(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    replies = [
+        '{"id": ["a"], "scores": {"s": 1}}',
+        '{"id": {}, "scores": {"s": 1}}',
+        f'{{"id": "a", "scores": {{"s": 1{"0" * 400}}}}}',
+        '{"id": "a", "scores": {"s": 2}, "why": "lines\u2028and\u0085pages"}',
+    ]
+    path.write_text("\r\n".join(replies), encoding="utf-8", newline="")
+    for scale in (None, (0.0, 4.0)):
+        found = read_replies(path, ["a"], scale)
+        assert found.scores == {"s": {"a": [2.0]}}
+        assert [problem[:6] for problem in found.problems] == ["line 1", "line 2", "line 3"]
 
 
 def test_nothing_readable_is_refused(folder):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,17 @@ from tiny import tiny_config
 
 from squeeze_jax.checkpoints.manager import write_config
 from squeeze_jax.commands import compare
-from squeeze_jax.config import SamplingConfig, load_preset
+from squeeze_jax.config import Config, SamplingConfig, load_preset
 from squeeze_jax.errors import InputError
-from squeeze_jax.evaluation.ablation import PUBLISHED, plan_rows, preset_table, trains_alike
+from squeeze_jax.evaluation import ablation
+from squeeze_jax.evaluation.ablation import (
+    PUBLISHED,
+    Drawing,
+    plan_rows,
+    preset_table,
+    run_rows,
+    trains_alike,
+)
 from squeeze_jax.evaluation.runs import POINTS, Curve, compare_report, name_runs, read_run, thin
 from squeeze_jax.evaluation.similarity import Estimate
 
@@ -55,16 +64,25 @@ DREAMBENCH = {
 }
 
 
-def make_set(folder, names=("dog/00", "dog/01")):
+JUDGED = {
+    "judged": "replies.jsonl",
+    "scores": {
+        "overall": {"value": 3.0, "low": 2.0, "high": 4.0, "pictures": 2, "missing": 0},
+        "look": {"value": 1.0, "low": None, "high": None, "pictures": 1, "missing": 1},
+    },
+}
+
+
+def make_set(folder, names=("dog/00", "dog/01"), suite="dreambench", scores=DREAMBENCH):
     """As evaluate writes it, with a picture of each prompt but the last."""
     prompts = [{"name": name, "prompt": f"a picture of {name}", "references": []} for name in names]
-    values = {"format": 1, "suite": "dreambench", "references": ".", "images_per_prompt": 1}
+    values = {"format": 1, "suite": suite, "references": ".", "images_per_prompt": 1}
     values |= {"system": {}, "prompts": prompts}
     (folder / "dog").mkdir(parents=True)
     (folder / "pictures.json").write_text(json.dumps(values))
     for name in names[:-1]:
         Image.new("RGB", (32, 32), "green").save(folder / f"{name}-0.png")
-    (folder / "scores.json").write_text(json.dumps(DREAMBENCH))
+    (folder / "scores.json").write_text(json.dumps(scores))
 
 
 def test_a_run_is_read_as_training_left_it(tmp_path):
@@ -77,6 +95,27 @@ def test_a_run_is_read_as_training_left_it(tmp_path):
     assert set(read_run(tmp_path / "a").scores) == {"subject easy", "DINO-I all"}
     with pytest.raises(InputError, match=r"no config\.json in it"):
         read_run(tmp_path / "nothing")
+
+
+def test_scores_of_two_suites_are_not_mixed(tmp_path):
+    folder = make_run(tmp_path / "a", tiny_config(), scores=CRITTERS)
+    make_set(folder / "evaluation" / "dreambench")
+    other = {"scores": {"overall": {"DINO-I all": {"value": 0.2, "low": 0.1, "high": 0.3}}}}
+    make_set(folder / "evaluation" / "prompts", suite="prompts", scores=other)
+    assert {name: one.value for name, one in read_run(folder).scores.items()} == {
+        "subject easy": 0.5,
+        "DINO-I all": 0.7,
+        "prompts: DINO-I all": 0.2,
+    }
+
+
+def test_what_a_judge_said_is_compared_whatever_it_calls_it(tmp_path):
+    folder = make_run(tmp_path / "a", tiny_config())
+    make_set(folder / "evaluation" / "prompts", suite="prompts", scores=JUDGED)
+    assert read_run(folder).scores == {
+        "prompts: overall": Estimate(3.0, 2.0, 4.0),
+        "prompts: look": Estimate(1.0, None, None),
+    }
 
 
 def test_compare_writes_a_page_with_everything(tmp_path, capsys):
@@ -158,6 +197,73 @@ def test_presets_that_differ_in_sampling_alone_share_a_training(tmp_path, reques
         plan_rows([tmp_path / "a.py"], [0, 0], tmp_path, [])
     with pytest.raises(InputError, match="no presets"):
         plan_rows([], [0], tmp_path, [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a pipeline is to an ablation."""
+
+    config: Config | None = None
+
+
+def test_a_row_done_again_with_another_config_is_drawn_again(tmp_path, request, monkeypatch):
+    """As `row.json` asks where the config has changed: its file is deleted, and ablate started."""
+    drawn = []
+    monkeypatch.setattr(ablation, "source_of", lambda config: "made up")
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: 4)
+    monkeypatch.setattr(ablation, "open_examples", lambda config, **_: {"held_out": []})
+    monkeypatch.setattr(ablation, "Pipeline", SimpleNamespace(load=lambda folder: Loaded()))
+
+    def draw(pipeline, examples, path):
+        drawn.append(pipeline.config.sampling.tau1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+    def score(pipeline, path):
+        path.write_text(json.dumps({"tau1": pipeline.config.sampling.tau1}))
+
+    monkeypatch.setattr(ablation, "draw_grid", draw)
+    tests, preset = str(request.config.rootpath / "tests"), tmp_path / "a.py"
+    for tau1 in (0.9, 0.7):
+        sampling = f", sampling=SamplingConfig(steps=6, tau1={tau1}, tau2=0.5)"
+        preset.write_text(PRESET.format(tests=tests, name="a", changes=sampling))
+        given = ["--log.score", "4", "--log.grid", "1"]
+        (row,) = plan_rows([preset], [0], tmp_path / "runs", given)
+        for _ in range(2):  # the second time nothing is left to do
+            list(run_rows([row], Drawing(), lambda row: None, {"made up": score}))
+        assert json.loads((row.folder / "scores.json").read_text()) == {"tau1": tau1}
+        (row.folder / "row.json").unlink()
+        list(run_rows([row], Drawing(), lambda row: None, {"made up": score}))  # killed at the end
+        (row.folder / "row.json").unlink()
+    assert drawn == [0.9, 0.7]
+
+
+def test_a_row_done_again_with_other_times_of_training_is_trained_again(
+    tmp_path, request, monkeypatch
+):
+    monkeypatch.setattr(ablation, "source_of", lambda config: None)
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: 4)
+    monkeypatch.setattr(ablation, "_shift", lambda config: config.sampling.steps / 3)
+    tests, preset, trained = str(request.config.rootpath / "tests"), tmp_path / "a.py", []
+    for steps in (6, 6, 7):
+        sampling = f", sampling=SamplingConfig(steps={steps}, tau1=0.9, tau2=0.5)"
+        preset.write_text(PRESET.format(tests=tests, name="a", changes=sampling))
+        (row,) = plan_rows([preset], [0], tmp_path / "runs", [])
+        list(run_rows([row], Drawing(), lambda row: trained.append(row.config.sampling.steps), {}))
+        (row.folder / "row.json").unlink()
+    assert trained == [6, 7]
+
+
+def test_weights_of_a_run_that_has_not_finished_are_not_taken(tmp_path, request, monkeypatch):
+    tests, preset = str(request.config.rootpath / "tests"), tmp_path / "a.py"
+    preset.write_text(PRESET.format(tests=tests, name="a", changes=""))
+    run = make_run(tmp_path / "run", tiny_config())
+    total = tiny_config().total_steps
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: total - 1)
+    with pytest.raises(InputError, match=f"stands at step {total - 1} of {total}; let it finish"):
+        plan_rows([preset], [0], tmp_path / "runs", [], [run])
+    monkeypatch.setattr(ablation, "saved_step", lambda folder: total)
+    assert plan_rows([preset], [0], tmp_path / "runs", [], [run])[0].trained == run
 
 
 def test_steps_are_another_training_where_its_times_follow_them():

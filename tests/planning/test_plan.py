@@ -30,6 +30,7 @@ GIB = 2**30
         (["--topology", "v5p:2x2x1", "--search", "--mesh", "fsdp=4"], "leave --mesh out, or --search"),
         (["--topology", "v5p:2x2x1", "--search", "--what", "sample"], "--search looks for ways to train"),
         (["--topology", "v5p:2x2x1", "--chip-hour", "0"], "--chip-hour 0 must be above 0"),
+        (["--topology", "v5p:2x2x1", "--chip-hour", "nan"], "--chip-hour is nan; give a finite"),
     ],
 )
 def test_what_cannot_be_planned_is_named(arguments, message, capsys, monkeypatch):

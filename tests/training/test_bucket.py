@@ -32,6 +32,8 @@ from squeeze_jax.training.loop import train
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
 
+from object_store import BUCKET
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # Orbax, about restoring without shardings
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # google.auth, about this Python's age
@@ -181,6 +183,30 @@ def test_after_any_write_the_newest_whole_checkpoint_is_what_is_read(store):
     assert with_checkpoints.latest() == 2
     np.testing.assert_array_equal(with_checkpoints.restore(2, states[2])["a"], states[2]["a"])
     with_checkpoints.close()
+
+
+@pytest.mark.telling
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [b"", b" "], ids=["empty", "one byte"])
+def test_a_folder_that_lists_itself_keeps_its_checkpoints(store, content):
+    """Consoles and mounts make an object for a folder: one that is not empty is listed as its own
+    first entry."""
+    folder, state = as_path("gs://bucket/listed"), {"a": jnp.arange(8.0)}
+    store.show([])
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(1, state, b"{}", Saved(CONFIG, "base", 1.0))
+    checkpoints.wait()
+    checkpoints.close()
+    about, mark = store.writes[-1][2], "listed/checkpoints/"
+    store._create(BUCKET, mark, content, {**about, "name": mark, "size": str(len(content))})
+    there = list((folder / "checkpoints").iterdir())
+    assert len(there) == 2 and (folder / "checkpoints" in there) == bool(content)
+    again = Checkpoints(folder, keep=1)
+    assert store.names(f"listed/checkpoints/1/{MARKER}"), "nothing was removed"
+    if not content:  # Orbax takes the other kind for a file
+        assert again.latest() == 1
+        np.testing.assert_array_equal(again.restore(1, state)["a"], state["a"])
+    again.close()
 
 
 def resume_after(count, run, store, features, on_disk):
