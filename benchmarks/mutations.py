@@ -1,10 +1,14 @@
 """How many small faults the tests notice: operators, comparisons and constants changed one at a time.
 
-    python benchmarks/mutations.py --count 200 --jobs 2 --out mutations.jsonl
+    pip install pytest-cov
+    python benchmarks/mutations.py map
+    python benchmarks/mutations.py run --count 200 --jobs 2
 
-Every mutant runs the tests of its room, the file's own first, until one fails. A line of the report
-is written when a mutant is judged, so that a run that was stopped goes on. Minutes a mutant; the
-aim is 90 % of at least 200 caught, and a reason for every survivor.
+`map` runs the rooms' tests once and notes which test runs which line, and how long it takes
+(mutations_map.json). `run` gives every mutant the tests that run its line, the shortest first,
+until one fails; a line of the report (mutations.jsonl) is written when a mutant is judged, so that
+a run that was stopped goes on. The aim is 90 % of at least 200 caught, and a reason for every
+survivor.
 """
 
 import argparse
@@ -16,18 +20,28 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 import pytest
 
 # Imported once, before any fork; none of them starts a backend.
-for _library in ("jax", "flax.nnx", "optax", "orbax.checkpoint", "torch", "diffusers", "transformers"):
+for _library in (
+    "jax",
+    "flax.nnx",
+    "optax",
+    "orbax.checkpoint",
+    "torch",
+    "diffusers",
+    "transformers",
+):
     importlib.import_module(_library)
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +103,13 @@ def mutate(node: ast.AST) -> str | None:
         return "branches swapped"
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
         old = node.value
-        node.value = not old if isinstance(old, bool) else old + 1 if isinstance(old, int) else old * 1.5 or 1.0
+        node.value = (
+            not old
+            if isinstance(old, bool)
+            else old + 1
+            if isinstance(old, int)
+            else old * 1.5 or 1.0
+        )
         return f"{old} → {node.value}"
     return None
 
@@ -107,33 +127,56 @@ def make_mutant(path: Path, index: int) -> Mutant:
     node = list(nodes(tree))[index]
     change = mutate(node)
     assert change is not None
-    return Mutant(str(path.relative_to(ROOT)), getattr(node, "lineno", 0), change, ast.unparse(tree))
-
-
-def distance(mutant: Mutant, test: str) -> int:
-    """0: the test bears the file's name; 1: it names the module; 2: it is of the same room."""
-    stem = Path(mutant.file).stem
-    if Path(test).stem == f"test_{stem}":
-        return 0
-    room = Path(mutant.file).parent.name
-    text = (ROOT / test).read_text()
-    named = f"{room}.{stem}" in text or any(
-        stem in line for line in text.splitlines() if line.startswith(f"from squeeze_jax.{room} import")
+    return Mutant(
+        str(path.relative_to(ROOT)), getattr(node, "lineno", 0), change, ast.unparse(tree)
     )
-    return 1 if named else 2
 
 
-def chosen(count: int, seed: int) -> list[tuple[Mutant, tuple[str, ...]]]:
-    """Equally many mutants of every room, with the files of its tests, the nearest first."""
+Map = dict[str, dict[str, list[str]]]
+"""File → line → the tests that run it, the shortest first."""
+
+
+def make_map(out: Path) -> None:
+    """Runs the tests of all rooms with coverage and writes who runs what."""
+    from coverage import CoverageData
+
+    tests = sorted({test for some in ROOMS.values() for test in some})
+    with tempfile.TemporaryDirectory() as folder:
+        data, times = Path(folder) / "coverage", Path(folder) / "times.xml"
+        command = [
+            sys.executable, "-m", "pytest", "-n", "2", "--cov=squeeze_jax", "--cov-context=test",
+            "--cov-report=", f"--junitxml={times}", "-o", "junit_family=xunit1", *tests,
+        ]  # fmt: skip
+        environment = os.environ | {"COVERAGE_FILE": str(data), "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        cases = ElementTree.parse(times).iter("testcase")
+        seconds = {
+            f"{one.get('file')}::{one.get('name')}": float(one.get("time", 0)) for one in cases
+        }
+        read, found = CoverageData(str(data)), {}
+        read.read()
+        for file in read.measured_files():
+            lines = {}
+            for line, contexts in read.contexts_by_lineno(file).items():
+                names = {context.rpartition("|")[0] for context in contexts}
+                names = {name for name in names if name and "\\" not in name}
+                lines[line] = sorted(names, key=lambda name: seconds.get(name, SECONDS))
+            found[str(Path(file).relative_to(ROOT))] = lines
+    out.write_text(json.dumps(found))
+
+
+def chosen(count: int, seed: int, known: Map) -> list[tuple[Mutant, tuple[str, ...]]]:
+    """Equally many mutants of every room, of lines that some test runs or a module when it is
+    imported, each with its tests."""
     rng, found = random.Random(seed), []
     for pattern, tests in ROOMS.items():
         files = sorted((ROOT / "squeeze_jax").glob(pattern))
         every = [place for file in files for place in places(file)]
-        names = [str(path.relative_to(ROOT)) for test in tests for path in sorted(
-            (ROOT / test).rglob("test_*.py") if (ROOT / test).is_dir() else [ROOT / test])]  # fmt: skip
         for place in rng.sample(every, min(len(every), -(-count // len(ROOMS)))):
             mutant = make_mutant(*place)
-            found.append((mutant, tuple(sorted(names, key=lambda name: distance(mutant, name)))))
+            # What runs at import has no test of its own: the room's tests have.
+            running = known.get(mutant.file, {}).get(str(mutant.line)) or tests
+            found.append((mutant, tuple(running)))
     rng.shuffle(found)  # every worker gets of every room
     return found
 
@@ -161,9 +204,16 @@ def run_tests(copy: Path, tests: tuple[str, ...]) -> str | None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     if os.WIFSIGNALED(status):
-        return "time limit" if os.WTERMSIG(status) == signal.SIGALRM else f"signal {os.WTERMSIG(status)}"
-    failed = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return None if os.WEXITSTATUS(status) == 0 else "; ".join(failed) or "not collected"
+        return (
+            "time limit"
+            if os.WTERMSIG(status) == signal.SIGALRM
+            else f"signal {os.WTERMSIG(status)}"
+        )
+    text, code = log.read_text(), os.WEXITSTATUS(status)
+    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if code in (0, 5) or (code == 4 and "\nE  " not in text):  # all passed, or none was found
+        return None
+    return "; ".join(failed) or f"exit code {code}"
 
 
 def judge(mutant: Mutant, tests: tuple[str, ...], copy: Path) -> str | None:
@@ -176,9 +226,9 @@ def judge(mutant: Mutant, tests: tuple[str, ...], copy: Path) -> str | None:
         (copy / mutant.file).write_text(right)
 
 
-ROUNDS = (slice(0, 1), slice(1, 4), slice(4, None))
-"""Every mutant meets the nearest file of tests; who survives it three more; who survives those, all
-that are left. So the count of those caught is known long before the last survivor is."""
+ROUNDS = (slice(0, 3), slice(3, 12), slice(12, 60))
+"""Every mutant meets the shortest tests that run its line; who survives them more, and more. So the
+count of those caught is known long before the last survivor is."""
 
 
 def work(todo: list[tuple[Mutant, tuple[str, ...]]], out: Path) -> None:
@@ -211,15 +261,22 @@ def read_report(path: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("map", "run"))
+    parser.add_argument("--map", type=Path, default=Path("mutations_map.json"))
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("mutations.jsonl"))
     given = parser.parse_args()
-    judged = read_report(given.out)
-    known = {(one["file"], one["line"], one["change"]) for one in judged}
-    left = [one for one in chosen(given.count, given.seed) if one[0][:3] not in known]
+    if given.what == "map":
+        make_map(given.map)
+        return
+    known = json.loads(given.map.read_text())
+    judged = {(one["file"], one["line"], one["change"]) for one in read_report(given.out)}
+    left = [one for one in chosen(given.count, given.seed, known) if one[0][:3] not in judged]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SQUEEZE_TEST_CACHE"] = cache  # what a mutant leaves alone is compiled once
         children = []
@@ -230,9 +287,9 @@ def main() -> None:
             children.append(child)
         for child in children:
             os.waitpid(child, 0)
-    judged = read_report(given.out)
-    caught = sum(bool(one["caught"]) for one in judged)
-    print(f"{caught} of {len(judged)} mutants caught ({100 * caught / max(len(judged), 1):.0f} %)")
+    report = read_report(given.out)
+    caught = sum(bool(one["caught"]) for one in report)
+    print(f"{caught} of {len(report)} mutants caught ({100 * caught / max(len(report), 1):.0f} %)")
 
 
 if __name__ == "__main__":
