@@ -136,7 +136,14 @@ def run_pictures(given: Evaluate) -> None:
     """Suites dreambench and prompts."""
     from squeeze_jax.evaluation.judged import write_requests
     from squeeze_jax.evaluation.picture_set import MANIFEST, begin_picture_set
-    from squeeze_jax.evaluation.suites import Work, draw_set, load_judges, plan_set, score_set
+    from squeeze_jax.evaluation.suites import (
+        Work,
+        draw_set,
+        load_judges,
+        plan_set,
+        score_set,
+        show_set,
+    )
 
     out, prompts = open_suite(given)
     judges = load_judges(given.dino, given.clip)
@@ -155,7 +162,9 @@ def run_pictures(given: Evaluate) -> None:
         print(f"requests for a judge: {write_requests(out, pictures)}")
     if judges is not None:
         score_set(out, pictures, judges, out)
-    elif given.suite == "dreambench":
+        return
+    show_set(out, pictures)
+    if given.suite == "dreambench":
         print(f"to score them: python -m squeeze_jax score {out} --dino DIR --clip DIR")
 
 

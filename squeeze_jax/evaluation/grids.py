@@ -32,7 +32,9 @@ CHUNK = 64
 """Pictures sampled at once."""
 
 
-def grid_sampler(config: Config, folder: AnyPath, features: epath.PathLike) -> SampleFunction | None:
+def grid_sampler(
+    config: Config, folder: AnyPath, features: epath.PathLike
+) -> SampleFunction | None:
     """A function that draws held-out examples: a row of references, of samples, of true targets."""
     if config.log.grid == 0:
         return None

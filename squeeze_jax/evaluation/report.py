@@ -97,9 +97,17 @@ def write_report(folder: Path, report: Report, scores: Mapping[str, Any]) -> Non
     the folder cannot be written.
     """
     text = json.dumps(_finite(scores), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    page = render_html(report)
+    _write(folder, {"scores.json": text, "report.html": render_html(report)})
+
+
+def write_page(folder: Path, report: Report) -> None:
+    """Writes `folder`/report.html alone, of what has no scores. Raises as `write_report`."""
+    _write(folder, {"report.html": render_html(report)})
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
     try:
-        for name, content in (("scores.json", text), ("report.html", page)):
+        for name, content in files.items():
             write_beside(
                 folder / name, lambda part, text=content: part.write_text(text, encoding="utf-8")
             )

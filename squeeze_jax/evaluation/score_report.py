@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from squeeze_jax.data.images import load_image
 from squeeze_jax.evaluation import paper, similarity
 from squeeze_jax.evaluation.dreambench import PROMPTS, SUBJECTS
+from squeeze_jax.evaluation.picture_set import PictureSet, name_group
 from squeeze_jax.evaluation.report import Cell, Picture, Plot, Report, Section, Table, draw_plot
 from squeeze_jax.evaluation.score_pictures import Results
 from squeeze_jax.evaluation.similarity import Estimate, group_means, overall_means
@@ -34,7 +35,7 @@ def make_report(results: Results) -> Report:
             Section("Scores", _scores(results)),
             Section("By subject", _by_subject(results)),
             Section("Copies", _copies(results)),
-            Section("Pictures", [_pictures(results)]),
+            Section("Pictures", [picture_table(pictures, results.paths)]),
             Section("Choices", [_choices(results)]),
         ],
     )
@@ -127,19 +128,29 @@ def _verdict(one: similarity.Copying) -> str:
     return "suspect" if one.to_reference > one.real else ""
 
 
-def _pictures(results: Results) -> Table:
+def report_pictures(pictures: PictureSet, folder: Path) -> Report:
+    """A set that is drawn and not scored yet."""
+    name = pictures.system.get("checkpoint") or pictures.system.get("name") or "a system"
+    parts = ["None yet: docs/evaluation.md says how `score` makes them."]
+    table = picture_table(pictures, pictures.pictures(folder))
+    system = Table(["what", "value"], [[key, str(one)] for key, one in pictures.system.items()])
+    sections = [Section("Scores", parts), Section("Pictures", [table]), Section("System", [system])]
+    return Report(f"{pictures.suite}: {name}", sections)
+
+
+def picture_table(pictures: PictureSet, paths: Sequence[Sequence[Path]]) -> Table:
     """A row a subject: the reference, then the first picture of some of its prompts. Of prompts
-    about no subject, a row each with its own pictures."""
-    pictures, rows = results.pictures, []
+    about no subject, a row each with its own pictures. paths: those of each prompt."""
+    rows: list[list[Cell]] = []
     numbers: dict[str, list[int]] = {}
     for i, prompt in enumerate(pictures.prompts):
-        label = results.system[i].group if prompt.subjects else prompt.name
+        label = name_group(prompt.subjects) if prompt.subjects else prompt.name
         numbers.setdefault(label, []).append(i)
     for label, own in list(numbers.items())[:SUBJECTS]:
         reference = pictures.reference_paths(pictures.prompts[own[0]])[:1]
-        files = [(results.paths[i][0], i) for i in spread(own, SHOWN)]
+        files = [(paths[i][0], i) for i in spread(own, SHOWN)]
         if len(own) == 1:
-            files = [(path, own[0]) for path in results.paths[own[0]][:SHOWN]]
+            files = [(path, own[0]) for path in paths[own[0]][:SHOWN]]
         cells: list[Cell] = [thumbnail(path, "reference") for path in reference] or [None]
         cells += [thumbnail(path, pictures.prompts[i].text) for path, i in files]
         rows.append([label, *cells])

@@ -15,9 +15,14 @@ from squeeze_jax.evaluation.picture_set import (
     check_references,
     read_prompts,
 )
-from squeeze_jax.evaluation.report import print_report, require_matplotlib, write_report
+from squeeze_jax.evaluation.report import (
+    print_report,
+    require_matplotlib,
+    write_page,
+    write_report,
+)
 from squeeze_jax.evaluation.score_pictures import score_pictures, to_json
-from squeeze_jax.evaluation.score_report import make_report
+from squeeze_jax.evaluation.score_report import make_report, report_pictures
 from squeeze_jax.folder_lock import hold
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
@@ -103,6 +108,13 @@ def load_judges(dino: Path | None, clip: Path | None) -> tuple[Judge, Judge] | N
         raise InputError("--dino and --clip belong together; give both folders")
     require_matplotlib()
     return load_dino(dino), load_clip(clip)
+
+
+def show_set(folder: Path, pictures: PictureSet) -> None:
+    """Writes a page of pictures that have no scores yet, unless there is a report of scores."""
+    if not (folder / "scores.json").exists():
+        write_page(folder, report_pictures(pictures, folder))
+        print(f"report: {folder / 'report.html'}")
 
 
 def score_set(folder: Path, pictures: PictureSet, judges: tuple[Judge, Judge], out: Path) -> None:

@@ -125,6 +125,8 @@ def test_the_suite_prompts_writes_what_a_judge_is_asked(root, tmp_path):
     requests = [json.loads(line) for line in lines]
     assert [one["id"] for one in requests] == ["0000-0", "0001-0", "0002-0"]
     assert all(load_image(one["picture"]).size == (64, 64) for one in requests)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") >= 3 and "None yet" in page
 
 
 @pytest.mark.slow
