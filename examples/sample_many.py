@@ -1,6 +1,6 @@
 """Many pictures of one prompt: `vmap` over keys around the whole staged sampler, one program.
 
-    python examples/sample_many.py --prompt "a big critter on the beach" --count 8 --out many.png
+    python examples/sample_many.py --count 8 --out many.png
 
 The shipped miniature draws; its encoders make the inputs and the pictures, the functional core
 everything in between.
@@ -17,12 +17,13 @@ from squeeze_jax import Pipeline, Settings, functional
 from squeeze_jax.interop.load import DEMO
 from squeeze_jax.sampling.batching import pad_references
 
+PROMPT = "a big critter jumping on the beach at sunset, with a red balloon, on the left"
 REFERENCE = DEMO / "references" / "critter-0.png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompt", default="a big critter on the beach at sunset")
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("many.png"))
