@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-PRESET = "configs/flux_stage2.py"
 TEXT = ("--data.max-text-tokens", "128")
 """Of FLUX.1's rows, which were made when that was the limit."""
 BEST = (
@@ -40,20 +39,38 @@ PLANS: dict[str, tuple[str, ...]] = {
     "v5e_2x2_sample": ("--topology", "v5e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
     "v5e_4x4_sample": ("--topology", "v5e:4x4", *ONE_IMAGE, "--mesh", "fsdp=2,tensor=8"),
 }
-SMALL = "configs/klein_small_stage2.py"
 PRODUCTS = ("--parallel.remat", "save_products", "--data.batch-per-chip")
-KLEIN: dict[str, tuple[str, ...]] = {
+EVERYTHING = ("--parallel.remat", "none", "--data.batch-per-chip")
+SMALL_KLEIN: dict[str, tuple[str, ...]] = {
     "klein_v5e_2x2": ("--topology", "v5e:2x2"),
     "klein_v5e_2x2_online": ("--topology", "v5e:2x2", "--data.online"),
     "klein_v5e_2x2_best": ("--topology", "v5e:2x2", *PRODUCTS, "1"),
-    "klein_v5e_4x4_best": ("--topology", "v5e:4x4", *PRODUCTS, "1"),
+    "klein_v5e_4x4_best": ("--topology", "v5e:4x4", *PRODUCTS, "2"),
     "klein_v6e_1x1": ("--topology", "v6e:1x1"),
-    "klein_v6e_1x1_products": ("--topology", "v6e:1x1", *PRODUCTS, "2"),
+    "klein_v6e_1x1_products": ("--topology", "v6e:1x1", *PRODUCTS, "1"),
+    "klein_v6e_1x1_products_2": ("--topology", "v6e:1x1", *PRODUCTS, "2"),
+    "klein_v6e_1x1_int8": ("--topology", "v6e:1x1", *PRODUCTS, "2", "--model.frozen-dtype", "int8"),
     "klein_v6e_2x2_best": ("--topology", "v6e:2x2", *PRODUCTS, "3"),
+    "klein_v6e_2x2_none": ("--topology", "v6e:2x2", *EVERYTHING, "3"),
     "klein_v5p_2x2x1_best": ("--topology", "v5p:2x2x1", *PRODUCTS, "8"),
     "klein_v5e_2x2_sample": ("--topology", "v5e:2x2", *ONE_IMAGE, "--mesh", "fsdp=1,tensor=4"),
+    "klein_v5e_1x1_sample": ("--topology", "v5e:1x1", *ONE_IMAGE),
 }
 """FLUX.2 [klein] with InternVL3-2B, at the preset's own limit of 256 text tokens."""
+KLEIN: dict[str, tuple[str, ...]] = {
+    "klein_8b_v5e_4x4": ("--topology", "v5e:4x4"),
+    "klein_8b_v5p_2x2x2": ("--topology", "v5p:2x2x2"),
+}
+"""FLUX.2 [klein] with InternVL3-8B, at the preset's own limit, too."""
+TABLES = (
+    ("configs/flux_stage2.py", PLANS, TEXT),
+    ("configs/klein_small_stage2.py", SMALL_KLEIN, ()),
+    ("configs/klein_stage2.py", KLEIN, ()),
+)
+ASKED = {
+    name: (preset, *flags, *more) for preset, plans, more in TABLES for name, flags in plans.items()
+}
+"""What `plan` is asked for each row."""
 COLUMNS = (
     "topology", "mesh", "batch a chip", "remat", "HBM a chip, GiB (arguments + temporaries)",
     "over ICI, GB", "over DCN, GB", "model TFLOP", "predicted s", "MFU, %", "examples/s",
@@ -67,6 +84,10 @@ def row(report: dict) -> tuple[str, ...]:
     memory = report["hbm_per_chip"]
     slices = f"{report['slices']} x " if report["slices"] > 1 else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+    if "collectives" not in report:  # the compiler refused it
+        total = f"{memory['total'] / GIB:.2f} of {report['hbm_capacity'] / GIB:.0f}: does not fit"
+        what = (str(report["batch_per_chip"]), report["remat"], total)
+        return (report["topology"].replace(":", " "), mesh, *what, *("–",) * (len(COLUMNS) - 5))
     sent = {
         over: sum(one["bytes_per_chip"] for one in report["collectives"] if one["over"] == over)
         for over in ("ici", "dcn")
@@ -100,7 +121,7 @@ def main() -> None:
         "--only",
         nargs="*",
         default=list(PLANS),
-        choices=[*PLANS, *KLEIN],
+        choices=list(ASKED),
         help="which plans to make",
     )
     given = parser.parse_args()
@@ -109,8 +130,7 @@ def main() -> None:
     for name in given.only:
         path = given.out / f"{name}.json"
         if not path.exists():
-            asked = (SMALL, *KLEIN[name]) if name in KLEIN else (PRESET, *PLANS[name], *TEXT)
-            command = [sys.executable, "-m", "squeeze_jax", "plan", *asked, "--json", path]
+            command = [sys.executable, "-m", "squeeze_jax", "plan", *ASKED[name], "--json", path]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print("| " + " | ".join(row(json.loads(path.read_text()))) + " |", flush=True)
 
