@@ -149,17 +149,17 @@ def interrupted(command, done, environment):
     """Runs a command again and again, killed whenever `done()` grows, until it ends by itself."""
     kills, before = 0, done()
     while True:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "squeeze_jax", *command], env=environment, cwd=ROOT,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        while process.poll() is None and (done() == before or kills >= 2):
-            time.sleep(0.01)
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read()
-            return kills
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        ) as process:  # fmt: skip
+            while process.poll() is None and (done() == before or kills >= 2):
+                time.sleep(0.01)
+            if process.poll() is not None:
+                assert process.returncode == 0, process.stderr.read()
+                return kills
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         kills, before = kills + 1, done()
 
 
