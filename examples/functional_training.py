@@ -33,7 +33,8 @@ def main() -> None:
 
     # Weights and an optimizer of our own.
     trained, frozen = functional.init(config, jax.random.key(0))
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 5, given.steps))
+    warmup = given.steps // 4
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup, given.steps))
     opt_state = optimizer.init(trained)
 
     @jax.jit
