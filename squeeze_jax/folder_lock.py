@@ -88,8 +88,9 @@ def _acquire(path: Path, what: str) -> int:
         os.close(file)  # its last holder removed it between our opening and our locking
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     signed = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(signed).encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a signature, too
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(signed).encode(), 0)
     return file
 
 

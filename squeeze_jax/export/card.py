@@ -133,13 +133,14 @@ def _usage(folder: Path, config: Config) -> str:
     given = [f'{name}="{hub(place)}"' for name, place in absent.items()]
     small = model.dit.width < DiTConfig().width  # float32 costs nothing
     arguments = ", ".join(['"."', *given, *(["torch_dtype=torch.float32"] if small else [])])
-    precision = (  # measured on the miniature's export
+    # Measured by benchmarks/export_precision.py on the shipped miniature.
+    off = "the miniature's pixels are half a grey level of 255 off on average, single ones 43"
+    precision = (
         "This computes in float32, as the run's own sampler does. Without `torch_dtype` it is "
-        "bfloat16: half the memory, and pixels up to 11 of 255 grey levels off."
+        f"bfloat16: half the memory, and {off}."
         if small
         else "This computes in bfloat16. With `torch_dtype=torch.float32` in `load` it takes twice "
-        "the memory and several times as long, and draws what the certificate compared (in "
-        "bfloat16 the miniature's pixels were up to 11 of 255 grey levels off)."
+        f"the memory and draws what the certificate compared (in bfloat16 {off})."
     )
     pip = 'torch "diffusers>=0.42" "transformers>=5.4" safetensors accelerate'
     pip += " peft" if config.lora is not None else ""
