@@ -2,9 +2,8 @@
 
     python examples/population_of_loras.py [--members 4]
 
-Each member has its own random start and its own learning rate; base and batch are shared, so that
-their memory and the base's products' set-up are paid once. Here on random numbers in place of
-records: the loss of fitting one batch falls for each.
+Each member has its own random start and its own learning rate; base and batch are shared. Here on
+random numbers in place of records: the loss of fitting one batch falls for each.
 """
 
 import argparse
