@@ -248,7 +248,8 @@ _GROUND_COLOUR = {
 
 
 @lru_cache(maxsize=64)
-def _background(place: str, time: str, size: int) -> Image.Image:
+def draw_background(place: str, time: str, size: int) -> Image.Image:
+    """A place at a time of day, without anyone: RGB, `size` x `size` pixels. Not to be drawn on."""
     big = size * _SUPERSAMPLE
     image = Image.new("RGB", (big, big), _SKY[time])
     draw = ImageDraw.Draw(image)
@@ -368,7 +369,7 @@ def draw_scene(subject: Subject, scene: Scene, size: int = 64) -> np.ndarray:
         factor: SCENE_FACTORS[factor][index]
         for factor, index in zip(Scene._fields, scene, strict=True)
     }
-    image = _background(names["place"], names["time"], size).copy()
+    image = draw_background(names["place"], names["time"], size).copy()
     shift = round(_SHIFT[names["position"]] * size)
     pose, scale, accessory = names["pose"], names["size"], names["accessory"]
     colour = _ACCESSORY_COLOUR[accessory]
