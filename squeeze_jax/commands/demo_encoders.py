@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -12,14 +13,22 @@ from squeeze_jax.commands.run import guarded, setup
 from squeeze_jax.miniature.train_autoencoder import AutoencoderTraining
 from squeeze_jax.miniature.train_mllm import MLLMTraining
 
+if TYPE_CHECKING:
+    from squeeze_jax.miniature.world import World
+    from squeeze_jax.models.autoencoder import Autoencoder
+
 
 @dataclass(frozen=True)
 class DemoEncoders:
-    """Trains the miniature's autoencoder and MLLM on drawn critters: about 20 minutes on two CPU
-    cores."""
+    """Trains the miniature's autoencoder and MLLM: about 20 minutes on two CPU cores for drawn
+    critters, an hour for emoji."""
 
     workdir: Path = Path("runs/demo-encoders")
     """`autoencoder` and `mllm` are written below it; copy them to squeeze_jax/demo to ship them."""
+    world: Literal["critters", "emoji"] = "critters"
+    """Whose pictures and sentences."""
+    parts: tuple[Literal["autoencoder", "mllm"], ...] = ("autoencoder", "mllm")
+    """What is trained."""
     autoencoder: AutoencoderTraining = field(default_factory=AutoencoderTraining)
     mllm: MLLMTraining = field(default_factory=MLLMTraining)
 
@@ -35,57 +44,90 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: DemoEncoders) -> None:
     setup()
+    started = time.perf_counter()
+    if "autoencoder" in given.parts:
+        run_autoencoder(given)
+    if "mllm" in given.parts:
+        run_mllm(given)
+    print(f"done in {time.perf_counter() - started:.0f} s")
+
+
+def world_of(given: DemoEncoders) -> "World":
+    from squeeze_jax.miniature.emoji.world import EMOJI
+    from squeeze_jax.miniature.world import CRITTERS
+
+    return EMOJI if given.world == "emoji" else CRITTERS
+
+
+def run_autoencoder(given: DemoEncoders) -> None:
     import jax.numpy as jnp
     from PIL import Image
 
     from squeeze_jax.interop.autoencoder import save_autoencoder
-    from squeeze_jax.interop.load import save_internvl
     from squeeze_jax.miniature.train_autoencoder import (
         DEMO_AUTOENCODER,
-        critter_pictures,
+        EMOJI_AUTOENCODER,
         measure,
+        pictures_of,
         preview,
         train_autoencoder,
     )
-    from squeeze_jax.miniature.train_mllm import demo_config, demo_tokenizer, train_mllm
     from squeeze_jax.training.metrics import progress_bar
 
-    started = time.perf_counter()
+    training, world = given.autoencoder, world_of(given)
+    folder = given.workdir / "autoencoder"
+    held_out = next(pictures_of(world, 0, 256, split="held_out"))
     with progress_bar() as bar:
-        training = given.autoencoder
         task = bar.add_task("autoencoder", total=training.steps, figures="")
-        autoencoder = train_autoencoder(
-            DEMO_AUTOENCODER,
+
+        def keep(step: int, autoencoder: "Autoencoder") -> None:
+            save_autoencoder(autoencoder, folder, dtype=jnp.bfloat16, sample_size=64)
+            sheet = preview(autoencoder, held_out[:12])
+            Image.fromarray(sheet).save(given.workdir / "autoencoder.png")
+            reached = measure(autoencoder, held_out)["psnr"]
+            print(f"autoencoder, step {step}: {folder}, held-out PSNR {reached:.1f} dB", flush=True)
+
+        train_autoencoder(
+            EMOJI_AUTOENCODER if given.world == "emoji" else DEMO_AUTOENCODER,
             training,
-            critter_pictures(training.seed, training.batch, training.size),
+            pictures_of(world, training.seed, training.batch),
             progress=lambda step, values: bar.update(
                 task, completed=step, figures=f"PSNR {values['psnr']:.1f} dB"
             ),
-        )
-        folder = given.workdir / "autoencoder"
-        save_autoencoder(autoencoder, folder, dtype=jnp.bfloat16, sample_size=training.size)
-        held_out = next(critter_pictures(0, 256, training.size, split="held_out"))
-        Image.fromarray(preview(autoencoder, held_out[:12])).save(given.workdir / "autoencoder.png")
-        print(
-            f"autoencoder: {folder}, held-out PSNR {measure(autoencoder, held_out)['psnr']:.1f} dB"
+            checkpoint=keep,
         )
 
-        tokenizer = demo_tokenizer()
+
+def run_mllm(given: DemoEncoders) -> None:
+    import jax.numpy as jnp
+
+    from squeeze_jax.interop.load import save_internvl
+    from squeeze_jax.miniature.train_mllm import (
+        demo_config,
+        demo_tokenizer,
+        tokenizer_of,
+        train_mllm,
+    )
+    from squeeze_jax.training.metrics import progress_bar
+
+    world, emoji = world_of(given), given.world == "emoji"
+    tokenizer = tokenizer_of(world) if emoji else demo_tokenizer()
+    with progress_bar() as bar:
         naming = bar.add_task("mllm's eyes", total=given.mllm.vision_steps, figures="")
         task = bar.add_task("mllm", total=given.mllm.steps, figures="")
         mllm = train_mllm(
-            demo_config(tokenizer),
+            demo_config(tokenizer, 24 if emoji else 16),
             given.mllm,
             tokenizer,
+            world,
             vision_progress=lambda step, values: bar.update(
-                naming, completed=step, figures=f"factors {values['right']:.2f}"
+                naming, completed=step, figures=f"labels {values['right']:.2f}"
             ),
             progress=lambda step, values: bar.update(
                 task, completed=step, figures=f"answers {values['right']:.2f}"
             ),
         )
-        folder = given.workdir / "mllm"
-        save_internvl(folder, mllm, jnp.bfloat16)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        print(f"MLLM: {folder}")
-    print(f"done in {time.perf_counter() - started:.0f} s")
+    folder = given.workdir / "mllm"
+    save_internvl(folder, mllm, jnp.bfloat16)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    print(f"MLLM: {folder}")

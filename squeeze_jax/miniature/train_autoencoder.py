@@ -1,4 +1,4 @@
-"""Trains the demo's autoencoder to redraw critters: reconstruction plus a small KL term, Muon and
+"""Trains the miniature's autoencoder to redraw a world's pictures: reconstruction plus a small KL term, Muon and
 AdamW on a cosine.
 
 The result's latents have zero mean and unit variance over what it was trained on, as FLUX.1's do
@@ -17,7 +17,8 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
 from squeeze_jax.array_types import Array, Float, Key
-from squeeze_jax.miniature.critters import Split, draw_reference, draw_scene, pair_at
+from squeeze_jax.miniature.critters import Split
+from squeeze_jax.miniature.world import World
 from squeeze_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 
 DEMO_AUTOENCODER = AutoencoderConfig(
@@ -34,6 +35,9 @@ tokens.
 Two groups of channels a norm: with a group for each of eight channels the last norm would take
 away mean colours."""
 
+EMOJI_AUTOENCODER = replace(DEMO_AUTOENCODER, block_out_channels=(12, 32, 64))
+"""The same with more channels, since emoji have more of everything than critters."""
+
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
@@ -41,8 +45,6 @@ class AutoencoderTraining:
 
     steps: int = 2500
     batch: int = 8
-    size: int = 64
-    """Side of the square pictures, in pixels."""
     learning_rate: float = 0.02
     """Muon's peak, for kernels, reached after `warmup` steps, then a cosine to zero."""
     vector_learning_rate: float = 4e-3
@@ -112,23 +114,12 @@ def train_autoencoder(
     return measured
 
 
-def critter_pictures(
-    seed: int, batch: int, size: int = 64, split: Split = "train"
+def pictures_of(
+    world: World, seed: int, batch: int, split: Split = "train"
 ) -> Iterator[np.ndarray]:
-    """Endless batches uint8 [batch, size, size, 3]: of four pictures three are scenes and one is
-    a reference alone."""
+    """Endless batches of a world's pictures, uint8 [batch, 64, 64, 3]."""
     for start in count(0, batch):
-        yield np.stack(
-            [critter_picture(seed, index, size, split) for index in range(start, start + batch)]
-        )
-
-
-def critter_picture(seed: int, index: int, size: int = 64, split: Split = "train") -> np.ndarray:
-    """One picture of pair `index`, uint8 [size, size, 3]."""
-    pair = pair_at(seed, index, split)
-    if index % 4 == 3:
-        return draw_reference(pair.subject, pair.reference_pose, size)
-    return draw_scene(pair.subject, pair.scene, size)
+        yield np.stack([world.picture(seed, index, split) for index in range(start, start + batch)])
 
 
 def reconstruction_loss(

@@ -21,21 +21,12 @@ import numpy as np
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
-from PIL import Image
 
 from squeeze_jax.array_types import Array, Bool, Float, Int
 from squeeze_jax.data.chat import IMAGE, SPECIAL_TOKENS, Vocabulary, preprocess_image
-from squeeze_jax.miniature.critters import (
-    FINE_FACTORS,
-    POSES,
-    SUBJECT_FACTORS,
-    Pair,
-    Split,
-    draw_reference,
-    pair_at,
-    questions,
-)
+from squeeze_jax.miniature.critters import Split, pair_at, questions
 from squeeze_jax.miniature.tokenizer import build_demo_tokenizer
+from squeeze_jax.miniature.world import CRITTERS, Talk, World
 from squeeze_jax.models.internvl import InternVL, InternVLConfig, TextConfig, VisionConfig
 
 GREETING = "user\n"
@@ -70,7 +61,7 @@ class MLLMTraining:
 
 
 def demo_tokenizer() -> Any:
-    """The demo's tokenizer (`tokenizers.Tokenizer`), made from what 3,000 conversations say."""
+    """The critters' tokenizer (`tokenizers.Tokenizer`), made from what 3,000 conversations say."""
 
     def texts() -> Iterable[str]:
         for index in range(3000):
@@ -83,12 +74,29 @@ def demo_tokenizer() -> Any:
     return build_demo_tokenizer(texts())
 
 
-def demo_config(tokenizer: Any) -> InternVLConfig:
-    """The demo's MLLM for a tokenizer: 1.1 M parameters, 4 image tokens of a thumbnail of 16x16
-    pixels."""
+def tokenizer_of(world: World, vocab_size: int = 2048, conversations: int = 20_000) -> Any:
+    """A world's tokenizer (`tokenizers.Tokenizer`), made from what its conversations say.
+
+    Words of held-out subjects' names that no other text has are spelled in bytes.
+    """
+
+    def texts() -> Iterable[str]:
+        yield from (GREETING, ANSWER, "system\n")
+        for index in range(conversations):
+            talk = world.talk(0, index, "train", np.random.default_rng(index))
+            yield talk.prompt or ""
+            for question, answer in talk.questions:
+                yield from (question, answer)
+
+    return build_demo_tokenizer(texts(), vocab_size)
+
+
+def demo_config(tokenizer: Any, image_size: int = 16) -> InternVLConfig:
+    """The demo's MLLM for a tokenizer: 1.1 M parameters with the critters' words, 4 image tokens
+    of a thumbnail of 16x16 pixels (9 of 24x24)."""
     return InternVLConfig(
         vision=VisionConfig(
-            image_size=16,
+            image_size=image_size,
             patch_size=4,
             hidden_size=96,
             num_hidden_layers=4,
@@ -118,15 +126,21 @@ class Conversation(NamedTuple):
     weights: Float[Array, "B L"]
     """Weight of the loss on predicting this token."""
     mask: Bool[Array, "B L"]
-    pixel_values: Float[Array, "B height width 3"]
+    pixel_values: Float[Array, "B images height width 3"]
 
 
 class Speaker:
     """Turns pairs into conversations: texts to ids (remembered, since the sentences repeat),
     pictures to tiles."""
 
-    def __init__(self, config: InternVLConfig, tokenizer: Any, training: MLLMTraining) -> None:
-        self.config, self.training = config, training
+    def __init__(
+        self,
+        config: InternVLConfig,
+        tokenizer: Any,
+        training: MLLMTraining,
+        world: World = CRITTERS,
+    ) -> None:
+        self.config, self.training, self.world = config, training, world
         self.vocabulary = Vocabulary(tokenizer)
         self.start, self.end, self.image_start, self.image_end, self.image = map(
             self.vocabulary.special, SPECIAL_TOKENS
@@ -143,29 +157,32 @@ class Speaker:
         weights = [0.0] * len(head) + [weight] * (len(content) + 1) + [0.0]
         return ids, weights
 
-    def conversation(self, pair: Pair, rng: np.random.Generator) -> tuple[list[int], list[float]]:
-        """A picture with a prompt (half of the time) or with a first question, then questions
-        while they fit."""
-        picture = [
-            self.image_start,
-            *[self.image] * self.config.image_tokens,
-            self.image_end,
-            *self.text("\n"),
-        ]
-        prompted = rng.random() < 0.5
-        asked = iter(questions(pair.subject, pair.scene if prompted else pair.reference_pose, rng))
-        if prompted:
-            said = (
-                self.spell(pair.prompt, rng)
-                if rng.random() < self.training.spelled
-                else self.text(pair.prompt)
+    def conversation(self, talk: Talk, rng: np.random.Generator) -> tuple[list[int], list[float]]:
+        """The pictures with a prompt or with a first question, then questions while they fit."""
+        pictures = [
+            token
+            for _ in talk.pictures
+            for token in (
+                self.image_start,
+                *[self.image] * self.config.image_tokens,
+                self.image_end,
+                *self.text("\n"),
             )
-            ids, weights = self.turn([*picture, *said], self.training.prompt_weight)
-            for place in range(ids.index(self.image_end) + 2):  # the picture is not to be predicted
-                weights[place] = 0.0
+        ]
+        asked = iter(talk.questions)
+        if talk.prompt is not None:
+            said = (
+                self.spell(talk.prompt, rng)
+                if rng.random() < self.training.spelled
+                else self.text(talk.prompt)
+            )
+            ids, weights = self.turn([*pictures, *said], self.training.prompt_weight)
+            # The pictures are not to be predicted.
+            last = max(place for place, one in enumerate(ids) if one == self.image_end)
+            weights[: last + 2] = [0.0] * (last + 2)
         else:
             question, answer = next(asked)
-            ids, weights = self.turn([*picture, *self.text(question)])
+            ids, weights = self.turn([*pictures, *self.text(question)])
             more, more_weights = self.turn(list(self.text(answer)), 1.0, ANSWER)
             ids, weights = ids + more, weights + more_weights
         for question, answer in asked:
@@ -198,31 +215,29 @@ class Speaker:
             np.zeros(shape, np.float32),
             np.zeros(shape, bool),
         )
-        pixels = np.zeros((training.batch, size, size, 3), np.float32)
+        # Unused pictures stay zero, at the end of their row.
+        pixels = np.zeros((training.batch, self.world.references, size, size, 3), np.float32)
         for row in range(training.batch):
             index = step * training.batch + row
-            pair = pair_at(training.seed, index, split)
-            ids, of_ids = self.conversation(pair, np.random.default_rng((training.seed, index, 7)))
+            rng = np.random.default_rng((training.seed, index, 7))
+            talk = self.world.talk(training.seed, index, split, rng)
+            ids, of_ids = self.conversation(talk, rng)
+            ids, of_ids = ids[: training.length], of_ids[: training.length]
             input_ids[row, : len(ids)], weights[row, : len(ids)], mask[row, : len(ids)] = (
                 ids,
                 of_ids,
                 True,
             )
-            pixels[row] = tile(pair, size)
+            for place, picture in enumerate(talk.pictures):
+                pixels[row, place] = preprocess_image(picture, size)
         return Conversation(input_ids, weights, mask, pixels)
-
-
-def tile(pair: Pair, size: int) -> np.ndarray:
-    """The pair's reference as the vision tower reads it."""
-    return preprocess_image(
-        Image.fromarray(draw_reference(pair.subject, pair.reference_pose)), size
-    )
 
 
 def train_mllm(
     config: InternVLConfig,
     training: MLLMTraining,
     tokenizer: Any,
+    world: World = CRITTERS,
     *,
     vision_progress: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     progress: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
@@ -232,9 +247,9 @@ def train_mllm(
     `vision_progress` and `progress(step, metrics)` are called after every step of the two parts.
     The same config, training and tokenizer give the same weights on one machine.
     """
-    speaker = Speaker(config, tokenizer, training)
+    speaker = Speaker(config, tokenizer, training, world)
     mllm = initial_mllm(config, training.seed)
-    pretrain_vision(mllm, training, progress=vision_progress)
+    pretrain_vision(mllm, training, world, progress=vision_progress)
     graph, parameters = nnx.split(mllm, nnx.Param)
     optimizer = make_optimizer(training, training.steps)
     moments = optimizer.init(parameters)
@@ -258,16 +273,12 @@ def train_mllm(
     return nnx.merge(graph, parameters)
 
 
-COARSE = {name: len(values) for name, values in SUBJECT_FACTORS.items() if name not in FINE_FACTORS}
-"""What the vision tower learns to name besides the pose: each factor and its number of values."""
-
-
 class FactorHeads(nnx.Module):
-    """Image tokens to one set of logits a factor; thrown away after the pretraining."""
+    """Image tokens to one set of logits a label; thrown away after the pretraining."""
 
-    def __init__(self, mllm: InternVL, rngs: nnx.Rngs) -> None:
+    def __init__(self, mllm: InternVL, sizes: Iterable[int], rngs: nnx.Rngs) -> None:
         features = mllm.config.image_tokens * mllm.config.text.hidden_size
-        self.sizes = (*COARSE.values(), len(POSES))
+        self.sizes = tuple(sizes)
         self.mllm, self.heads = mllm, nnx.Linear(features, sum(self.sizes), rngs=rngs)
 
     def __call__(
@@ -281,12 +292,14 @@ class FactorHeads(nnx.Module):
 def pretrain_vision(
     mllm: InternVL,
     training: MLLMTraining,
+    world: World = CRITTERS,
     *,
     progress: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> None:
-    """Trains the vision tower and the projector, in place, so that the coarse factors can be
+    """Trains the vision tower and the projector, in place, so that the world's labels can be
     read off linearly."""
-    graph, parameters = nnx.split(FactorHeads(mllm, nnx.Rngs(training.seed + 1)), nnx.Param)
+    heads = FactorHeads(mllm, world.label_sizes.values(), nnx.Rngs(training.seed + 1))
+    graph, parameters = nnx.split(heads, nnx.Param)
     optimizer = make_optimizer(training, training.vision_steps)
     moments = optimizer.init(parameters)
 
@@ -307,14 +320,10 @@ def pretrain_vision(
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         first = step * training.vision_batch
-        rows = [pair_at(training.seed, first + row) for row in range(training.vision_batch)]
-        factors = [
-            [*(getattr(pair.subject, name) for name in COARSE), pair.reference_pose]
-            for pair in rows
-        ]
-        return np.stack([tile(pair, mllm.config.vision.image_size) for pair in rows]), np.array(
-            factors, np.int32
-        )
+        rows = [world.labelled(training.seed, first + row) for row in range(training.vision_batch)]
+        size = mllm.config.vision.image_size
+        tiles = np.stack([preprocess_image(picture, size) for picture, _ in rows])
+        return tiles, np.array([labels for _, labels in rows], np.int32)
 
     with ThreadPoolExecutor(1) as drawing:
         upcoming = drawing.submit(batch, 0)

@@ -13,7 +13,7 @@ from squeeze_jax.data.chat import IMAGE
 from squeeze_jax.miniature.critters import pair_at
 from squeeze_jax.miniature.train_autoencoder import (
     DEMO_AUTOENCODER,
-    critter_pictures,
+    pictures_of,
     to_float,
     with_measured_scale,
 )
@@ -26,6 +26,7 @@ from squeeze_jax.miniature.train_mllm import (
     initial_mllm,
     pretrain_vision,
 )
+from squeeze_jax.miniature.world import CRITTERS
 from squeeze_jax.models.autoencoder import Autoencoder
 
 TRAINING = MLLMTraining(vision_steps=40, vision_batch=32, batch=4, spelled=1.0)
@@ -95,7 +96,7 @@ def test_the_eyes_learn_to_name_and_the_rest_is_untouched(config):
 
 @pytest.mark.slow
 def test_measured_latents_have_mean_zero_and_deviation_one():
-    pictures = next(critter_pictures(0, 8))
+    pictures = next(pictures_of(CRITTERS, 0, 8))
     raw = Autoencoder(DEMO_AUTOENCODER, rngs=nnx.Rngs(0))
     measured = with_measured_scale(raw, [pictures])
     latents = np.asarray(measured.encode(to_float(jnp.asarray(pictures))), np.float64)
