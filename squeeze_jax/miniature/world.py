@@ -61,7 +61,10 @@ class CrittersWorld:
 
     references = 1
     coarse = tuple(name for name in SUBJECT_FACTORS if name not in FINE_FACTORS)
-    label_sizes = {name: len(SUBJECT_FACTORS[name]) for name in coarse} | {"pose": len(POSES)}
+
+    def __init__(self) -> None:
+        self.label_sizes = {name: len(SUBJECT_FACTORS[name]) for name in self.coarse}
+        self.label_sizes["pose"] = len(POSES)
 
     def talk(self, seed: int, index: int, split: Split, rng: np.random.Generator) -> Talk:
         """Half of the time there is a prompt, and the questions are about it."""

@@ -50,8 +50,19 @@ LEFT_OUT = re.compile(
 """Names with one of these words are no pictures of one nameable thing, or hold letters."""
 
 FACES = frozenset(
-    "face-affection face-concerned face-glasses face-hand face-hat face-negative "
-    "face-neutral-skeptical face-sleepy face-smiling face-tongue face-unwell".split()
+    [
+        "face-affection",
+        "face-concerned",
+        "face-glasses",
+        "face-hand",
+        "face-hat",
+        "face-negative",
+        "face-neutral-skeptical",
+        "face-sleepy",
+        "face-smiling",
+        "face-tongue",
+        "face-unwell",
+    ]
 )
 """Subcategories whose names are adjectives."""
 
@@ -90,7 +101,9 @@ def cropped(picture: Image.Image) -> Image.Image:
 
 def main(folder: Path) -> None:
     rows = json.loads((folder / "emoji.json").read_text())
-    category = {sub.replace("_", " "): name for name, subs in CATEGORIES.items() for sub in subs.split()}
+    category = {
+        sub.replace("_", " "): name for name, subs in CATEGORIES.items() for sub in subs.split()
+    }
     rows = [
         row
         for row in sorted(rows, key=lambda row: row["sort_order"])

@@ -16,7 +16,13 @@ class EmojiWorld:
     """One or two references; critters among the autoencoder's pictures, since it serves both."""
 
     references = 2
-    label_sizes = {"name": len(NAMES), "category": len(CATEGORIES), "colour": len(COLOURS)}
+
+    def __init__(self) -> None:
+        self.label_sizes = {
+            "name": len(NAMES),
+            "category": len(CATEGORIES),
+            "colour": len(COLOURS),
+        }
 
     def talk(self, seed: int, index: int, split: Split, rng: np.random.Generator) -> Talk:
         """Of four conversations three have a prompt, and questions about it."""
