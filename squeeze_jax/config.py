@@ -15,6 +15,7 @@ import tyro
 
 from squeeze_jax.config_checks import Checked, above_zero, between
 from squeeze_jax.config_data import CrittersConfig as CrittersConfig
+from squeeze_jax.config_data import EmojiConfig as EmojiConfig
 from squeeze_jax.config_data import DataConfig
 from squeeze_jax.config_flags import set_optional
 from squeeze_jax.config_names import current_flag
@@ -45,9 +46,9 @@ class ModelConfig(Checked):
     """Folder of the pre-trained transformer (safetensors, diffusers layout); None starts from
     random weights."""
     autoencoder: str = "demo"
-    """Folder of the autoencoder; `demo` is the shipped miniature."""
+    """Folder of the autoencoder; `demo` and `emoji` are the shipped miniatures'."""
     mllm: str = "demo"
-    """Folder of the multimodal LLM; `demo` is the shipped miniature."""
+    """Folder of the multimodal LLM; `demo` and `emoji` are the shipped miniatures'."""
     mllm_source: Literal["internvl", "transformers"] = "internvl"
     """What runs it: our InternVL, or transformers in PyTorch, which takes any image-text-to-text
     model."""

@@ -10,7 +10,7 @@ from squeeze_jax.config_checks import Checked, above_zero, between
 MAX_TEXT_TOKENS = 256
 """Default of `data.max_text_tokens`."""
 LongCaptions = Literal["refuse", "cut"]
-SOURCE_FIELDS = ("source", "manifest", "critters")
+SOURCE_FIELDS = ("source", "manifest", "critters", "emoji")
 """Fields that each choose a source of examples."""
 
 
@@ -28,18 +28,38 @@ class CrittersConfig:
 
 
 @dataclass(frozen=True)
+class EmojiConfig(Checked):
+    """Pictures of Noto Emoji in drawn scenes: made when they are asked for, at `data.buckets`'
+    sizes."""
+
+    train: int = 40_000
+    """Examples to draw for training."""
+    held_out: int = 512
+    """Examples of subjects and in sentences that training never sees, for validation and
+    scores."""
+    subjects: int = 1
+    """Most subjects of an example, 1 or 2; with 2, every second example has two."""
+    seed: int = 0
+
+    def _problems(self) -> Iterator[str]:
+        yield from between(1, 2, "data.emoji", self, "subjects")
+        yield from above_zero("data.emoji", self, "train", "held_out")
+
+
+@dataclass(frozen=True)
 class DataConfig(Checked):
     """Where examples come from and how large they are."""
 
     source: str | None = None
     """Pictures and prompts: FILE.json, FILE.jsonl, folder:DIR, subjects200k:DIR, uno1m:DIR or
-    webdataset:DIR (docs/data.md); or `critters` below; or ready `features`."""
+    webdataset:DIR (docs/data.md); or `critters` or `emoji` below; or ready `features`."""
     manifest: str | None = None
     """`source`, by the name that it had when it was a JSON list always."""
     image_root: str | None = None
     """Folder below which the pictures of a JSON list, JSON lines or an image folder lie, absolute
     paths among them, and where relative ones begin; None: the folder of the list."""
     critters: CrittersConfig | None = None
+    emoji: EmojiConfig | None = None
     features: str | None = None
     """Folder of feature records (train and held-out below it); None: extracted into the work
     folder."""

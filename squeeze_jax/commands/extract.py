@@ -60,6 +60,7 @@ def run(given: Extract, overrides: list[str]) -> None:
             source=given.source,
             manifest=None,
             critters=None,
+            emoji=None,
             min_score=data.min_score if given.min_score is None else given.min_score,
             limit=data.limit if given.limit is None else given.limit,
             skip_bad=given.skip_bad or data.skip_bad,

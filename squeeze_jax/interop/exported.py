@@ -32,7 +32,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop import aggregator as aggregator_format
 from squeeze_jax.interop.adapters import adapter_leaves
 from squeeze_jax.interop.formats import format_of
-from squeeze_jax.interop.load import DEMO, check_transformer, dit_source
+from squeeze_jax.interop.load import SHIPPED, check_transformer, dit_source
 from squeeze_jax.interop.lora import save_lora
 from squeeze_jax.interop.lora_dialects import DialectName
 from squeeze_jax.interop.mapping import (
@@ -105,8 +105,8 @@ def write_exported(
     if merge or config.lora is None:
         save_merged(folder / TRANSFORMER, dit, dtype)
     for name, part in ENCODERS.items():
-        if getattr(config.model, part) == "demo":
-            shutil.copytree(DEMO / part, folder / name)
+        if shipped := SHIPPED.get(getattr(config.model, part)):
+            shutil.copytree(shipped / part, folder / name)
     for module in torch_code(config.model.dit).modules:
         shutil.copyfile(TORCH_FILES / f"{module}.py", folder / f"{module}.py")
     write_json(folder / ABOUT, about)

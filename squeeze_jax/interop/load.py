@@ -42,7 +42,11 @@ Module = TypeVar("Module", bound=nnx.Module)
 ParsedConfig = TypeVar("ParsedConfig")
 AnyAutoencoderConfig = AutoencoderConfig | Flux2AutoencoderConfig
 DEMO = Path(__file__).parent.parent / "demo"
-"""The shipped miniature: `autoencoder`, `mllm` and `system` below it."""
+"""The shipped miniature of critters: `autoencoder`, `mllm` and `system` below it."""
+EMOJI = Path(__file__).parent.parent / "demo_emoji"
+"""The shipped miniature of emoji, laid out alike."""
+SHIPPED = {"demo": DEMO, "emoji": EMOJI}
+"""What stands in place of a folder, in a config or on a command line."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 
 
@@ -86,7 +90,7 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Loads FLUX.1's or FLUX.2's autoencoder, whose class its config.json or its names tell.
 
-    `folder`: a diffusers folder, or the single file `ae.safetensors`; `demo` is the miniature's.
+    `folder`: a diffusers folder, or the single file `ae.safetensors`; `demo` and `emoji` are the miniatures'.
     """
     source = autoencoder_source(folder, variant)
     module = autoencoder_of(source.config)
@@ -101,8 +105,8 @@ def load_internvl(
     mesh: Mesh | None = None,
     variant: str | None = None,
 ) -> InternVL:
-    """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo`: the
-    miniature's)."""
+    """InternVL3 from a transformers `-hf` folder or one in the original layout (`demo` and
+    `emoji`: the miniatures')."""
     source = internvl_source(folder, variant)
     kinds: Any = {"dtype": dtype, "param_dtype": dtype}
     make = lambda: InternVL(source.config, **kinds, rngs=nnx.Rngs(0))  # noqa: E731
@@ -119,10 +123,10 @@ def encoder_configs(config: Config) -> tuple[AnyAutoencoderConfig, InternVLConfi
     autoencoder = format_of(model.dit).autoencoder()
     small = config.aggregator.width == INTERNVL3_2B.text.hidden_size
     mllm = INTERNVL3_2B if small else InternVLConfig()
-    if model.autoencoder == "demo" or Path(model.autoencoder).exists():
+    if model.autoencoder in SHIPPED or Path(model.autoencoder).exists():
         autoencoder = autoencoder_source(model.autoencoder).config
     ours = model.mllm_source == "internvl"  # else PyTorch runs it, and its sizes are its own
-    if ours and (model.mllm == "demo" or Path(model.mllm).exists()):
+    if ours and (model.mllm in SHIPPED or Path(model.mllm).exists()):
         mllm = internvl_source(model.mllm).config
     return autoencoder, mllm
 
@@ -284,14 +288,12 @@ def save_internvl(folder: Path, mllm: InternVL, dtype: DType) -> None:
 
 
 def encoder_folder(folder: str | Path, part: str) -> Path:
-    """The folder (or file) itself, or the shipped miniature's part where it is called `demo`."""
-    path = DEMO / part if str(folder) == "demo" else Path(folder)
+    """The folder (or file) itself, or a shipped miniature's part where it is called as that."""
+    shipped = SHIPPED.get(str(folder))
+    path = Path(folder) if shipped is None else shipped / part
     if not path.exists():
-        how = (
-            "train it with `python -m squeeze_jax demo-encoders`"
-            if str(folder) == "demo"
-            else "download it"
-        )
+        train = "train it with `python -m squeeze_jax demo-encoders`"
+        how = "download it" if shipped is None else train
         raise InputError(f"no folder {path} for the {part}; {how}")
     return path
 

@@ -26,8 +26,11 @@ KINDS = {
 SUFFIXES = {".json": "json_list", ".jsonl": "json_lines"}
 """What a file's name ends in → its module here."""
 WRITTEN = "FILE.json, FILE.jsonl, " + ", ".join(f"{kind}:DIR" for kind in sorted(KINDS))
-DRAWN = "squeeze_jax.miniature.source"
-"""The module of `data.critters`."""
+DRAWN = {
+    "critters": "squeeze_jax.miniature.source",
+    "emoji": "squeeze_jax.miniature.emoji.source",
+}
+"""The modules of `data.critters` and `data.emoji`."""
 
 
 class Spec(NamedTuple):
@@ -79,8 +82,8 @@ def open_examples(config: Config, *, check_images: bool = True) -> dict[str, Exa
     if name is None:
         fields = ", ".join(f"data.{name}" for name in SOURCE_FIELDS)
         raise InputError(f"no examples: set one of {fields}, or data.features or data.mix")
-    if name == "critters":
-        return import_module(DRAWN).open_source(config, check_images=check_images)
+    if name in DRAWN:
+        return import_module(DRAWN[name]).open_source(config, check_images=check_images)
     text: str = getattr(data, name)
     options = Options(data.min_score, data.limit, check_images, data.skip_bad, data.image_root)
     opened = open_source(text, options)

@@ -1,0 +1,25 @@
+"""The miniature of emoji goes on with up to two subjects, as the paper does after stage 2.
+
+    python train.py configs/emoji_multi_subject.py --from runs/emoji
+
+Every second example has two subjects and two references (arXiv 2605.26111, "Training": a light
+fine-tune).
+"""
+
+import dataclasses
+from pathlib import Path
+
+from squeeze_jax.config import StageConfig, TrainingConfig, load_preset
+
+single = load_preset(Path(__file__).with_name("emoji.py"))
+assert single.data.emoji is not None
+config = dataclasses.replace(
+    single,
+    name="emoji_multi_subject",
+    data=dataclasses.replace(
+        single.data, emoji=dataclasses.replace(single.data.emoji, subjects=2, seed=1)
+    ),
+    training=dataclasses.replace(
+        single.training, stages=(StageConfig(steps=2_000, references=True),)
+    ),
+)
