@@ -9,7 +9,7 @@ fine-tune).
 import dataclasses
 from pathlib import Path
 
-from squeeze_jax.config import StageConfig, TrainingConfig, load_preset
+from squeeze_jax.config import StageConfig, load_preset
 
 single = load_preset(Path(__file__).with_name("emoji.py"))
 assert single.data.emoji is not None

@@ -15,8 +15,8 @@ import tyro
 
 from squeeze_jax.config_checks import Checked, above_zero, between
 from squeeze_jax.config_data import CrittersConfig as CrittersConfig
-from squeeze_jax.config_data import EmojiConfig as EmojiConfig
 from squeeze_jax.config_data import DataConfig
+from squeeze_jax.config_data import EmojiConfig as EmojiConfig
 from squeeze_jax.config_flags import set_optional
 from squeeze_jax.config_names import current_flag
 from squeeze_jax.diffusion.flow import TimeSampling, no_shift
