@@ -54,11 +54,13 @@ def pair_at(
     *,
     subjects: int = 1,
     sizes: tuple[tuple[int, int], ...] = ((64, 64),),
+    complete: bool = False,
 ) -> Pair:
     """Example `index` (>= 0) of the endless data set `seed` (>= 0).
 
     subjects: 1, or 2: every second example then has two. sizes: (height, width) of targets, one of
     which is drawn. Two subjects are only put where the picture is at least as wide as high.
+    complete: the prompt says everything about the scene.
     """
     rng = np.random.default_rng((seed, index, _STREAMS[split]))
     two = subjects == 2 and index % 2 == 1
@@ -85,4 +87,4 @@ def pair_at(
     thing = "nothing" if two or rng.random() < 0.3 else one_of("thing")
     scene = Scene(one_of("place"), one_of("time"), thing, placements)
     views = tuple(draw_view(rng, scene.place) for _ in placements)
-    return Pair(scene, views, write_prompt(scene, rng, split), height, width, index)
+    return Pair(scene, views, write_prompt(scene, rng, split, complete), height, width, index)

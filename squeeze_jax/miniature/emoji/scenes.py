@@ -98,7 +98,9 @@ def draw_view(rng: np.random.Generator, away_from: str) -> View:
     return View(angle, length, (0.5 + float(right), 0.5 + float(down)), ground)
 
 
-def draw_reference(subject: Subject, look: int, view: View, side: int = REFERENCE_SIDE):
+def draw_reference(
+    subject: Subject, look: int, view: View, side: int = REFERENCE_SIDE
+) -> Image.Image:
     """The subject alone: an RGB picture of `side` x `side` pixels."""
     if isinstance(view.ground[0], str):
         place, time = view.ground
@@ -114,19 +116,39 @@ def draw_reference(subject: Subject, look: int, view: View, side: int = REFERENC
 def draw_scene(scene: Scene, height: int, width: int) -> Image.Image:
     """The target: an RGB picture, `width` pixels wide and `height` high."""
     image = _background(scene.place, scene.time, height, width).copy()
-    two = len(scene.placements) == 2
-    lengths, centres = (_LENGTH_OF_TWO, _CENTRE_OF_TWO) if two else (_LENGTH, _CENTRE)
     if scene.thing != "nothing":
-        _draw_thing(image, scene, centres)
-    for one in scene.placements:
-        length = lengths[one.size] * min(height, width)
-        look = one.look ^ 1 if one.pose == "mirrored" else one.look
-        drawn = _turned(one.subject, look, length, _ANGLE.get(one.pose, 0.0))
-        middle = centres[one.position] * width
-        # A subject that would leave the picture is moved back into it.
-        x = min(max(round(middle - drawn.width / 2), 0), max(width - drawn.width, 0))
-        _paste(image, drawn, x, round(_GROUND * height) - drawn.height)
+        _draw_thing(image, scene)
+    for place, one in enumerate(scene.placements):
+        drawn = _drawn(scene, place, height, width)
+        left, upper, _, _ = _box(one, drawn, len(scene.placements) == 2, height, width)
+        _paste(image, drawn, left, upper)
     return image
+
+
+def bounds_of(scene: Scene, place: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Where subject number `place` is drawn: left, upper, right and lower edge in pixels."""
+    drawn = _drawn(scene, place, height, width)
+    two = len(scene.placements) == 2
+    return _box(scene.placements[place], drawn, two, height, width)
+
+
+def _drawn(scene: Scene, place: int, height: int, width: int) -> Image.Image:
+    """A subject as the scene has it, cropped."""
+    one = scene.placements[place]
+    lengths = _LENGTH_OF_TWO if len(scene.placements) == 2 else _LENGTH
+    look = one.look ^ 1 if one.pose == "mirrored" else one.look
+    length = lengths[one.size] * min(height, width)
+    return _turned(one.subject, look, length, _ANGLE.get(one.pose, 0.0))
+
+
+def _box(
+    one: Placement, drawn: Image.Image, two: bool, height: int, width: int
+) -> tuple[int, int, int, int]:
+    middle = (_CENTRE_OF_TWO if two else _CENTRE)[one.position] * width
+    # A subject that would leave the picture is moved back into it.
+    left = min(max(round(middle - drawn.width / 2), 0), max(width - drawn.width, 0))
+    lower = round(_GROUND * height)
+    return left, lower - drawn.height, left + drawn.width, lower
 
 
 @lru_cache(maxsize=256)
@@ -155,7 +177,7 @@ def _paste(image: Image.Image, drawn: Image.Image, x: int, y: int) -> None:
     image.paste(drawn.convert("RGBA").convert("RGB"), (x, y), drawn.getchannel("a"))
 
 
-def _draw_thing(image: Image.Image, scene: Scene, centres: dict[str, float]) -> None:
+def _draw_thing(image: Image.Image, scene: Scene) -> None:
     """Draws what stands beside the subject: on the wider side of it, behind it."""
     positions = {one.position for one in scene.placements}
     middle = {"left": 0.82, "middle": 0.86, "right": 0.18}

@@ -99,19 +99,22 @@ def is_held_out_form(form: str) -> bool:
     return zlib.crc32(form.encode()) % 5 == 0
 
 
-def write_prompt(scene: Scene, rng: np.random.Generator, split: Split) -> Prompt:
+def write_prompt(
+    scene: Scene, rng: np.random.Generator, split: Split, complete: bool = False
+) -> Prompt:
     """A random sentence about the scene; two subjects are named in the order of `placements`,
     or as the first and the second, where `scene.placements` lists the references in order.
 
-    split: training uses forms that are not held out, the others those that are.
+    split: training uses forms that are not held out, the others those that are. complete: the
+    sentence leaves nothing out.
     """
     while True:
-        form, prompt = _attempt(scene, rng)
+        form, prompt = _attempt(scene, rng, complete)
         if is_held_out_form(form) == (split != "train"):
             return prompt
 
 
-def _attempt(scene: Scene, rng: np.random.Generator) -> tuple[str, Prompt]:
+def _attempt(scene: Scene, rng: np.random.Generator, complete: bool) -> tuple[str, Prompt]:
     def one_of(values: tuple[str, ...]) -> str:
         return values[int(rng.integers(len(values)))]
 
@@ -126,8 +129,8 @@ def _attempt(scene: Scene, rng: np.random.Generator) -> tuple[str, Prompt]:
             "pose": one_of(POSES[scene.placements[0].pose]),
             "position": one_of(POSITIONS[scene.placements[0].position]),
         }
-    # Half of the prompts say everything, so that enough of each factor is heard.
-    whole = rng.random() < 0.4
+    # Two prompts in five say everything, so that enough of each factor is heard.
+    whole = rng.random() < 0.4 or complete
     kept = [name for name in parts if whole or rng.random() < 0.65]
     order = [kept[i] for i in rng.permutation(len(kept))]
     said = set(order)
