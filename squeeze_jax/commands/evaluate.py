@@ -26,16 +26,16 @@ class Evaluate:
     file: Annotated[Path | None, tyro.conf.Positional] = None
     """Prompts as JSON in UNO's schema (prompts, sensitivity); for dreambench instead of the
     published ones."""
-    suite: Literal["critters", "dreambench", "prompts", "sensitivity"] = "critters"
-    """critters: the miniature's held-out data, by retrieval among redrawn candidates (no learned
-    judge); dreambench: DINO-I, CLIP-I, CLIP-T; prompts: a request file for a judge model;
+    suite: Literal["critters", "emoji", "dreambench", "prompts", "sensitivity"] = "critters"
+    """critters, emoji: the miniatures' held-out data, by retrieval among redrawn candidates (no
+    learned judge); dreambench: DINO-I, CLIP-I, CLIP-T; prompts: a request file for a judge model;
     sensitivity: a grid of tau1, tau2, guidance and steps."""
     checkpoint: epath.Path | None = None
     """Work folder (also gs://bucket/…), weights or exported folder; none: the shipped miniature."""
     out: Path | None = None
-    """critters: JSON report to write (scores.json); others: folder (evaluation/SUITE)."""
+    """critters, emoji: JSON report to write (scores.json); others: folder (evaluation/SUITE)."""
     pairs: int = 512
-    """critters: held-out pairs."""
+    """critters, emoji: held-out pairs."""
     dreambench: Path | None = None
     """DreamBench as published: a folder with dataset/SUBJECT/00.jpg … and its prompts."""
     images: int | None = None
@@ -65,11 +65,13 @@ class Evaluate:
     parallel: Parallel = field(default_factory=Parallel)
 
 
+DRAWN_UNUSED = (
+    "dreambench", "images", "dino", "clip", "shard", "list_only", "size", "steps", "tau1",
+    "tau2", "cfg_scale", "seed", "at_once",
+)  # fmt: skip
 UNUSED = {
-    "critters": (
-        "dreambench", "images", "dino", "clip", "shard", "list_only", "size", "steps", "tau1",
-        "tau2", "cfg_scale", "seed", "at_once",
-    ),
+    "critters": DRAWN_UNUSED,
+    "emoji": DRAWN_UNUSED,
     "dreambench": ("pairs",),
     "prompts": ("pairs",),
     "sensitivity": ("pairs", "shard", "list_only"),
@@ -88,7 +90,7 @@ def run(given: Evaluate) -> None:
     setup()
     check_finite(given)
     check_used(given)
-    suites = {"critters": run_critters, "sensitivity": run_sensitivity}
+    suites = {"critters": run_drawn, "emoji": run_drawn, "sensitivity": run_sensitivity}
     suites.get(given.suite, run_pictures)(given)
 
 
@@ -105,31 +107,35 @@ def check_used(given: Evaluate) -> None:
             )
 
 
-def run_critters(given: Evaluate) -> None:
+def run_drawn(given: Evaluate) -> None:
+    """Suites critters and emoji."""
     from squeeze_jax.errors import InputError
     from squeeze_jax.evaluation.grids import CHUNK
     from squeeze_jax.folder_lock import hold
     from squeeze_jax.interop.tensors import check_writable
+    from squeeze_jax.miniature.emoji.evaluation import score_emoji
     from squeeze_jax.miniature.evaluation import score_critters
 
+    suite = given.suite
     if given.file is not None:
-        raise InputError(f"{given.file}: --suite critters takes no prompts; say which suite does")
+        raise InputError(f"{given.file}: --suite {suite} takes no prompts; say which suite does")
     out = given.out or Path("scores.json")
     check_writable(out, "--out")
     pipeline = load(given, min(given.pairs, CHUNK))
-    if pipeline.config.data.critters is None:
+    data = getattr(pipeline.config.data, suite)
+    if data is None:
         raise InputError(
-            "this checkpoint was not trained on critters: --suite critters cannot score it"
+            f"this checkpoint was not trained on {suite}: --suite {suite} cannot score it"
         )
-    most = pipeline.config.data.critters.held_out
-    if not 1 <= given.pairs <= most:
+    if not 1 <= given.pairs <= data.held_out:
         raise InputError(
-            f"--pairs {given.pairs} must be from 1 to {most}, the held-out pairs of this "
+            f"--pairs {given.pairs} must be from 1 to {data.held_out}, the held-out pairs of this "
             "checkpoint's data"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    score = {"critters": score_critters, "emoji": score_emoji}[suite]
     with hold(out.with_name(out.name + ".lock"), f"an evaluation into {out.name}"):
-        score_critters(pipeline, out, given.pairs, checkpoint=str(given.checkpoint or "demo"))
+        score(pipeline, out, given.pairs, checkpoint=str(given.checkpoint or "demo"))
 
 
 def run_pictures(given: Evaluate) -> None:

@@ -90,7 +90,9 @@ def thumbnail(picture: Image.Image) -> np.ndarray:
 
 def cropped(picture: Image.Image) -> Image.Image:
     """The drawing alone, scaled so that its longer side fills the square."""
-    drawing = picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
+    drawing = picture.crop(
+        picture.getchannel("A").point([255 * (a > 8) for a in range(256)]).getbbox()
+    )
     scale = SIDE / max(drawing.size)
     size = [max(1, round(side * scale)) for side in drawing.size]
     drawing = drawing.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")

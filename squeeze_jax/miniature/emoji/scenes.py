@@ -78,8 +78,10 @@ class View(NamedTuple):
     """Longer side, as a share of the picture's."""
     centre: tuple[float, float]
     """Right and down, as shares of the picture's sides."""
-    ground: tuple[int, int, int] | tuple[str, str]
-    """A colour, or a place and a time."""
+    colour: tuple[int, int, int]
+    """Of the plain ground, where there is no place."""
+    place: tuple[str, str] | None
+    """A place and a time."""
 
 
 def draw_view(rng: np.random.Generator, away_from: str) -> View:
@@ -87,26 +89,23 @@ def draw_view(rng: np.random.Generator, away_from: str) -> View:
     length = float(rng.uniform(0.60, 0.92))
     room = (1 - length) / 2
     right, down = rng.uniform(-room, room, 2)
-    ground: tuple[int, int, int] | tuple[str, str]
+    place = None
     if rng.random() < 0.3:
         places = [place for place in FACTORS["place"] if place != away_from]
-        ground = (str(rng.choice(places)), str(rng.choice(FACTORS["time"])))
-    else:
-        red, green, blue = rng.integers(60, 256, 3).tolist()
-        ground = (red, green, blue)
+        place = (str(rng.choice(places)), str(rng.choice(FACTORS["time"])))
+    red, green, blue = rng.integers(60, 256, 3).tolist()
     angle = float(rng.uniform(-_LEAN_MOST, _LEAN_MOST))
-    return View(angle, length, (0.5 + float(right), 0.5 + float(down)), ground)
+    return View(angle, length, (0.5 + float(right), 0.5 + float(down)), (red, green, blue), place)
 
 
 def draw_reference(
     subject: Subject, look: int, view: View, side: int = REFERENCE_SIDE
 ) -> Image.Image:
     """The subject alone: an RGB picture of `side` x `side` pixels."""
-    if isinstance(view.ground[0], str):
-        place, time = view.ground
-        image = draw_background(str(place), str(time), side).copy()
+    if view.place is not None:
+        image = draw_background(*view.place, side).copy()
     else:
-        image = Image.new("RGB", (side, side), tuple(view.ground))
+        image = Image.new("RGB", (side, side), view.colour)
     drawn = _turned(subject, look, view.length * side, view.angle)
     x, y = (round(c * side - s / 2) for c, s in zip(view.centre, drawn.size, strict=True))
     _paste(image, drawn, x, y)
@@ -168,7 +167,7 @@ def _turned(subject: Subject, look: int, length: float, angle: float) -> Image.I
         picture = picture.transpose(Image.Transpose.ROTATE_180)
     elif angle:
         picture = picture.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    box = picture.getchannel("a").point(lambda a: 255 * (a > 8)).getbbox()
+    box = picture.getchannel("a").point([255 * (a > 8) for a in range(256)]).getbbox()
     return picture.crop(box)
 
 
