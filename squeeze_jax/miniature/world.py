@@ -4,7 +4,7 @@ A world has endless examples, each from (seed, index) alone. `CRITTERS` is one h
 `squeeze_jax.miniature.emoji.world` has another. This module imports no JAX.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,7 @@ class Talk(NamedTuple):
     """With their answers, in the order in which they are asked."""
 
 
+@runtime_checkable
 class World(Protocol):
     """Endless examples for the autoencoder and the MLLM."""
 

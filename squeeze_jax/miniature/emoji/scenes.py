@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from squeeze_jax.miniature.drawing import draw_background
 from squeeze_jax.miniature.emoji.subjects import Subject, picture_of
+from squeeze_jax.miniature.shapes import Number
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "place": ("beach", "forest", "city", "snow", "desert", "meadow"),
@@ -207,7 +208,7 @@ def _draw_thing(image: Image.Image, scene: Scene) -> None:
     image.paste(_THING_COLOUR[scene.thing], (0, 0), mask.reduce(_SUPERSAMPLE))
 
 
-def _thing_shapes(thing: str) -> list[tuple[str, list[tuple[float, float]]]]:
+def _thing_shapes(thing: str) -> list[tuple[str, list[tuple[Number, Number]]]]:
     """Shapes in shares of the shorter side, to the right of the thing's middle and up from the
     ground."""
     if thing == "balloon":

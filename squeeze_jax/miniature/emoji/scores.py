@@ -28,7 +28,7 @@ SHIFTS = (-4, -2, 0, 2, 4)
 SCALES = (0.85, 1.0, 1.18)
 """Factors by which its sides grow, for the best fit."""
 
-Box = tuple[float, float, float, float]
+Box = tuple[int, int, int, int] | tuple[float, float, float, float]
 """Left, upper, right and lower edge in pixels."""
 
 
