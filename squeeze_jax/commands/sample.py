@@ -110,6 +110,7 @@ def run(given: Sample) -> None:
     from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.schedule import MAX_STEPS
     from squeeze_jax.sampling.solver_config import SolverConfig
+    from squeeze_jax.sampling.training_range import beyond_training
     from squeeze_jax.storage import as_path
 
     if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
@@ -144,7 +145,10 @@ def run(given: Sample) -> None:
         print(f"{why}: the MLLM stays on throughout")
     stages = stages_of_steps(pipeline.config, resolved, bool(used))
     print("stages: " + ", ".join(f"{name} {plural(number)}" for name, number in counts(stages)))
-    for sentence in resolved.empty_stages(pipeline.config, bool(used)):
+    for sentence in (
+        *resolved.empty_stages(pipeline.config, bool(used)),
+        *beyond_training(pipeline.config, len(used), resolved.height, resolved.width),
+    ):
         print(f"warning: {sentence}")
     kept = [
         Reference(str(path), image.height, image.width)

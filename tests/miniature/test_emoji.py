@@ -34,17 +34,29 @@ def test_a_tenth_and_a_category_are_held_out_and_never_trained_on():
     assert {s.category for s in subjects_of("held_out_category")} == {"vehicle"}
     assert "vehicle" not in {s.category for s in held + train}
     for split in ("train", "held_out", "held_out_category"):
-        seen = {one.subject for i in range(400) for one in pair_at(3, i, split, subjects=2).scene.placements}
+        seen = {
+            one.subject
+            for i in range(400)
+            for one in pair_at(3, i, split, subjects=2).scene.placements
+        }
         assert {split_of(subject) for subject in seen} == {split}
     # The exam shows pictures as they are; training shows other colours, too.
-    assert {one.look for i in range(100) for one in pair_at(3, i, "held_out", subjects=2).scene.placements} == {0}
-    assert {one.look for i in range(400) for one in pair_at(3, i, subjects=2).scene.placements} == set(range(LOOKS))
+    assert {
+        one.look
+        for i in range(100)
+        for one in pair_at(3, i, "held_out", subjects=2).scene.placements
+    } == {0}
+    assert {
+        one.look for i in range(400) for one in pair_at(3, i, subjects=2).scene.placements
+    } == set(range(LOOKS))
 
 
 def test_no_two_subjects_look_alike():
     small = np.stack([thumbnail(picture_of(subject).convert("RGBA")) for subject in SUBJECTS])
     for place, one in enumerate(small[:-1]):
-        assert np.sqrt(np.square(small[place + 1 :] - one).mean((1, 2, 3))).min() >= 0.9 * ALIKE, SUBJECTS[place]
+        assert np.sqrt(np.square(small[place + 1 :] - one).mean((1, 2, 3))).min() >= 0.9 * ALIKE, (
+            SUBJECTS[place]
+        )
 
 
 def test_an_example_follows_from_seed_and_index_alone():
@@ -92,7 +104,11 @@ def test_two_subjects_are_said_to_be_where_they_are():
         elif text.startswith("on the right "):
             left = "B" if text.removeprefix("on the right ")[0] == "A" else "A"
         else:
-            clause = [part for part in text.replace(" and ", ", ").split(", ") if "left" in part or "right" in part][-1]
+            clause = [
+                part
+                for part in text.replace(" and ", ", ").split(", ")
+                if "left" in part or "right" in part
+            ][-1]
             who = clause.split()[0]
             left = who if "left" in clause else {"A": "B", "B": "A"}[who]
         assert left == "A", text
@@ -112,7 +128,10 @@ def test_held_out_sentence_forms_are_not_trained_on():
     train, held = forms("train"), forms("held_out")
     assert not train & held
     assert 0.12 < len(held) / (len(held) + len(train)) < 0.28
-    texts = {split: {pair_at(4, i, split, complete=True).prompt.text for i in range(300)} for split in ("train", "held_out")}
+    texts = {
+        split: {pair_at(4, i, split, complete=True).prompt.text for i in range(300)}
+        for split in ("train", "held_out")
+    }
     assert not texts["train"] & texts["held_out"]
 
 
@@ -129,7 +148,13 @@ def test_subjects_are_drawn_in_their_bounds(size):
             order, mirrored = divmod(other[place].look, 2)
             look = 2 * ((order + 3) % len(CHANNEL_ORDERS)) + mirrored
             other[place] = other[place]._replace(look=look)  # the same outline in other colours
-            changed = np.abs(np.asarray(draw_scene(scene._replace(placements=tuple(other)), *size), int) - picture).sum(-1) > 0
+            changed = (
+                np.abs(
+                    np.asarray(draw_scene(scene._replace(placements=tuple(other)), *size), int)
+                    - picture
+                ).sum(-1)
+                > 0
+            )
             changed[upper:lower, left:right] = False
             assert not changed.any()
 
@@ -145,7 +170,9 @@ def test_every_factor_changes_the_picture():
                 else scene._replace(placements=(scene.placements[0]._replace(**{factor: value}),))
             )  # fmt: skip
             same = changed == scene
-            assert (np.square(np.asarray(draw_scene(changed, 64, 64), float) - base).mean() == 0) == same, value
+            assert (
+                np.square(np.asarray(draw_scene(changed, 64, 64), float) - base).mean() == 0
+            ) == same, value
 
 
 def test_other_looks_keep_the_outline_and_move_the_colours():
@@ -165,9 +192,13 @@ def test_the_truth_is_found_and_a_pasted_reference_is_not():
         ways = {
             "truth": np.stack([np.asarray(pair.target()) for pair in pairs]),
             "blurred": np.stack([np.asarray(pair.target().filter(blurred)) for pair in pairs]),
-            "moved": np.stack([np.roll(np.asarray(pair.target()), (2, 2), (0, 1)) for pair in pairs]),
+            "moved": np.stack(
+                [np.roll(np.asarray(pair.target()), (2, 2), (0, 1)) for pair in pairs]
+            ),
             "pasted": np.stack([np.asarray(pair.references()[0]) for pair in pairs]),
-            "noise": np.random.default_rng(0).integers(0, 256, (len(pairs), 64, 64, 3)).astype(np.uint8),
+            "noise": np.random.default_rng(0)
+            .integers(0, 256, (len(pairs), 64, 64, 3))
+            .astype(np.uint8),
         }
         scores = judge_all(ways, pairs)
         assert scores["truth"].subject().value == scores["truth"].scene().value == 1.0
