@@ -60,13 +60,12 @@ def run(given: App) -> None:
         setup()
         from squeeze_jax.app import page, session, strip
         from squeeze_jax.checkpoints.manager import read_config
-        from squeeze_jax.interop.load import DEMO
+        from squeeze_jax.interop.load import checkpoint_folder
         from squeeze_jax.planning.sampler_program import mllm_fits
         from squeeze_jax.sampling.pipeline import Pipeline
-        from squeeze_jax.storage import as_path
 
         print(f"loading {given.checkpoint or 'the shipped miniature'} …", flush=True)
-        checkpoint = as_path(given.checkpoint or DEMO / "system")
+        checkpoint = checkpoint_folder(given.checkpoint)
         mesh = given.parallel.mesh(checkpoint, 1)
         keep = given.keep_mllm
         if keep is None:

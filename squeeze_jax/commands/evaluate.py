@@ -210,10 +210,10 @@ def open_suite(given: Evaluate) -> "tuple[Path, Prompts]":
 
 
 def load(given: Evaluate, images: int) -> "Pipeline":
-    from squeeze_jax.interop.load import DEMO
+    from squeeze_jax.interop.load import checkpoint_folder
     from squeeze_jax.sampling.pipeline import Pipeline
 
-    mesh = given.parallel.mesh(given.checkpoint or DEMO / "system", images)
+    mesh = given.parallel.mesh(checkpoint_folder(given.checkpoint), images)
     return Pipeline.load(given.checkpoint, mesh, merge_lora=given.merge_lora)
 
 

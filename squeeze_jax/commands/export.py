@@ -27,7 +27,8 @@ class Export:
     ready to upload."""
 
     checkpoint: Annotated[epath.Path, tyro.conf.Positional]
-    """Work folder (also gs://bucket/…), weights or exported folder; `demo` is the shipped miniature."""
+    """Work folder (also gs://bucket/…), weights or exported folder; `demo` and
+    `emoji` are the shipped miniatures."""
     out: Path
     """Folder to write; it must not exist."""
     lora_format: Literal["diffusers", "comfyui", "kohya", "ai_toolkit"] = "diffusers"
@@ -60,13 +61,11 @@ def run(given: Export) -> None:
     from squeeze_jax.export.card import write_card
     from squeeze_jax.export.folder import digests, size_of, whole_folder
     from squeeze_jax.interop.exported import write_exported
-    from squeeze_jax.interop.load import DEMO
+    from squeeze_jax.interop.load import checkpoint_folder
     from squeeze_jax.interop.tensors import write_json
-    from squeeze_jax.storage import as_path
 
     started = time.perf_counter()
-    demo = str(given.checkpoint) == "demo"
-    checkpoint = as_path(DEMO / "system" if demo else given.checkpoint)
+    checkpoint = checkpoint_folder(given.checkpoint)
     # Everything that the user may have got wrong is looked at before anything is loaded.
     if given.out.exists():
         raise InputError(f"--out {given.out} exists; give another folder or remove it")

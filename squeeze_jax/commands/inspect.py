@@ -36,12 +36,12 @@ def run(given: Inspect) -> None:
     setup()
     from squeeze_jax.evaluation.layer_use import inspect_checkpoint, write_inspection
     from squeeze_jax.evaluation.report import require_matplotlib
-    from squeeze_jax.interop.load import DEMO
+    from squeeze_jax.interop.load import checkpoint_folder
     from squeeze_jax.interop.tensors import check_writable
 
     require_matplotlib()
     check_writable(given.out / "layers.json", "--out")
-    found = inspect_checkpoint(given.checkpoint or DEMO / "system", given.features)
+    found = inspect_checkpoint(checkpoint_folder(given.checkpoint), given.features)
     for name, use in found.use.items():
         order = sorted(range(len(found.layers)), key=lambda i: -use.shares[i])[:3]
         listed = ", ".join(f"{found.layers[i]} ({100 * use.shares[i]:.0f} %)" for i in order)

@@ -104,21 +104,20 @@ def run(given: Sample) -> None:
     from squeeze_jax.checkpoints.manager import read_config
     from squeeze_jax.data.feature_extractor import FeatureExtractor
     from squeeze_jax.data.placement import data_parallel_size
-    from squeeze_jax.interop.load import DEMO
+    from squeeze_jax.interop.load import checkpoint_folder
     from squeeze_jax.sampling.batching import split_evenly
     from squeeze_jax.sampling.pipeline import Pipeline, Settings, encode_prompts
     from squeeze_jax.sampling.png_metadata import Reference, text_of
     from squeeze_jax.sampling.schedule import MAX_STEPS
     from squeeze_jax.sampling.solver_config import SolverConfig
     from squeeze_jax.sampling.training_range import beyond_training
-    from squeeze_jax.storage import as_path
 
     if given.steps is not None and not 1 <= given.steps <= MAX_STEPS:
         raise InputError(f"--steps is {given.steps}; it must be from 1 to {MAX_STEPS}")
     SolverConfig(
         given.solver, given.cache_interval, given.max_order, given.first_block_threshold
     )  # refuses what cannot be
-    checkpoint = as_path(given.checkpoint or DEMO / "system")
+    checkpoint = checkpoint_folder(given.checkpoint)
     mesh = given.parallel.mesh(checkpoint, min(given.num_images, AT_ONCE))
     # The MLLM reads and makes room before the transformer is loaded: never are both in memory.
     config = read_config(checkpoint)

@@ -85,6 +85,7 @@ def run(given: Train, overrides: list[str]) -> None:
     from squeeze_jax.evaluation.grids import grid_sampler
     from squeeze_jax.folder_lock import hold_for_run
     from squeeze_jax.interop.formats import distilled_name
+    from squeeze_jax.interop.load import checkpoint_folder
     from squeeze_jax.planning.work import step_work
     from squeeze_jax.storage import as_path, is_remote, reachable
     from squeeze_jax.training.loop import train
@@ -99,7 +100,7 @@ def run(given: Train, overrides: list[str]) -> None:
                 "mount this one (docs/pods.md) and give its path"
             )
     folder = as_path(given.workdir or Path("runs") / given.preset.stem)
-    start_from = as_path(given.start_from) if given.start_from else None
+    start_from = checkpoint_folder(given.start_from) if given.start_from else None
     is_base = start_from is not None and start_kind(start_from) == "transformer"
     if is_base and config.lora is not None:
         config = dataclasses.replace(

@@ -36,7 +36,7 @@ from squeeze_jax.models.backbone import Backbone, BackboneConfig, ReferenceAtten
 from squeeze_jax.models.flux2_autoencoder import Flux2Autoencoder, Flux2AutoencoderConfig
 from squeeze_jax.models.internvl import INTERNVL3_2B, InternVL, InternVLConfig
 from squeeze_jax.sharding import parameter_spec
-from squeeze_jax.storage import AnyPath
+from squeeze_jax.storage import AnyPath, as_path
 
 Module = TypeVar("Module", bound=nnx.Module)
 ParsedConfig = TypeVar("ParsedConfig")
@@ -285,6 +285,14 @@ def save_internvl(folder: Path, mllm: InternVL, dtype: DType) -> None:
         {k: tensor.astype(np.dtype(dtype)) for k, tensor in tensors.items()},
     )
     write_json(folder / "config.json", internvl_format.config_to_json(mllm.config))
+
+
+def checkpoint_folder(named: str | AnyPath | None) -> AnyPath:
+    """Where a checkpoint lies: the folder (or file) itself, or a shipped miniature's, which `demo`,
+    `emoji` and None (the one that is drawn with by default) stand for.
+    """
+    shipped = DEMO if named is None else SHIPPED.get(str(named))
+    return as_path(named) if shipped is None else shipped / "system"
 
 
 def encoder_folder(folder: str | Path, part: str) -> Path:

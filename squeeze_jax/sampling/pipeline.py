@@ -26,7 +26,7 @@ from squeeze_jax.diffusion.latents import (
     unpack,
 )
 from squeeze_jax.errors import InputError
-from squeeze_jax.interop.load import DEMO
+from squeeze_jax.interop.load import checkpoint_folder
 from squeeze_jax.layers.int8 import quantise
 from squeeze_jax.layers.stack import is_unstacked, unstack
 from squeeze_jax.models.dit import BLOCK_STACKS
@@ -37,7 +37,7 @@ from squeeze_jax.sampling.denoiser import Prepared
 from squeeze_jax.sampling.sampler import Sampler, SolverState, initial_state, make_sampler
 from squeeze_jax.sampling.schedule import MAX_STEPS, Schedule, noise_for
 from squeeze_jax.sampling.settings import Resolved, Settings, resolve
-from squeeze_jax.storage import AnyPath, as_path
+from squeeze_jax.storage import AnyPath
 
 
 class Progress(NamedTuple):
@@ -107,7 +107,7 @@ class Pipeline:
         whose steps a merged adapter would drown. `encoders` are the config's own that are there
         already (`FeatureExtractor.of`). Raises InputError for a folder that cannot be used.
         """
-        folder = DEMO / "system" if checkpoint is None else as_path(checkpoint)
+        folder = checkpoint_folder(checkpoint)
         if encoders is None and not keep_mllm:
             # The MLLM has come and gone before the transformer is there: both need not fit.
             encoders = FeatureExtractor.of(read_config(folder), mesh)

@@ -184,6 +184,13 @@ def test_other_looks_keep_the_outline_and_move_the_colours():
     assert colour_of(subject, 10) in ("blue", "aqua", "purple")
 
 
+def draw_exchanged(pair):
+    """The two subjects of a pair in each other's places."""
+    one, other = pair.scene.placements
+    places = (one._replace(subject=other.subject), other._replace(subject=one.subject))
+    return draw_scene(pair.scene._replace(placements=places), 64, 64)
+
+
 def test_the_truth_is_found_and_a_pasted_reference_is_not():
     for subjects in (1, 2):
         indices = range(1, 97, 2) if subjects == 2 else range(48)
@@ -207,11 +214,7 @@ def test_the_truth_is_found_and_a_pasted_reference_is_not():
         assert scores["pasted"].subject().value < 0.6
         assert scores["noise"].subject().value < 0.3
         if subjects == 2:
-            exchanged = np.stack([
-                np.asarray(draw_scene(pair.scene._replace(placements=tuple(
-                    one._replace(subject=other.subject) for one, other in zip(pair.scene.placements, pair.scene.placements[::-1])
-                )), 64, 64)) for pair in pairs
-            ])  # fmt: skip
+            exchanged = np.stack([np.asarray(draw_exchanged(pair)) for pair in pairs])
             found = judge_all({"exchanged": exchanged}, pairs)["exchanged"]
             assert found.swapped().value == 1.0
             assert found.subject().value == 0.0

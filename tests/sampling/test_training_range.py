@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ("emoji", 1, (96, 48), []),
         ("emoji", 2, (64, 64), ["one reference, not with 2"]),
         ("emoji_multi_subject", 2, (64, 96), []),
-        ("emoji_multi_subject", 3, (64, 112), ["up to 2 references, not with 3", "48 to 96 pixels a side, not at 64 x 112"]),
+        ("emoji_multi_subject", 3, (64, 112), ["up to 2 references, not with 3", "48 to 96 pixels"]),
         ("flux_stage2", 4, (1024, 512), []),
     ],
 )  # fmt: skip
