@@ -64,7 +64,7 @@ class Inspection(NamedTuple):
     """Of `last_layer_vit`: the vision tower's share at image tokens, 0 to 1."""
 
 
-def inspect_checkpoint(folder: Path, features: epath.PathLike | None = None) -> Inspection:
+def inspect_checkpoint(folder: AnyPath, features: epath.PathLike | None = None) -> Inspection:
     """Looks at the aggregator of a work, weights or exported folder.
 
     features: held-out records to average attention over; None: the shipped pictures and prompts,
@@ -89,7 +89,7 @@ def inspect_checkpoint(folder: Path, features: epath.PathLike | None = None) -> 
     )
 
 
-def _load_aggregator(config: Config, leaves: Mapping[str, Any], folder: Path) -> Aggregator:
+def _load_aggregator(config: Config, leaves: Mapping[str, Any], folder: AnyPath) -> Aggregator:
     """The aggregator alone: neither the transformer nor the base is read."""
     aggregator = nnx.eval_shape(lambda: Aggregator(config.aggregator, rngs=nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(aggregator, nnx.Param))

