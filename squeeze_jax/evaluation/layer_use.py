@@ -29,6 +29,7 @@ from squeeze_jax.interop.tensors import write_beside, write_json
 from squeeze_jax.layers.linear import FLOAT32
 from squeeze_jax.layers.stack import scan_blocks
 from squeeze_jax.models.aggregator import Aggregator, FusionBlock, LayerPool
+from squeeze_jax.storage import AnyPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
