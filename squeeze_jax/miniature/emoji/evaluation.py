@@ -130,16 +130,17 @@ def draw_part(
     pasted = [e.references[0].resize((width, height)) for e in examples]
     targets = np.stack([np.asarray(e.target) for e in examples])
     pictures[PASTED] = np.stack([np.asarray(picture) for picture in pasted])
-    pictures[CEILING] = _through_autoencoder(pipeline, targets)
+    pictures[CEILING] = through_autoencoder(pipeline, targets)
     return pictures
 
 
-def _through_autoencoder(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
+def through_autoencoder(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
     """uint8 pictures [n, height, width, 3], encoded and decoded in full batches."""
-    padded = np.concatenate([pictures, pictures[-1:].repeat(-len(pictures) % CHUNK, 0)])
+    at_once = min(CHUNK, len(pictures))
+    padded = np.concatenate([pictures, pictures[-1:].repeat(-len(pictures) % at_once, 0)])
     done = []
-    for start in range(0, len(padded), CHUNK):
-        some = padded[start : start + CHUNK].astype(np.float32) / 127.5 - 1
+    for start in range(0, len(padded), at_once):
+        some = padded[start : start + at_once].astype(np.float32) / 127.5 - 1
         decoded = pipeline.encoders.decode(np.stack(pipeline.encoders.latents(list(some))))
         done.append(np.clip(np.rint((decoded + 1) * 127.5), 0, 255).astype(np.uint8))
     return np.concatenate(done)[: len(pictures)]

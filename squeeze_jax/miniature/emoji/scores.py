@@ -117,10 +117,7 @@ class _Exam:
         self.boxes = [bounds_of(scene, i, pair.height, pair.width) for i in range(len(pair.views))]
         self.others: list[list[np.ndarray]] = []
         for place, box in enumerate(self.boxes):
-            candidates = [
-                scene,
-                *(_with_subject(scene, place, s) for s in _rivals(scene, place, rng)),
-            ]
+            candidates = candidates_of(scene, place, rng)
             drawn = [draw_scene(one, pair.height, pair.width) for one in candidates]
             self.others.append([_crop(picture, box) for picture in drawn])
         self.changed = {name: self._draw(_with_factor(scene, name, rng)) for name in _asked(pair)}
@@ -157,6 +154,12 @@ def _rivals(scene: Scene, place: int, rng: np.random.Generator) -> list[Subject]
     known = [s for s in SUBJECTS if s.category == kind and s.number not in mine]
     drawn = [known[i] for i in rng.permutation(len(known))[: CANDIDATES - len(mine)]]
     return drawn + [one.subject for i, one in enumerate(scene.placements) if i != place]
+
+
+def candidates_of(scene: Scene, place: int, rng: np.random.Generator) -> list[Scene]:
+    """What subject number `place` is to be told among: the scene itself, then fifteen that have
+    another subject there."""
+    return [scene, *(_with_subject(scene, place, s) for s in _rivals(scene, place, rng))]
 
 
 def _with_subject(scene: Scene, place: int, subject: Subject) -> Scene:
