@@ -3,7 +3,7 @@
     python train.py configs/emoji_multi_subject.py --from runs/emoji
 
 Every second example has two subjects and two references (arXiv 2605.26111, "Training": a light
-fine-tune).
+fine-tune). The rate falls to a twentieth.
 """
 
 import dataclasses
@@ -17,8 +17,10 @@ config = dataclasses.replace(
     single,
     name="emoji_multi_subject",
     data=dataclasses.replace(
-        single.data, emoji=dataclasses.replace(single.data.emoji, subjects=2, seed=1)
+        single.data,
+        emoji=dataclasses.replace(single.data.emoji, train=16_000, subjects=2, seed=1),
     ),
+    optimizer=dataclasses.replace(single.optimizer, decay="cosine"),
     training=dataclasses.replace(
         single.training, stages=(StageConfig(steps=2_000, references=True),)
     ),

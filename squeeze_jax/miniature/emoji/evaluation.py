@@ -47,7 +47,7 @@ PARTS = (
     Part("one subject", "held_out", 1, (64, 64), 1.0),
     Part("one subject of a category never seen", "held_out_category", 1, (64, 64), 0.25),
     Part("one subject, 48 x 80 pixels", "held_out", 1, (48, 80), 0.25),
-    Part("one subject, 96 x 64 pixels", "held_out", 1, (96, 64), 0.25),
+    Part("one subject, 80 x 48 pixels", "held_out", 1, (80, 48), 0.25),
     Part("two subjects", "held_out", 2, (64, 96), 1.0),
 )
 
