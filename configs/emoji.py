@@ -31,6 +31,7 @@ config = dataclasses.replace(
         batch_per_chip=16,
     ),
     optimizer=dataclasses.replace(critters.optimizer, learning_rate=0.01, decay="constant"),
+    sampling=dataclasses.replace(critters.sampling, tau_tokens=64),
     training=TrainingConfig(
         stages=(
             StageConfig(steps=1_000, references=False),
