@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from squeeze_jax.config import Config
 from squeeze_jax.data.feature_extractor import FeatureExtractor
+from squeeze_jax.data.record_writer import Example
 from squeeze_jax.evaluation.grids import CHUNK, sample_examples
 from squeeze_jax.interop.tensors import write_json
 from squeeze_jax.miniature.critters import Pair
 from squeeze_jax.miniature.scores import (
+    CHANCE,
+    TASKS,
+    Scores,
     paired_difference,
     references_pasted,
     render,
@@ -19,17 +24,41 @@ from squeeze_jax.miniature.scores import (
 from squeeze_jax.miniature.source import CritterRows
 from squeeze_jax.processes import is_main
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
-from squeeze_jax.storage import AnyPath
+from squeeze_jax.storage import AnyPath, write_beside
 from squeeze_jax.training.loop import Result
 from squeeze_jax.training.metrics import progress_bar
 
 
 def score_run(config: Config, result: Result, folder: AnyPath, count: int) -> None:
-    """Scores held-out critters by retrieval, prints the table and writes scores.json."""
+    """Scores held-out critters by retrieval, says so in three lines and writes scores.json and a
+    contact sheet."""
     pipeline = Pipeline.of(
         result.split.merge(result.params), config, FeatureExtractor.of(config), result.step
     )
-    score_critters(pipeline, folder / "scores.json", count, ("demo",), str(folder))
+    score_critters(pipeline, folder / "scores.json", count, ("demo",), str(folder), brief=True)
+
+
+SHOWN = 12
+"""Pairs of a contact sheet."""
+
+
+def save_sheet(path: AnyPath, examples: Sequence[Example], drawn: np.ndarray) -> None:
+    """A row of references, one of what was drawn and one of true targets, at three times their
+    size."""
+    rows = [
+        [np.asarray(example.references[0]) for example in examples],
+        list(drawn),
+        [np.asarray(example.target) for example in examples],
+    ]
+    sheet = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
+    large = sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST)
+    write_beside(path, lambda part: large.save(part, "PNG"))
+
+
+def summary(scores: Scores) -> str:
+    """One line: each task in percent."""
+    tasks = (f"{task} {100 * scores.share(task).value:.0f} %" for task in TASKS)
+    return f"right among 16 (chance {100 * CHANCE:.0f} %): " + ", ".join(tasks)
 
 
 SETTINGS = ("demo", "mllm", "both", "withheld")
@@ -41,8 +70,11 @@ def score_critters(
     count: int,
     settings: Sequence[str] = SETTINGS,
     checkpoint: str = "demo",
+    brief: bool = False,
 ) -> None:
     """Retrieval scores of `count` held-out pairs.
+
+    brief: three lines and a contact sheet beside `out` in place of the tables.
 
     Beside them stand chance, pasted references and the ceiling that the autoencoder sets.
 
@@ -90,7 +122,13 @@ def score_critters(
         return
     step = "" if pipeline.step is None else f", step {pipeline.step}"
     print(f"retrieval of {count} held-out pairs{step}:")
-    print(render(scores))
+    if brief:
+        sheet = out.with_name("contact_sheet.png")
+        save_sheet(sheet, examples[:SHOWN], images[ways[settings[0]][0]][:SHOWN])
+        print(summary(scores[ways[settings[0]][0]]))
+        print(f"contact sheet to open (references, drawn, true targets): {sheet}")
+    else:
+        print(render(scores))
     report = {
         "pairs": count,
         "checkpoint": checkpoint,

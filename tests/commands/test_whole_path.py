@@ -123,6 +123,8 @@ def test_processes_extract_train_validate_sample_and_score_as_one_does(tmp_path,
     said = [process.communicate(timeout=900)[0] for process in started]
     assert [process.returncode for process in started] == [0] * count, said
     assert "retrieval of 4 held-out pairs" in said[0]
+    assert "right among 16 (chance 6 %): subject easy " in said[0]
+    assert (several / "contact_sheet.png").is_file()
     assert not any("retrieval" in text for text in said[1:])
     alone = subprocess.run(
         command(config, "--workdir", one, *score), env=environment, capture_output=True, text=True, check=False
