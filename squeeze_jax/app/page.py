@@ -120,6 +120,14 @@ def build(studio: AppState) -> gr.Blocks:
     def stopped() -> tuple[Any, ...]:
         return notice("Stopped; what is shown is unfinished."), gr.Button(interactive=False)
 
+    def failed() -> tuple[Any, ...]:
+        """The queue was full, or something broke."""
+        said = (
+            "Nothing was drawn: too many are waiting, or it failed (the terminal says why); "
+            "try again in a minute."
+        )
+        return notice(said, wrong=True), gr.Button(interactive=False)
+
     def bring_back(path: str | None) -> list[Any]:
         if path is None:
             return [gr.skip() for _ in range(len(LABELS) + 1)] + [notice("")]
@@ -178,7 +186,7 @@ def build(studio: AppState) -> gr.Blocks:
                 )
                 status = gr.HTML(visible=False, elem_id="status", padding=False)
                 picture = gr.File(
-                    label="Drop a picture made here to restore its settings", file_types=[".png"], height=160,
+                    label="Drop a picture made here to restore its settings", height=160,
                     elem_id="restore",
                 )  # fmt: skip
                 restored = gr.HTML(visible=False, elem_id="restored", padding=False)
@@ -194,7 +202,10 @@ def build(studio: AppState) -> gr.Blocks:
             concurrency_limit=1,
             **quiet,
         )
-        stop.click(stopped, None, [status, stop], cancels=[drawing_now], **quiet)
+        drawing_now.failure(failed, None, [status, stop], queue=False, **quiet)
+        stop.click(
+            stopped, None, [status, stop], cancels=[drawing_now], queue=False, **quiet
+        )  # fmt: skip
         picture.change(bring_back, picture, [prompt, *sliders, restored], **quiet)
         if studio.pipeline.config.sampling.tau_tokens:
             by_name = dict(zip(LABELS, sliders))

@@ -34,25 +34,6 @@ OWN = Settings()
 RESOLVED = Resolved(height=32, width=48, steps=5, tau1=0.9, tau2=0.5, cfg_scale=2.5, seed=7, num_images=2)
 
 
-class Painter(Pipeline):
-    """Stands in for a trained pipeline: every picture is one grey, its seed, and grows darker with the steps."""
-
-    def __init__(self):
-        self.config, self.step, self.asked = tiny_config(), 12, []
-
-    def stream(self, prompt, references=(), settings=OWN, every=1):
-        run = self.resolved(settings)
-        stages = stages_of_steps(self.config, run, bool(references))
-        self.asked.append((prompt, [image.size for image in references]))
-        for step in sorted({*range(every, run.steps, every), run.steps}):
-            greys = [(run.seed + i) * step / run.steps for i in range(run.num_images)]
-            yield Progress(step, run.steps, stages[step - 1], jnp.asarray(greys)[:, None, None])
-
-    def decode(self, tokens, settings=OWN):
-        run = self.resolved(settings)
-        return np.broadcast_to(np.asarray(tokens)[..., None] / 127.5 - 1, (len(tokens), run.height, run.width, 3))
-
-
 @pytest.fixture
 def studio(tmp_path):
     return AppState(Painter(), "tiny", tmp_path)
@@ -382,41 +363,6 @@ def try_the_page(browser, url, folder, wait):
     says("status", "1 picture in", 1000 * wait)
     page.close()
     assert not outside
-
-
-@contextmanager
-def served(command, folder):
-    """The page's address while the command runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    names = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    names["TMPDIR"] = str(folder)
-    names["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
-    command, log = [sys.executable, *command, "--port", str(port)], folder / "said"
-    with log.open("w") as said:
-        process = subprocess.Popen(command, env=names, stdout=said, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 240
-        while "page: http" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        assert "anyone who reaches" not in log.read_text()
-        yield f"http://127.0.0.1:{port}/"
-        second = subprocess.run(command, env=names, capture_output=True, text=True, check=False)
-        assert second.returncode == 2 and "choose another --port" in second.stderr
-    finally:
-        process.terminate()
-        code = process.wait(30)
-    assert code == 143 and not list(folder.glob("squeeze_jax-*"))  # uploads and pictures are gone
-    assert "Traceback" not in log.read_text()
-
-
-def painted_page():
-    """What the next test starts: the command with the stand-in for a trained pipeline."""
-    Pipeline.load = lambda *given, **options: Painter()
-    app.Parallel.mesh = lambda *given: None
-    sys.exit(app.main(["--checkpoint", "tiny", "--keep-mllm", "True", *sys.argv[1:]]))
 
 
 def test_the_page_from_upload_to_restored_settings(browser, tmp_path):
