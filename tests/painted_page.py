@@ -1,5 +1,5 @@
-"""The page over a stand-in for a trained pipeline, as a server (`python -m painted_page --port …`),
-and those who use it, over HTTP as a browser would."""
+"""The page over a stand-in for a trained pipeline, as a server (`python -m painted_page --port N`),
+and who visits it, over HTTP as a browser would."""
 
 import json
 import os

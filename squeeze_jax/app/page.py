@@ -34,7 +34,9 @@ THEME = gr.themes.Default(primary_hue="blue")  # pyright: ignore[reportPrivateIm
 KEPT = 24 * 3600
 """Seconds that uploads and pictures stay."""
 STYLE = """
-.gradio-container { width: 100% !important; max-width: 1160px !important; margin: 0 auto !important; }
+.gradio-container {
+  width: 100% !important; max-width: 1160px !important; margin: 0 auto !important;
+}
 #pictures { min-height: 280px; }
 #references .grid-wrap, #pictures .grid-wrap { padding-top: 28px; max-height: none; }
 .notice { font-size: 14px; }
@@ -146,14 +148,17 @@ def build(studio: AppState) -> gr.Blocks:
         title="squeeze_jax", analytics_enabled=False, delete_cache=(3600, KEPT), fill_width=True
     ) as page:
         gr.Markdown(
-            f"# squeeze_jax\nPictures of a subject, and a sentence about what it does. Checkpoint: {checkpoint}"
+            "# squeeze_jax\nPictures of a subject, and a sentence about what it does. "
+            f"Checkpoint: {checkpoint}"
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=9):
                 references = gr.Gallery(
-                    [(str(EXAMPLE), EXAMPLE.name)] if demo else None, label=f"References ({session.LIMITS})",
-                    interactive=True, columns=session.MAX_REFERENCES, fit_columns=False, height=170,
-                    object_fit="contain", elem_id="references", elem_classes=small, sources=["upload"], file_types=["file"],
+                    [(str(EXAMPLE), EXAMPLE.name)] if demo else None,
+                    label=f"References ({session.LIMITS})", interactive=True,
+                    columns=session.MAX_REFERENCES, fit_columns=False, height=170,
+                    object_fit="contain", elem_id="references", elem_classes=small,
+                    sources=["upload"], file_types=["file"],
                 )  # fmt: skip
                 about_references = gr.HTML(visible=False, elem_id="about-references", padding=False)
                 prompt = gr.Textbox(
@@ -178,8 +183,9 @@ def build(studio: AppState) -> gr.Blocks:
                             sliders.append(kind(minimum=low, maximum=high, **common))
             with gr.Column(scale=8):
                 pictures = gr.Gallery(
-                    label="Pictures (PNG, settings inside)", interactive=False, format="png", object_fit="contain",
-                    elem_id="pictures", elem_classes=small, buttons=["download", "fullscreen"],
+                    label="Pictures (PNG, settings inside)", interactive=False, format="png",
+                    object_fit="contain", elem_id="pictures", elem_classes=small,
+                    buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 strip = gr.HTML(
                     session.plan(studio, Settings(), demo), elem_id="strip", padding=False
@@ -212,12 +218,12 @@ def build(studio: AppState) -> gr.Blocks:
             sizes, taus = [by_name["height"], by_name["width"]], [by_name["tau1"], by_name["tau2"]]
             before = gr.State([own["tau1"], own["tau2"]])
             gr.on(
-                [slider.change for slider in sizes], carry, [*sizes, *taus, before], [*taus, before],
-                trigger_mode="always_last", queue=False, **quiet,
+                [slider.change for slider in sizes], carry, [*sizes, *taus, before],
+                [*taus, before], trigger_mode="always_last", queue=False, **quiet,
             )  # fmt: skip
         gr.on(
             [slider.change for slider in sliders] + [references.change],
-            preview_plan, [references, *sliders], strip, trigger_mode="always_last", queue=False, **quiet,
+            preview_plan, [references, *sliders], strip, trigger_mode="always_last", queue=False,
+            **quiet,
         )  # fmt: skip
     return page
-

@@ -54,6 +54,8 @@ def run(given: App) -> None:
     ) as folder:  # uploads and pictures: gone with the page
         folder = str(Path(folder).resolve())
         os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
+        # After each event Gradio tabulates all that it remembers, 10,000 by default.
+        os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "16"
         try:
             import gradio  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
