@@ -4,7 +4,8 @@ The rules, checked on the source:
 
 - a public class, function or method has a docstring, its own or that of the method that it
   implements (of a base class or a protocol);
-- a function with an array in its signature whose shape no type gives names the shape in brackets;
+- a function with an array in its signature whose shape no type gives names the shape in brackets
+  (or says that it is a scalar);
 - a function that raises says "Raises";
 - a number in a dataclass or named tuple is explained: below it, below the last of the fields that
   follow it, or in the class's docstring by its name;
@@ -35,7 +36,7 @@ SIZED = re.compile(r"(Float|Int|UInt|Bool|Shaped|Num)\d*")
 FORMULA = re.compile(r"[·√∫Σ⊙]|e\^|\bexp\(|\blog\(| = .*[/^]")
 SOURCE = re.compile(
     r"decision|paper|arXiv|docs/|diffusers|transformers|PyTorch|PEFT|kohya|Pillow|Flax|optax|XLA"
-    r"|TPU|FLUX|InternVL|Euler|Adams|TaylorSeer|DreamBench|DINO|CLIP|RoPE|AdaLN|Wilson"
+    r"|dot-product attention|TPU|FLUX|InternVL|Euler|Adams|TaylorSeer|DreamBench|DINO|CLIP|RoPE|AdaLN|Wilson"
 )
 
 
@@ -128,7 +129,9 @@ def function_problems(function, cls: ast.ClassDef | None, known) -> Iterator[str
         if cls is None or not implements(cls, function.name, known):
             yield "no docstring"
         return
-    if any(map(has_array_without_shape, annotations(function))) and not re.search(r"\[.+\]", text):
+    if any(map(has_array_without_shape, annotations(function))) and not re.search(
+        r"\[.+\]|scalar", text
+    ):
         yield "an array without a shape"
     if (errors := raised(function)) and "aises" not in text:
         yield f"{', '.join(sorted(errors))} not said"
@@ -254,6 +257,7 @@ def fine(x: jax.Array) -> None:
     assert list(problems(tree, classes(tree))) == [
         "LIMIT: not explained",
         "SCALE: no source",
+        "Policy: no docstring",
         "Good.end: no docstring",
         "Sizes: height not explained",
         "Numbers: no docstring",

@@ -55,10 +55,9 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path, environment):
     assert re.fullmatch(r"STEPS = \d+ .*\nPAIRS = \d+ .*", sizes.source)
     sizes.source = "STEPS, PAIRS = 2, 32"
     resources = {"metadata": {"path": str(tmp_path)}}
-    changes = {"TMPDIR": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython")}
-    client.NotebookClient(notebook, timeout=900, resources=resources).execute(
-        env=environment | changes
-    )
+    changes = {"TMPDIR": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython"), "XLA_FLAGS": ""}
+    run = client.NotebookClient(notebook, timeout=1800, resources=resources)
+    run.execute(env=environment | changes)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     text = "".join(output.get("text", "") for output in outputs)

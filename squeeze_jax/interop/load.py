@@ -139,7 +139,8 @@ class Source(NamedTuple):
 
 
 def dit_source(folder: str | AnyPath, variant: str | None = None) -> Source:
-    """A transformer's checkpoint; without any family's mark it is taken for FLUX.1's, the first."""
+    """A transformer's checkpoint; without any family's mark it is taken for FLUX.1's, the first.
+    Raises InputError where the folder lacks its config.json or holds no whole transformer."""
     tensors = without_prefix(TensorFolder(folder, variant), DIT_PREFIXES)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     file = _config_file(folder)
@@ -246,7 +247,7 @@ def autoencoder_format(config: AnyAutoencoderConfig) -> ModuleType:
 
 
 def internvl_source(folder: str | Path, variant: str | None = None) -> Source:
-    """An MLLM's checkpoint."""
+    """An MLLM's checkpoint. Raises InputError for a single file: the tokenizer lies beside it."""
     folder = encoder_folder(folder, "mllm")
     if folder.is_file():
         raise InputError(
@@ -284,7 +285,8 @@ def save_internvl(folder: Path, mllm: InternVL, dtype: DType) -> None:
 
 
 def encoder_folder(folder: str | Path, part: str) -> Path:
-    """The folder (or file) itself, or the shipped miniature's part where it is called `demo`."""
+    """The folder (or file) itself, or the shipped miniature's part where it is called `demo`.
+    Raises InputError where there is none."""
     path = DEMO / part if str(folder) == "demo" else Path(folder)
     if not path.exists():
         how = (
