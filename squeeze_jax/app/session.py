@@ -32,7 +32,7 @@ PREVIEWS = 12
 
 
 class Range(NamedTuple):
-    """What a slider offers."""
+    """What a slider offers: from `low` to `high` by `step`."""
 
     low: float
     high: float
