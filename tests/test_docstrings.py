@@ -27,9 +27,7 @@ PUBLIC = ("squeeze_jax", "squeeze_jax.interop", "squeeze_jax.functional")
 WITHOUT = {"commands", "miniature", "torch_files"}
 """Flags, drawings, and what PyTorch's users read."""
 FILES = [
-    path
-    for path in sorted((ROOT / "squeeze_jax").rglob("*.py"))
-    if WITHOUT.isdisjoint(path.parts)
+    path for path in sorted((ROOT / "squeeze_jax").rglob("*.py")) if WITHOUT.isdisjoint(path.parts)
 ]
 SIZED = re.compile(r"(Float|Int|UInt|Bool|Shaped|Num)\d*")
 FORMULA = re.compile(r"[·√∫Σ⊙]|e\^|\bexp\(|\blog\(| = .*[/^]")
