@@ -121,14 +121,14 @@ def test_too_many_who_wait_are_refused_and_nobody_afterwards(server, visitor):
 # Uploads
 
 
-def absurd_png():
-    """A PNG that says 60,000 × 60,000 pixels and holds none: only who decodes it can miss them."""
+def empty_png(side):
+    """A PNG that says side × side pixels and holds none: only who decodes it can miss them."""
 
     def chunk(kind, content):
         checksum = zlib.crc32(kind + content)
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
 
 
@@ -147,7 +147,8 @@ def test_a_picture_is_one_whatever_its_name(visitor, name):
     [
         ("cat.png", b"hello", "cat.png: not a picture"),
         ("cat.jpg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cat.jpg: not a picture"),
-        ("vast.png", absurd_png(), "vast.png: more than the limit of 50000000 pixels"),
+        ("vast.png", empty_png(60_000), "vast.png: more than the limit of 50000000 pixels"),
+        ("large.png", empty_png(8_000), "large.png: 8000x8000 pixels are more than the limit"),
     ],
 )
 def test_what_is_no_picture_is_one_sentence_whatever_its_name(visitor, name, content, words):
