@@ -113,7 +113,7 @@ def check_rows(
 
     path: the file, for messages. folder: where their paths begin. values: each row with the number
     that messages give it; `Unreadable` for one that could not be parsed. content: of the file.
-    Raises InputError naming all bad rows, or none is good.
+    Raises InputError that names the bad rows.
     """
     rows: list[Row] = []
     warnings: list[str] = []

@@ -11,7 +11,7 @@ from squeeze_jax.sharding import platform
 # Large, but finite in every dtype: a query that may attend to nothing gets a mean over all
 # values, never NaN.
 MASKED = -1e30
-"""Logit of what may not be attended to: finite, so that a row of them gives no NaN (our decision)."""
+"""Logit of what is masked: finite, so that a row of them gives no NaN (our decision)."""
 QUERIES = 256
 """Queries that a CPU takes at a time from a long sequence (our decision:
 `benchmarks/attention.py` compares sizes)."""

@@ -151,8 +151,8 @@ def add_lora(
     """Attaches fresh adapters to every linear layer that `config.target` matches; returns their
     paths.
 
-    `down` is normal with standard deviation `config.init_gain` · in^-1/2, `up` is zero (our decision). Raises
-    ValueError if nothing matches or a layer already carries an adapter.
+    `down` is normal with standard deviation `config.init_gain` · in^-1/2, `up` is zero (our
+    decision). Raises ValueError if nothing matches or a layer already carries an adapter.
     """
     pattern = re.compile(config.target)
     chosen = {

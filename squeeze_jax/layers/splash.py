@@ -68,7 +68,7 @@ def splash_attention(
     name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """Scaled dot-product attention: softmax(q·kᵀ / sqrt(D))·v over the keys that the mask has as True.
+    """Scaled dot-product attention: softmax(q·kᵀ / sqrt(D))·v over the keys whose mask is True.
 
     The mask splits tokens into two segments, and tokens attend within their segment. Where
     queries and keys are the same sequence (T = S), masked queries therefore attend to masked

@@ -75,7 +75,7 @@ class TaylorSeer:
     interval: int
     """Steps of which one is evaluated; at least 2."""
     order: int
-    """Of the Taylor expansion, at least 1."""
+    """Of the Taylor expansion: 0, 1 or 2."""
 
     def init(self, noise: Array, width: int) -> TaylorState:
         zero = jnp.zeros((), jnp.int32)
