@@ -33,7 +33,8 @@ SIZED = re.compile(r"(Float|Int|UInt|Bool|Shaped|Num)\d*")
 FORMULA = re.compile(r"[·√∫Σ⊙]|e\^|\bexp\(|\blog\(| = .*[/^]")
 SOURCE = re.compile(
     r"decision|paper|arXiv|docs/|diffusers|transformers|PyTorch|PEFT|kohya|Pillow|Flax|optax|XLA"
-    r"|dot-product attention|TPU|FLUX|InternVL|Euler|Adams|TaylorSeer|DreamBench|DINO|CLIP|RoPE|AdaLN|Wilson"
+    r"|dot-product attention|TPU|FLUX|InternVL|Euler|Adams|TaylorSeer|DreamBench|DINO|CLIP|RoPE"
+    r"|AdaLN|Wilson"
 )
 
 
