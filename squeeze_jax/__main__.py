@@ -22,6 +22,7 @@ COMMANDS = {
 
 
 def main() -> int:
+    """Runs the command that the first argument names; its exit code."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: squeeze-jax COMMAND …   (COMMAND --help explains its flags; train --list lists presets)\n")
         print("\n".join(f"  {name:15}{what}" for name, what in COMMANDS.items()))

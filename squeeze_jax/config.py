@@ -214,6 +214,8 @@ class ParallelConfig(Checked):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Checked):
+    """When a run's state is saved, and what stays on disk."""
+
     every: int = 500
     """Steps between saves; the last step of a run is saved always."""
     keep: int = 2
@@ -227,6 +229,8 @@ class CheckpointConfig(Checked):
 
 @dataclass(frozen=True)
 class LogConfig(Checked):
+    """What a run notes and draws of itself."""
+
     every: int = 20
     """Steps between lines of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
@@ -321,6 +325,7 @@ class Config(Checked):
 
     @property
     def total_steps(self) -> int:
+        """Of all training stages together."""
         return sum(stage.steps for stage in self.training.stages)
 
 

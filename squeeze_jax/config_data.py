@@ -25,6 +25,7 @@ class CrittersConfig:
     size: int = 64
     """Side of the drawn pictures in pixels."""
     seed: int = 0
+    """Decides which pairs are drawn; at least 0."""
 
 
 @dataclass(frozen=True)

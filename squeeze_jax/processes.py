@@ -101,7 +101,7 @@ def put_local_rows(tree: Tree, where: NamedSharding, rows: int) -> Tree:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """An array that may lie on several processes' devices, whole on each of them."""
+    """An array [...] that may lie on several processes' devices, whole on each of them."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

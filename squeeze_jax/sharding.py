@@ -113,7 +113,7 @@ def compiler_options(mesh: Mesh | None) -> dict[str, bool | str] | None:
 
 
 def constrain(x: jax.Array, kind: Activation) -> jax.Array:
-    """Lays an activation on the current mesh as the table says; without one, `x` itself.
+    """Lays an activation [B, ...] on the current mesh as the table says; without one, `x` itself.
 
     An axis that the mesh does not divide evenly stays whole.
     """
@@ -233,7 +233,7 @@ def nearest_meshes(
     None: all of them.
 
     The distance is the sum of |log(size / wanted size)| over the axes; of equals, the one with
-    the smaller tensor axis comes first, then the one with the smaller data axis.
+    the smaller tensor axis comes first, then the one with the smaller data axis (our decision).
     """
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     every = ((data, devices // (data * tensor), tensor) for tensor in divisors for data in divisors)

@@ -34,7 +34,9 @@ THEME = gr.themes.Default(primary_hue="blue")  # pyright: ignore[reportPrivateIm
 KEPT = 24 * 3600
 """Seconds that uploads and pictures stay."""
 STYLE = """
-.gradio-container { width: 100% !important; max-width: 1160px !important; margin: 0 auto !important; }
+.gradio-container {
+  width: 100% !important; max-width: 1160px !important; margin: 0 auto !important;
+}
 #pictures { min-height: 280px; }
 #references .grid-wrap, #pictures .grid-wrap { padding-top: 28px; max-height: none; }
 .notice { font-size: 14px; }
@@ -120,6 +122,14 @@ def build(studio: AppState) -> gr.Blocks:
     def stopped() -> tuple[Any, ...]:
         return notice("Stopped; what is shown is unfinished."), gr.Button(interactive=False)
 
+    def failed() -> tuple[Any, ...]:
+        """The queue was full, or something broke."""
+        said = (
+            "Nothing was drawn: too many are waiting, or it failed (the terminal says why); "
+            "try again in a minute."
+        )
+        return notice(said, wrong=True), gr.Button(interactive=False)
+
     def bring_back(path: str | None) -> list[Any]:
         if path is None:
             return [gr.skip() for _ in range(len(LABELS) + 1)] + [notice("")]
@@ -138,14 +148,17 @@ def build(studio: AppState) -> gr.Blocks:
         title="squeeze_jax", analytics_enabled=False, delete_cache=(3600, KEPT), fill_width=True
     ) as page:
         gr.Markdown(
-            f"# squeeze_jax\nPictures of a subject, and a sentence about what it does. Checkpoint: {checkpoint}"
+            "# squeeze_jax\nPictures of a subject, and a sentence about what it does. "
+            f"Checkpoint: {checkpoint}"
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=9):
                 references = gr.Gallery(
-                    [(str(EXAMPLE), EXAMPLE.name)] if demo else None, label=f"References ({session.LIMITS})",
-                    interactive=True, columns=session.MAX_REFERENCES, fit_columns=False, height=170,
-                    object_fit="contain", elem_id="references", elem_classes=small, sources=["upload"], file_types=["file"],
+                    [(str(EXAMPLE), EXAMPLE.name)] if demo else None,
+                    label=f"References ({session.LIMITS})", interactive=True,
+                    columns=session.MAX_REFERENCES, fit_columns=False, height=170,
+                    object_fit="contain", elem_id="references", elem_classes=small,
+                    sources=["upload"], file_types=["file"],
                 )  # fmt: skip
                 about_references = gr.HTML(visible=False, elem_id="about-references", padding=False)
                 prompt = gr.Textbox(
@@ -170,15 +183,16 @@ def build(studio: AppState) -> gr.Blocks:
                             sliders.append(kind(minimum=low, maximum=high, **common))
             with gr.Column(scale=8):
                 pictures = gr.Gallery(
-                    label="Pictures (PNG, settings inside)", interactive=False, format="png", object_fit="contain",
-                    elem_id="pictures", elem_classes=small, buttons=["download", "fullscreen"],
+                    label="Pictures (PNG, settings inside)", interactive=False, format="png",
+                    object_fit="contain", elem_id="pictures", elem_classes=small,
+                    buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 strip = gr.HTML(
                     session.plan(studio, Settings(), demo), elem_id="strip", padding=False
                 )
                 status = gr.HTML(visible=False, elem_id="status", padding=False)
                 picture = gr.File(
-                    label="Drop a picture made here to restore its settings", file_types=[".png"], height=160,
+                    label="Drop a picture made here to restore its settings", height=160,
                     elem_id="restore",
                 )  # fmt: skip
                 restored = gr.HTML(visible=False, elem_id="restored", padding=False)
@@ -194,19 +208,22 @@ def build(studio: AppState) -> gr.Blocks:
             concurrency_limit=1,
             **quiet,
         )
-        stop.click(stopped, None, [status, stop], cancels=[drawing_now], **quiet)
+        drawing_now.failure(failed, None, [status, stop], queue=False, **quiet)
+        stop.click(
+            stopped, None, [status, stop], cancels=[drawing_now], queue=False, **quiet
+        )  # fmt: skip
         picture.change(bring_back, picture, [prompt, *sliders, restored], **quiet)
         if studio.pipeline.config.sampling.tau_tokens:
             by_name = dict(zip(LABELS, sliders))
             sizes, taus = [by_name["height"], by_name["width"]], [by_name["tau1"], by_name["tau2"]]
             before = gr.State([own["tau1"], own["tau2"]])
             gr.on(
-                [slider.change for slider in sizes], carry, [*sizes, *taus, before], [*taus, before],
-                trigger_mode="always_last", queue=False, **quiet,
+                [slider.change for slider in sizes], carry, [*sizes, *taus, before],
+                [*taus, before], trigger_mode="always_last", queue=False, **quiet,
             )  # fmt: skip
         gr.on(
             [slider.change for slider in sliders] + [references.change],
-            preview_plan, [references, *sliders], strip, trigger_mode="always_last", queue=False, **quiet,
+            preview_plan, [references, *sliders], strip, trigger_mode="always_last", queue=False,
+            **quiet,
         )  # fmt: skip
     return page
-

@@ -23,13 +23,16 @@ from squeeze_jax.sampling.schedule import MAX_STEPS
 from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER
 
 MAX_BYTES, MAX_PIXELS, MAX_REFERENCES = 25 * 2**20, 50_000_000, 4
-LIMITS = f"up to {MAX_REFERENCES} pictures of {MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} megapixels"
+LIMITS = (
+    f"up to {MAX_REFERENCES} pictures of {MAX_BYTES // 2**20} MB "
+    f"and {MAX_PIXELS // 10**6} megapixels"
+)
 PREVIEWS = 12
 """About how many previews a run shows."""
 
 
 class Range(NamedTuple):
-    """What a slider offers."""
+    """What a slider offers: from `low` to `high` by `step`."""
 
     low: float
     high: float
@@ -44,7 +47,8 @@ class AppState:
     checkpoint: str
     folder: Path
     lock: Lock = field(default_factory=Lock)
-    """Held while something is computed: a run that was stopped goes on to the end of what it is at."""
+    """Held while something is computed: a run that was stopped goes on to the end of what it is
+    at."""
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -105,7 +109,8 @@ def accept(uploads: Sequence[Upload], folder: Path) -> tuple[list[Upload], list[
         good.append(Upload(path, upload.name))
     if len(good) > MAX_REFERENCES:
         wrong.append(
-            f"{len(good)} references are more than {MAX_REFERENCES}; only the first {MAX_REFERENCES} are kept"
+            f"{len(good)} references are more than {MAX_REFERENCES}; "
+            f"only the first {MAX_REFERENCES} are kept"
         )
     return good[:MAX_REFERENCES], wrong
 
@@ -118,7 +123,8 @@ def read_reference(upload: Upload) -> Image.Image:
         size = upload.path.stat().st_size
         if size > MAX_BYTES:
             raise InputError(
-                f"{upload.path}: {size / 2**20:.0f} MB are more than the limit of {MAX_BYTES // 2**20} MB"
+                f"{upload.path}: {size / 2**20:.0f} MB are more than the limit of "
+                f"{MAX_BYTES // 2**20} MB"
             )
         return load_image(upload.path, MAX_PIXELS)
     except InputError as error:
@@ -182,7 +188,8 @@ def file_stem(prompt: str) -> str:
 
 
 def restore(studio: AppState, picture: Embedded) -> tuple[dict[str, int | float], list[str]]:
-    """The values that the page takes over from a picture, and what it could not, a sentence each."""
+    """The values that the page takes over from a picture, and what it could not, a sentence
+    each."""
     values, notes = {}, []
     for name, (low, high, _) in studio.ranges.items():
         value = getattr(picture.settings, name)
@@ -195,7 +202,8 @@ def restore(studio: AppState, picture: Embedded) -> tuple[dict[str, int | float]
             notes.append(f"{name} {value:g} is left out: this page goes from {low:g} to {high:g}.")
     if picture.settings.solver_config != DEFAULT_SOLVER:
         notes.append(
-            f"It was drawn with cheaper steps ({picture.settings.solver_config}); this page evaluates every step."
+            f"It was drawn with cheaper steps ({picture.settings.solver_config}); "
+            "this page evaluates every step."
         )
     if picture.settings.int8:
         notes.append("It was drawn with weights in 8 bits; this page has the checkpoint's own.")
@@ -205,7 +213,8 @@ def restore(studio: AppState, picture: Embedded) -> tuple[dict[str, int | float]
     made_with, here = (
         name if step is None else f"{name} at step {step}"
         for name, step in (
-            (picture.checkpoint, picture.checkpoint_step), (studio.checkpoint, studio.pipeline.step),
+            (picture.checkpoint, picture.checkpoint_step),
+            (studio.checkpoint, studio.pipeline.step),
         )
     )  # fmt: skip
     if made_with != here:

@@ -156,6 +156,7 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def close(self) -> None:
+        """Waits for saves under way."""
         self._manager.close()
 
     @contextmanager
@@ -194,7 +195,8 @@ def write_config(workdir: AnyPath, config: Config) -> None:
 
 
 def read_config(folder: AnyPath) -> Config:
-    """The config of a work or weights folder."""
+    """The config of a work or weights folder. Raises InputError where there is none, or a damaged
+    one."""
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(
@@ -213,7 +215,7 @@ def read_weights(
     step if known.
 
     The leaves are NumPy arrays, or on a mesh arrays that lie as the sharding table says. `merged`:
-    see `exported.merged_config`.
+    see `exported.merged_config`. Raises InputError where the folder holds no finished checkpoint.
     """
     config = read_config(folder)
 

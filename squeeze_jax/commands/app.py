@@ -26,6 +26,8 @@ class App:
     host: str = "127.0.0.1"
     """Address to serve on; 0.0.0.0 is every network of this machine."""
     port: int = 7860
+    auth: str | None = None
+    """USER:PASSWORD to ask for; who may list this machine's processes sees it, too."""
     merge_lora: bool = True
     """Add a LoRA to the base at loading, rounded once: less memory and work."""
     keep_mllm: bool | None = None
@@ -45,12 +47,15 @@ def run(given: App) -> None:
 
     if not 1 <= given.port <= 65535:
         raise InputError(f"--port {given.port} must be from 1 to 65535")
+    auth = None if given.auth is None else user_and_password(given.auth)
     signal.signal(signal.SIGTERM, ended)  # without it the folder below would stay
     with tempfile.TemporaryDirectory(
         prefix="squeeze_jax-"
     ) as folder:  # uploads and pictures: gone with the page
         folder = str(Path(folder).resolve())
         os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"] = folder, "False"
+        # After each event Gradio tabulates all that it remembers, 10,000 by default.
+        os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "16"
         try:
             import gradio  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
@@ -58,7 +63,7 @@ def run(given: App) -> None:
                 'the page needs gradio; install it with pip install "squeeze_jax[app]"'
             ) from None
         setup()
-        from squeeze_jax.app import page, session, strip
+        from squeeze_jax.app import server, session
         from squeeze_jax.checkpoints.manager import read_config
         from squeeze_jax.interop.load import checkpoint_folder
         from squeeze_jax.planning.sampler_program import mllm_fits
@@ -76,25 +81,11 @@ def run(given: App) -> None:
             given.checkpoint, mesh, merge_lora=given.merge_lora, keep_mllm=keep
         )
         studio = session.AppState(pipeline, str(given.checkpoint or "demo"), Path(folder))
-        host = f"[{given.host}]" if ":" in given.host else given.host  # IPv6
-        blocks = page.build(studio).queue(max_size=16, api_open=False)
-        try:
-            _, url, _ = blocks.launch(
-                server_name=host, server_port=given.port, prevent_thread_lock=True, quiet=True,
-                footer_links=[], share=False, inbrowser=False, ssr_mode=False, pwa=False,
-                mcp_server=False,
-                # What is smaller reaches `session`, which says more.
-                max_file_size=8 * session.MAX_BYTES,
-                theme=page.THEME, css=page.STYLE + strip.STYLE,
-            )  # fmt: skip
-        except OSError as error:
-            raise InputError(
-                f"cannot serve on {given.host}, port {given.port} ({error}); choose another --port"
-            ) from error
-        if not is_local(given.host):
+        blocks, url = server.launch(studio, given.host, given.port, auth)
+        if auth is None and not is_local(given.host):
             print(
                 f"anyone who reaches {given.host}, port {given.port} can draw and upload pictures; "
-                "there is no password"
+                "--auth USER:PASSWORD asks for a password"
             )
         print(f"page: {url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
@@ -105,6 +96,16 @@ def ended(*_: object) -> NoReturn:
     from squeeze_jax.errors import Preempted
 
     raise Preempted("the page has ended")
+
+
+def user_and_password(text: str) -> tuple[str, str]:
+    """The two halves of `USER:PASSWORD`. Raises InputError, which does not repeat them."""
+    from squeeze_jax.errors import InputError
+
+    user, _, password = text.partition(":")
+    if not (user.strip() and password):
+        raise InputError("--auth is not understood; write USER:PASSWORD, neither of them empty")
+    return user.strip(), password
 
 
 def is_local(host: str) -> bool:

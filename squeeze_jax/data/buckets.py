@@ -31,12 +31,14 @@ class Sizes(NamedTuple):
     image: int
     """Image tokens of the MLLM."""
     references: int
-    """References, and how many packed tokens all of them have together."""
+    """How many."""
     reference_tokens: int
+    """Packed tokens of all references together."""
 
 
 class Padding(NamedTuple):
-    """What tokens are padded to."""
+    """How many tokens there are after padding: text and image tokens of the MLLM, packed ones of
+    references."""
 
     text: int
     image: int

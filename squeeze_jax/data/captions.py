@@ -49,6 +49,7 @@ class CutCaptions:
         return [cut_caption(one, lambda caption: self.fits(caption, count)) for one in captions]
 
     def prompt(self, index: int) -> str:
+        """The first caption, cut."""
         return self._cut(index, [self.rows.prompt(index)])[0]
 
     def other_captions(self, index: int) -> Sequence[str]:
@@ -74,10 +75,12 @@ class CutCaptions:
 
     @property
     def parts(self) -> Sequence[int] | None:
+        """Those of the rows below."""
         return parts_of(self.rows)
 
     @property
     def most_references(self) -> int:
+        """Of one row below."""
         return most_references(self.rows)
 
 

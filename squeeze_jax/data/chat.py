@@ -103,7 +103,8 @@ class Vocabulary:
         says.
 
         Added tokens are found by the tokenizer's outermost step, which is left out here:
-        normaliser, pre-tokenizer and model run one after the other.
+        normaliser, pre-tokenizer and model run one after the other. Raises InputError where a text
+        is not valid Unicode, or the tokenizer makes added tokens of plain text.
         """
         try:
             text.encode()
@@ -126,7 +127,7 @@ class Vocabulary:
         return ids
 
     def special(self, name: str) -> int:
-        """The id of a special token; InputError if the tokenizer lacks it."""
+        """The id of a special token. Raises InputError if the tokenizer lacks it."""
         token = self.backend.token_to_id(name)
         if token is None or token not in self.added:
             raise InputError(
@@ -149,7 +150,7 @@ def pad_inputs(
     sequences: Sequence[Sequence[int]], length: int | None = None, pad_id: int = 0
 ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
     """Sequences of token ids as one array, padded on the right to `length` (default: the longest),
-    and the valid ones."""
+    and the valid ones. Raises InputError where a sequence is longer than `length`."""
     longest = max(map(len, sequences))
     length = longest if length is None else length
     if longest > length:
@@ -217,6 +218,7 @@ def tile_grid(height: int, width: int, size: int, most: int) -> tuple[int, int]:
 
 
 def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An RGB picture of this size in pixels, bicubic as InternVL's processor has it."""
     return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -228,7 +230,7 @@ def normalised(pixels: UInt8[np.ndarray, "*B 3"]) -> Float32[np.ndarray, "*B 3"]
 
 def load_tokenizer(folder: Any) -> "Tokenizer":
     """The tokenizer in a folder's `tokenizer.json` (published InternVL3 `-hf` folders have one, and
-    so has the demo)."""
+    so has the demo). Raises InputError where it is missing or damaged."""
     from pathlib import Path
 
     from tokenizers import Tokenizer

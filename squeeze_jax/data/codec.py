@@ -53,9 +53,9 @@ def outliers(width: int) -> int:
 def quantise(states: Float[np.ndarray, "M L C"], kept: int) -> Parts:
     """int8 parts with the `kept` largest channels of every (layer, token) apart.
 
-    value = q·scale, scale = largest remaining |value| / 127: an error of at most scale/2, all zeros
-    stay zeros. Infinities and NaN are among the kept channels; a token that has more of them than
-    that is NaN throughout, never a finite number.
+    value = q·scale, scale = largest remaining |value| / 127 (our decision): an error of at most
+    scale/2, all zeros stay zeros. Infinities and NaN are among the kept channels; a token that has
+    more of them than that is NaN throughout, never a finite number.
     """
     q = np.empty(states.shape, np.int8)
     scales = np.empty(states.shape[:2], np.float32)

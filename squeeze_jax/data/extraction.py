@@ -205,6 +205,7 @@ def hold_shard(out: epath.Path, shard: tuple[int, int]) -> AbstractContextManage
 
 
 def progress() -> Progress:
+    """A bar on the terminal: what, how many of how many, the time that is left."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )

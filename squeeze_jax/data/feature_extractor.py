@@ -171,8 +171,8 @@ class FeatureExtractor:
         return self.decode_later(latents)()
 
     def decode_later(self, latents: np.ndarray | jax.Array) -> Callable[[], np.ndarray]:
-        """`decode` in two: what is returned waits for the pictures, and until then the caller may
-        have others drawn."""
+        """`decode` of latents [B, h, w, c] in two: what is returned waits for the pictures, and
+        until then the caller may have others drawn."""
         if max(latents.shape[1:3]) > TILE:
             return lambda: decode_tiles(
                 lambda part: to_host(self._decode(part)), np.asarray(latents)

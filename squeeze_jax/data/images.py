@@ -41,7 +41,8 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_image(file: BufferedIOBase, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in an open file, as `load_image`; `name` is what messages call it."""
+    """The picture in an open file, as `load_image`; `name` is what messages call it. Raises
+    InputError as it does."""
     try:
         # Pillow warns of large pictures (here an error with a limit of ours) and of junk in EXIF
         # (which harms nobody).

@@ -113,6 +113,7 @@ def check_rows(
 
     path: the file, for messages. folder: where their paths begin. values: each row with the number
     that messages give it; `Unreadable` for one that could not be parsed. content: of the file.
+    Raises InputError that names the bad rows.
     """
     rows: list[Row] = []
     warnings: list[str] = []
@@ -163,7 +164,7 @@ def _digest(content: bytes, rows: list[Row]) -> str:
 
 
 def read_text_file(path: Path, wanted: str) -> bytes:
-    """The bytes of a file; `wanted` ends the sentence where it is none."""
+    """The bytes of a file. Raises InputError where there is none; `wanted` ends that sentence."""
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}; {wanted}")

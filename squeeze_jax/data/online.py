@@ -27,6 +27,7 @@ from squeeze_jax.errors import InputError
 from squeeze_jax.interop.load import encoder_folder, internvl_source
 
 THREADS = 8
+"""That read pictures ahead (our decision)."""
 
 
 class RawShape(NamedTuple):
@@ -147,7 +148,7 @@ def make_online(
     seed: int,
     own: Sequence[int] | np.ndarray | None = None,
 ) -> BatchIterator:
-    """Raw batches of `batch` examples, reshuffled every epoch; `own` as `rows` of
+    """Raw batches of `batch` examples, reshuffled every epoch; `own` [rows] as `rows` of
     `pipeline.make_dataset`.
 
     Raises InputError where a prompt is empty or too long, or references have several sizes (then

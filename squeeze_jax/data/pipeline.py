@@ -260,9 +260,9 @@ def make_dataset(
     """Batches of `batch` records from a folder of feature records, reshuffled every epoch.
 
     Of several folders with weights, each has its share of the rows, and epochs of its own.
-    Epochs run into each other, so every batch is full however few records there are. rows: those of
-    every batch that this process reads (0 .. batch − 1, in order); None: all. prefetch: batches
-    made ahead, each by a thread. workers: processes that make them instead; they are spawned, so
+    Epochs run into each other, so every batch is full however few records there are. rows [n]:
+    those of every batch that this process reads (0 .. batch − 1, in order); None: all. prefetch:
+    batches made ahead, each by a thread. workers: processes that make them instead; they are spawned, so
     the main script needs `if __name__ == "__main__"`. layers: the hidden states that batches hold,
     of those that the records do; None: all of these. positions_of: where reference
     tokens stand, by the backbone's config; FLUX.1's way by default.

@@ -222,7 +222,7 @@ def write_metadata(
     """Describes a folder all of whose shards are finished; from here on it can be read.
 
     layers: which hidden states the records hold; None: all of the MLLM's. Several processes may do
-    this at once.
+    this at once. Raises ValueError where a shard is unfinished.
     """
     summaries = [shard_summary(folder, shard, shards) for shard in range(shards)]
     finished = [summary for summary in summaries if summary is not None]

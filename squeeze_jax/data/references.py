@@ -56,8 +56,8 @@ def encode_pictures(
     *,
     on_canvases: bool = False,
 ) -> list[np.ndarray]:
-    """Encodes pictures of any sizes, in order: those of one size together, or those of one canvas,
-    at most `batch` at once (None: all)."""
+    """Encodes pictures [height, width, 3] of any sizes to latents [h, w, c], in order: those of one
+    size together, or those of one canvas, at most `batch` at once (None: all)."""
     groups: dict[Size, list[int]] = {}
     for index, (height, width, _) in enumerate(picture.shape for picture in pictures):
         size = (canvas_side(height), canvas_side(width)) if on_canvases else (height, width)

@@ -52,7 +52,8 @@ def empirical_shift(target_tokens: int, steps: int) -> float:
 
 
 def shift_time(s: Float[Array, "*B"], mu: float) -> Float[Array, "*B"]:
-    """t = e^μ / (e^μ + 1/s − 1): moves times towards noise. 0 and 1 stay, and with μ = 0 all do."""
+    """t = e^μ / (e^μ + 1/s − 1), as diffusers' FLUX pipelines have it: moves times towards noise. 0
+    and 1 stay, and with μ = 0 all do."""
     if mu == 0.0:
         return s
     return math.exp(mu) * s / (math.exp(mu) * s + (1.0 - s))  # the brackets keep 1 exactly at 1
@@ -92,5 +93,5 @@ def euler_step(
     t: Float[Array, ""],
     t_next: Float[Array, ""],
 ) -> Float[Array, "B N c"]:
-    """x + (t_next − t)·v."""
+    """Euler's step x + (t_next − t)·v."""
     return x + (t_next - t).astype(x.dtype) * velocity.astype(x.dtype)

@@ -44,8 +44,7 @@ def pack(latents: Float[Any, "*B height width c"]) -> Float[Any, "*B N patch"]:
 
 def unpack(tokens: Float[Any, "*B N patch"], grid: Grid) -> Float[Any, "*B height width c"]:
     """The inverse of `pack` for a grid of (rows, columns) tokens: [*B, N, 4c] to [*B, 2 rows, 2
-    columns, c].
-    """
+    columns, c]. Raises ValueError where N is not rows times columns."""
     rows, columns = grid
     *batch, count, width = tokens.shape
     if count != rows * columns:

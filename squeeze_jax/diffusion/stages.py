@@ -27,8 +27,11 @@ class ConditionDropout:
 
     both: float = 0.6
     mllm: float = 0.1
+    """The MLLM alone."""
     vae: float = 0.2
+    """The references alone."""
     neither: float = 0.1
+    """Nothing: what guidance calls unconditional."""
 
     def __post_init__(self) -> None:
         values = (self.both, self.mllm, self.vae, self.neither)
@@ -87,7 +90,7 @@ def check_thresholds(tau1: float, tau2: float) -> None:
 def plan_stages(
     times: np.ndarray, tau1: float, tau2: float, references: bool = True
 ) -> tuple[Stage, ...]:
-    """The stages of a run, without those that have no step.
+    """The stages of a run at `times` [steps + 1], from 1 to 0, without those that have no step.
 
     A step belongs to the stage of the time at its start: the MLLM alone at t ≥ τ1, both at
     τ2 ≤ t < τ1, the VAE alone at t < τ2 (docs/decisions.md, "Multi-stage denoising"). The first

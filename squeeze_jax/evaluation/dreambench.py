@@ -48,7 +48,8 @@ def real_pictures(folder: Path) -> list[Path]:
 
 
 def fixed_picture(dataset: Path, subject: str) -> Path:
-    """The subject's picture in Kosmos-G's table; of a subject that is not there, the first."""
+    """The subject's picture in Kosmos-G's table; of a subject that is not there, the first. Raises
+    InputError where a picture of the table is missing."""
     pictures = real_pictures(dataset / subject)
     wanted = [path for path in pictures if path.stem == FIXED.get(subject)]
     if subject in FIXED and not wanted:

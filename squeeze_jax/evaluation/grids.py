@@ -159,7 +159,7 @@ def draw_examples(
     settings: Settings,
     done: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """`sample_examples` of what `encode_examples` made."""
+    """`sample_examples` of what `encode_examples` made: pictures [examples, height, width, 3]."""
     pieces: list[list[int]] = []
 
     def batches() -> Iterator[tuple[Ready, list[int]]]:

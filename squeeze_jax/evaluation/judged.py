@@ -140,7 +140,8 @@ def score_replies(
     out: Path,
     scale: tuple[float, float] | None = None,
 ) -> None:
-    """Tabulates replies, prints what cannot be read, and writes report.html and scores.json."""
+    """Tabulates replies, prints what cannot be read, and writes report.html and scores.json. Raises
+    InputError where no reply can be read, or the scale is upside down."""
     if scale is not None and not scale[0] < scale[1]:
         raise InputError(f"--scale {scale[0]:g} {scale[1]:g}: the lowest score comes first")
     paths = pictures.pictures(folder)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CROP = 224
+"""Pixels a side that DINO and CLIP see."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and standard deviation of the channels, of values in [0, 1]."""

@@ -29,6 +29,7 @@ from squeeze_jax.storage import write_whole
 
 MANIFEST = "pictures.json"
 FORMAT = 1
+"""Version of pictures.json."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -87,9 +88,11 @@ class PictureSet:
         return [[path for path in row if path is not None] for row in found]
 
     def reference_paths(self, prompt: Prompt) -> list[Path]:
+        """The files of a prompt's references."""
         return [self.references / name for name in prompt.references]
 
     def to_json(self) -> dict[str, Any]:
+        """As pictures.json holds it."""
         return {
             "format": FORMAT,
             "suite": self.suite,

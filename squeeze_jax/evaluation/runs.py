@@ -40,7 +40,7 @@ GRID_WIDTH = 900
 
 
 class Curve(NamedTuple):
-    """A figure over steps."""
+    """A figure over steps: `values` at `steps`."""
 
     steps: list[int]
     values: list[float]
@@ -131,7 +131,8 @@ def _estimate(value: Mapping[str, Any]) -> Estimate:
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, Path]:
-    """A name for each folder: the shortest ends of their paths that tell them apart."""
+    """A name for each folder: the shortest ends of their paths that tell them apart. Raises
+    InputError where a folder is given twice."""
     absolute = [folder.absolute() for folder in folders]
     if len(set(absolute)) != len(absolute):
         raise InputError("a run is named twice; give each folder once")

@@ -12,10 +12,12 @@ from jaxtyping import Float, Float32
 from squeeze_jax.evaluation.judges import Features
 
 RESAMPLES = 10_000
+"""Of the bootstrap, an interval (our decision)."""
 
 
 class Estimate(NamedTuple):
-    """A mean, with its 95 % interval where there is more than one value to resample."""
+    """A mean, with its 95 % interval, `low` to `high`, where there is more than one value to
+    resample."""
 
     value: float
     low: float | None
@@ -44,7 +46,7 @@ class Drawn(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """Of one prompt, means over its pictures: metric and pairing → score."""
+    """`scores` of one prompt, means over its pictures in [−1, 1], by metric and pairing."""
 
     group: str
     scores: Mapping[str, float]

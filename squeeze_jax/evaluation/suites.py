@@ -42,11 +42,14 @@ class Work(NamedTuple):
     """How much of it this process does."""
 
     shard: tuple[int, int] = (0, 1)
+    """i of n parts of the prompts."""
     at_once: int = AT_ONCE
+    """Images that are drawn together."""
 
 
 def open_prompts(file: Path | None, dreambench: Path | None) -> Prompts:
-    """DreamBench's prompts (`file` may hold them), or those of a JSON file in UNO's schema."""
+    """DreamBench's prompts (`file` may hold them), or those of a JSON file in UNO's schema. Raises
+    InputError where neither is given."""
     if dreambench is not None:
         dataset = open_dataset(dreambench).absolute()
         return Prompts(dataset, dreambench_prompts(dataset, file))

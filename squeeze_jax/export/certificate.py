@@ -54,6 +54,7 @@ TOLERANCE = {"part": 1e-4, "latents": 1e-4, "pixels": 1e-3}
 grey level (float32)."""
 PROMPT = "a small critter running on the beach at night, with a blue flag, on the left"
 STEPS = 8
+"""Of the sampling that both programs do."""
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -269,7 +270,7 @@ def exported_pipeline(folder: Path, code: TorchCode) -> Iterator[Any]:
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
-    """‖a − b‖ / ‖b‖ in float64, to two digits."""
+    """‖a − b‖ / ‖b‖ in float64, to two digits. Raises OutputError where their shapes differ."""
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
         raise OutputError(

@@ -84,4 +84,5 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -63,7 +63,7 @@ def _original(name: str, levels: int) -> str:
 
 def config_from_json(values: Json) -> AutoencoderConfig:
     """The config of a diffusers folder; what this model does not do (quant convolutions, other
-    blocks) is refused."""
+    blocks) is refused. Raises ValueError with its name."""
     fixed = _fixed(len(values["block_out_channels"]))
     for name, want in fixed.items():
         # diffusers' defaults where a field is absent: quant convolutions on, everything else as

@@ -114,6 +114,7 @@ def write_exported(
 
 
 def is_exported(folder: AnyPath) -> bool:
+    """Whether a folder is one that `export` wrote."""
     return (folder / ABOUT).is_file()
 
 
@@ -144,7 +145,8 @@ def read_exported(
     """The trained leaves of a config, by dotted path, float32.
 
     They are NumPy arrays or, with `place`, laid out on a mesh. A merged transformer, which nobody
-    trains, stays in its files' dtype. fresh: see `adapters.adapter_leaves`.
+    trains, stays in its files' dtype. fresh: see `adapters.adapter_leaves`. Raises InputError where
+    the config wants a LoRA and the folder has none.
     """
     aggregator = nnx.eval_shape(lambda: Aggregator(config.aggregator, rngs=nnx.Rngs(0)))
     table = aggregator_format.entries(config.aggregator)

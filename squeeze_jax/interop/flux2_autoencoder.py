@@ -42,7 +42,8 @@ def without_batches(tensors: Tensors) -> Tensors:
 
 
 def export_autoencoder(autoencoder: Flux2Autoencoder) -> dict[str, np.ndarray]:
-    """Every tensor that diffusers' model has, `BATCHES` with them."""
+    """Every tensor that diffusers' model has, in PyTorch's layouts (convolutions [out, in, h, w]),
+    `BATCHES` with them."""
     tensors = export_entries(autoencoder, entries(autoencoder.config))
     return {**tensors, BATCHES: np.zeros((), np.int64)}
 

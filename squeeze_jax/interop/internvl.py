@@ -115,7 +115,8 @@ ORIGINAL = (
 
 
 def original_config_from_json(values: Json) -> InternVLConfig:
-    """Our config from the original layout's `config.json` (`llm_config` beside `vision_config`)."""
+    """Our config from the original layout's `config.json` (`llm_config` beside `vision_config`).
+    Raises ValueError naming what we do not compute."""
     vision, text = values["vision_config"], values["llm_config"]
     for name, found, wanted in (
         ("ps_version", values.get("ps_version", "v2"), "v2"),
@@ -154,7 +155,8 @@ def _module(source: str, path: str, layer: int | None = None, bias: bool = False
 
 
 def config_from_json(values: Json) -> InternVLConfig:
-    """Our config from a `config.json`; what we do not compute is refused by name."""
+    """Our config from a `config.json`; what we do not compute is refused by name. Raises ValueError
+    for it."""
     vision, text = values["vision_config"], values["text_config"]
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or rope

@@ -143,7 +143,8 @@ class Source(NamedTuple):
 
 
 def dit_source(folder: str | AnyPath, variant: str | None = None) -> Source:
-    """A transformer's checkpoint; without any family's mark it is taken for FLUX.1's, the first."""
+    """A transformer's checkpoint; without any family's mark it is taken for FLUX.1's, the first.
+    Raises InputError where the folder lacks its config.json or holds no whole transformer."""
     tensors = without_prefix(TensorFolder(folder, variant), DIT_PREFIXES)
     original = any(name.startswith("double_blocks.") for name in tensors.names())
     file = _config_file(folder)
@@ -250,7 +251,7 @@ def autoencoder_format(config: AnyAutoencoderConfig) -> ModuleType:
 
 
 def internvl_source(folder: str | Path, variant: str | None = None) -> Source:
-    """An MLLM's checkpoint."""
+    """An MLLM's checkpoint. Raises InputError for a single file: the tokenizer lies beside it."""
     folder = encoder_folder(folder, "mllm")
     if folder.is_file():
         raise InputError(
@@ -298,7 +299,8 @@ def checkpoint_folder(named: str | AnyPath | None) -> AnyPath:
 
 
 def encoder_folder(folder: str | Path, part: str) -> Path:
-    """The folder (or file) itself, or a shipped miniature's part where it is called as that."""
+    """The folder (or file) itself, or a shipped miniature's part where it is called as that.
+    Raises InputError where there is none."""
     shipped = SHIPPED.get(str(folder))
     path = Path(folder) if shipped is None else shipped / part
     if not path.exists():

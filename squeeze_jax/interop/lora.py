@@ -56,7 +56,9 @@ class Pair(NamedTuple):
     b: np.ndarray
     """float32 [size, rank]."""
     scale: float
+    """Strength: alpha / rank."""
     start: int
+    """Of our layer's output rows, the first that it changes."""
 
 
 # --- reading
@@ -79,8 +81,9 @@ def load_lora(dit: Backbone, file: str | Path) -> LoRAReport:
 def read_pairs(
     file: str | Path, dit: Backbone
 ) -> tuple[DialectName, dict[tuple[str, int | None], list[Pair]], list[str]]:
-    """The dialect of a LoRA file, its pairs for each (path, layer) of ours, and the keys that
-    were skipped, aloud."""
+    """The dialect of a LoRA file, its pairs for each (path, layer) of ours, and the keys that were
+    skipped, aloud. Raises InputError where a matrix lacks its partner or is there twice, or none is
+    there."""
     tensors = TensorFolder(file)
     skipped = [key for key in tensors.names() if TEXT_ENCODERS.fullmatch(key)]
     if skipped:

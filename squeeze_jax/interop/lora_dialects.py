@@ -108,7 +108,7 @@ def spelled(dialect: Dialect, config: BackboneConfig) -> dict[str, tuple[str, Ta
 def recognise(
     keys: list[str], config: BackboneConfig, file: str | Path
 ) -> tuple[DialectName, dict[str, tuple[str, Target]]]:
-    """The dialect that knows most of the keys; InputError unless it knows them all."""
+    """The dialect that knows most of the keys. Raises InputError unless it knows them all."""
     modules = {key: split[0] if (split := split_role(key)) else None for key in keys}
     tables = {name: spelled(dialect, config) for name, dialect in DIALECTS.items()}
 

@@ -90,7 +90,8 @@ class LoRASettings:
             ) from None
 
     def scale(self, name: str, rank: int, alpha: float | None) -> float:
-        """alpha / rank of a layer (alpha / √rank if rank-stabilised)."""
+        """alpha / rank of a layer (alpha / √rank if rank-stabilised), as PEFT computes it. Raises
+        InputError where rank or alpha contradict the metadata, or alpha is not finite."""
         declared_rank = _by_pattern(self.ranks, name, self.rank)
         if declared_rank is not None and declared_rank != rank:
             raise InputError(

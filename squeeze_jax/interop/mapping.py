@@ -51,7 +51,8 @@ class MappingError(ValueError):
 
 
 def to_ours(tensors: list[np.ndarray], layout: Layout) -> np.ndarray:
-    """The file's tensors as one array in our layout."""
+    """The file's tensors ([out, in], [out, in, h, w], [C], stacked or not) as one array in our
+    layout ([in, out], [h, w, in, out], [C])."""
     joined = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=0)
     match layout:
         case "same":
@@ -68,7 +69,8 @@ def to_ours(tensors: list[np.ndarray], layout: Layout) -> np.ndarray:
 
 
 def to_theirs(array: np.ndarray, entry: Entry) -> list[np.ndarray]:
-    """The inverse of `to_ours`: one array for each of the entry's sources."""
+    """The inverse of `to_ours`, from [in, out] and so on: one array for each of the entry's
+    sources."""
     match entry.layout:
         case "same":
             joined = array
@@ -96,14 +98,20 @@ def parameters_by_path(module: nnx.Module) -> dict[str, nnx.Param]:
 class Tensors(Protocol):
     """A checkpoint: `TensorFolder`, or arrays in memory (`ArrayTensors`)."""
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, in the file's order of axes."""
+        ...
 
-    def dtype(self, name: str) -> np.dtype: ...
+    def dtype(self, name: str) -> np.dtype:
+        """That in which `read` returns a tensor."""
+        ...
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        """The tensor, or the part of it that slices of its first axes choose."""
+        """The tensor [*shape(name)], or the part of it that slices of its first axes choose."""
         ...
 
 
@@ -171,8 +179,9 @@ def load_entries(
 
     `dtype` converts (default: the dtype that the parameter has). `place(path, shape)` says how a
     parameter lies on the devices (default: on this process's first one): only what this process's
-    devices hold is read, one tensor at a time. All missing, unexpected and misshapen names are
-    raised together as `MappingError` before anything is read.
+    devices hold is read, one tensor at a time. A mapping's arrays are
+    [*their published shape]. Raises MappingError, with all missing, unexpected and misshapen
+    names together, before anything is read.
     """
     tensors = ArrayTensors(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     parameters, table = parameters_by_path(module), list(table)
@@ -319,7 +328,7 @@ def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def export_entries(module: nnx.Module, table: Iterable[Entry]) -> dict[str, np.ndarray]:
-    """Every tensor of the format, from the module's parameters."""
+    """Every tensor of the format, [*its published shape], from the module's parameters."""
     parameters: Mapping[str, np.ndarray] = {
         path: np.asarray(jax.device_get(leaf[...]))
         for path, leaf in parameters_by_path(module).items()

@@ -17,6 +17,7 @@ from squeeze_jax.layers.lora import Adapter, linears
 from squeeze_jax.models.backbone import Backbone
 
 SHARD_BYTES = 5_000_000_000
+"""Most bytes of one file (our decision)."""
 
 
 def save_merged(folder: Path, dit: Backbone, dtype: DType, shard_bytes: int = SHARD_BYTES) -> None:

@@ -150,6 +150,7 @@ class TensorFolder:
         return [name for name in self.files if name not in self._hidden]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, in the file's order of axes."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
@@ -158,8 +159,8 @@ class TensorFolder:
         return np.dtype(ml_dtypes.bfloat16) if name in self.scales else np.dtype(DTYPES[kind])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """One tensor, or a part of it, with the dtype of the file (bfloat16 and float8 as
-        ml_dtypes has them)."""
+        """One tensor [*shape(name)], or a part of it, with the dtype of the file (bfloat16 and
+        float8 as ml_dtypes has them)."""
         if name in self.scales:
             scale = (
                 self._open(self.files[self.scales[name]])
@@ -292,7 +293,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: AnyPath) -> dict:
-    """A JSON object from a file; InputError names the file and the place of a mistake."""
+    """A JSON object from a file. Raises InputError with the file and the place of a mistake."""
     try:
         value = load_json(path.read_text())
     except FileNotFoundError:
@@ -312,7 +313,7 @@ def write_tensors(
     """Writes a safetensors file beside its place and renames it; equal tensors make equal bytes.
 
     `metadata` (default: PyTorch's mark) should be one entry: the library writes several in an order
-    of chance.
+    of chance. Arrays are [...], of any shape.
     """
 
     def write(part: Path) -> None:

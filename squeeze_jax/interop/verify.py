@@ -54,7 +54,7 @@ from squeeze_jax.models.internvl import InternVL, InternVLConfig
 Kind = str
 """What can be verified: a family of transformers (`formats.FORMATS`), `autoencoder` or `internvl`."""
 TOLERANCE = 1e-5
-"""Largest relative error ‖a − b‖ / ‖b‖ in float32 that passes."""
+"""Largest relative error ‖a − b‖ / ‖b‖ in float32 that passes (our decision)."""
 
 
 class Row(NamedTuple):
@@ -68,6 +68,7 @@ class Row(NamedTuple):
 
     @property
     def passed(self) -> bool:
+        """Whether all is finite and near enough to PyTorch's."""
         finite = bool(np.isfinite(self.digest).all())
         return finite and (self.error is None or self.error <= TOLERANCE)
 
@@ -86,9 +87,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether every name and every number is right."""
         return not self.problems and all(row.passed for row in self.rows)
 
     def to_json(self) -> Json:
+        """As `--json` writes it; NaN is null."""
         rows = [{**row._asdict(), "passed": row.passed} for row in self.rows]
         for row in rows:  # JSON has no NaN
             row["digest"] = [
@@ -97,16 +100,13 @@ class Report:
             row["error"] = (
                 row["error"] if row["error"] is None or math.isfinite(row["error"]) else None
             )
-        return {
-            **dataclasses.asdict(self),
-            "rows": rows,
-            "tolerance": TOLERANCE,
-            "passed": self.passed,
-        }
+        found = {"rows": rows, "tolerance": TOLERANCE, "passed": self.passed}
+        return dataclasses.asdict(self) | found
 
 
 def detect(folder: str | Path, variant: str | None = None) -> Kind:
-    """What a folder or file holds, by its config.json or else by its names."""
+    """What a folder or file holds, by its config.json or its names. Raises InputError if
+    unknown."""
     path = Path(folder) / "config.json"
     values = read_json(path) if path.is_file() else {}
     name = values.get("_class_name") or values.get("model_type") or ""

@@ -11,6 +11,7 @@ from squeeze_jax.sharding import platform
 # Large, but finite in every dtype: a query that may attend to nothing gets a mean over all
 # values, never NaN.
 MASKED = -1e30
+"""Logit of what is masked: finite, so that a row of them gives no NaN (our decision)."""
 QUERIES = 256
 """Queries that a CPU takes at a time from a long sequence (our decision:
 `benchmarks/attention.py` compares sizes)."""
@@ -25,7 +26,7 @@ def attention(
     name: str | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q·kᵀ / sqrt(D))·v with the softmax in float32.
+    """Scaled dot-product attention: softmax(q·kᵀ / sqrt(D))·v with the softmax in float32.
 
     `mask` is True where a query may attend: one row of keys for all queries of a sample [B, S],
     or one row per query [B, T, S]. Where there are fewer key and value heads than query heads (H

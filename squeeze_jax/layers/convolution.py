@@ -11,6 +11,7 @@ from squeeze_jax.layers.linear import FLOAT32
 from squeeze_jax.layers.norm import per_channel
 
 NORM_EPS = 1e-6
+"""Of group norms, as in diffusers' AutoencoderKL."""
 
 Inside: TypeAlias = Bool[Array, "B h w 1"] | None
 """Which places of a canvas are each picture's; None: all."""

@@ -14,7 +14,8 @@ has fewer; plain products are as fast there."""
 
 
 def suits(query: jax.Array, key: jax.Array) -> bool:
-    """Whether cuDNN has a kernel: it wants half precision and heads of at most 128 channels."""
+    """Whether cuDNN has a kernel for [B, T, H, D] and [B, S, K, D]: it wants half precision and
+    heads of at most 128 channels."""
     half, many = (
         query.dtype in (jnp.bfloat16, jnp.float16),
         min(query.shape[1], key.shape[1]) >= LEAST,
@@ -43,8 +44,8 @@ def cudnn_attention(
     value: Float[Array, "B S K D"],
     mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q·kᵀ / sqrt(D))·v. It never holds [H, T, S]; a mask [B, T, S] costs [T, S] for each
-    example.
+    """Scaled dot-product attention: softmax(q·kᵀ / sqrt(D))·v. It never holds [H, T, S]; a mask
+    [B, T, S] costs [T, S] for each example.
 
     Where the mask is the same for all queries [B, S], the unmasked keys are moved to the front
     and the kernel is given their number: it skips the rest and has no mask to read. Odd lengths

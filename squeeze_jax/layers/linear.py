@@ -79,9 +79,9 @@ class Linear(nnx.Module):
 
 
 def silu(x: jax.Array) -> jax.Array:
-    """x · sigmoid(x).
+    """x · sigmoid(x) of any shape [...], as in FLUX.1.
 
-    `jax.nn.silu` is compiled as a function of its own, which changes the last bit of gradients,
-    and so would not continue earlier runs exactly.
+    `jax.nn.silu` is compiled as a function of its own, which changes the last bit of gradients, and
+    so would not continue earlier runs exactly.
     """
     return x * jax.nn.sigmoid(x)

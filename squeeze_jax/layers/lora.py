@@ -88,6 +88,7 @@ class LowRank(nnx.Module):
 
     @property
     def size(self) -> int:
+        """Output channels."""
         return self.up.shape[-1]
 
     def __call__(
@@ -150,8 +151,8 @@ def add_lora(
     """Attaches fresh adapters to every linear layer that `config.target` matches; returns their
     paths.
 
-    `down` is normal with standard deviation `config.init_gain` · in^-1/2, `up` is zero. Raises
-    ValueError if nothing matches or a layer already carries an adapter.
+    `down` is normal with standard deviation `config.init_gain` · in^-1/2, `up` is zero (our
+    decision). Raises ValueError if nothing matches or a layer already carries an adapter.
     """
     pattern = re.compile(config.target)
     chosen = {
@@ -200,12 +201,12 @@ def remove_lora(model: nnx.Module) -> None:
 
 
 def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
-    """Adds every adapter's delta to its kernel, in float32 and rounded once, and takes the
-    adapters off.
+    """Adds every adapter's delta to its kernel, in float32 and rounded once, and takes the adapters
+    off.
 
     Returns the kernels as they were, by path: `unmerge_lora` puts these back bit for bit
-    (subtracting the delta again would drift in bfloat16). Raises ValueError for an int8 base,
-    which cannot take a delta.
+    (subtracting the delta again would drift in bfloat16). Raises ValueError for an int8 base, which
+    cannot take a delta. Kernels are [in, out], or [blocks, in, out] of a stack.
     """
     before = {}
     for path, linear in linears(model):
@@ -224,7 +225,8 @@ def merge_lora(model: nnx.Module) -> dict[str, jax.Array]:
 
 
 def unmerge_lora(model: nnx.Module, before: dict[str, jax.Array]) -> None:
-    """Puts back the kernels that `merge_lora` returned."""
+    """Puts back the kernels ([in, out], or [blocks, in, out] of a stack) that `merge_lora`
+    returned."""
     for path, linear in linears(model):
         if path in before:
             linear.kernel.set_value(before[path])

@@ -13,13 +13,13 @@ from squeeze_jax.array_types import Array, DType, Float
 from squeeze_jax.layers.linear import FLOAT32, Linear, silu
 from squeeze_jax.layers.norm import layer_norm
 
-NORM_EPS = 1e-6  # FLUX.1: every LayerNorm and q/k RMSNorm
+NORM_EPS = 1e-6
+"""FLUX.1's, of every LayerNorm and of q's and k's RMSNorm."""
 
 
 def sinusoidal(x: Float[Array, " B"], width: int = 256) -> Float[Array, "B {width}"]:
     """cos then sin of 1000·x·10000^(−i/(width/2)), in float32. `x` is a time or guidance value as
-    the user gives it.
-    """
+    the user gives it. FLUX.1's embedding of times."""
     half = width // 2
     # The exponent is rounded to float32 before exp, as in the published model. Phases reach 1000
     # radians, where the rounding of a frequency shows.
@@ -72,12 +72,13 @@ class AdaLN(nnx.Module):
 def modulate(
     x: Float[Array, "B T C"], shift: Float[Array, "#B 1 C"], scale: Float[Array, "#B 1 C"]
 ) -> Float[Array, "B T C"]:
-    """(1 + scale)·layer_norm(x) + shift in float32, returned in the dtype of `x`."""
+    """(1 + scale)·layer_norm(x) + shift (AdaLN) in float32, returned in the dtype of `x`."""
     return ((1.0 + scale) * layer_norm(x.astype(jnp.float32), NORM_EPS) + shift).astype(x.dtype)
 
 
 def add_gated(
     x: Float[Array, "B T C"], gate: Float[Array, "#B 1 C"], update: Float[Array, "B T C"]
 ) -> jax.Array:
-    """x + gate·update, the residual step: in float32, returned in the dtype of `x`."""
+    """x + gate·update [B, T, C], AdaLN's residual step: in float32, returned in the dtype of
+    `x`."""
     return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)

@@ -15,10 +15,11 @@ def per_channel(vector: Array, like: Array) -> Array:
 
 
 def scaled(x: Array, scale: Array | float) -> Array:
-    """x · scale, multiplied in float32 and rounded once to the dtype of `x`.
+    """x · scale, both [..., C], multiplied in float32 and rounded once to the dtype of `x` (our
+    decision).
 
-    A float32 scale that were rounded to bfloat16 first would be off by up to 0.4 % for all
-    of `x` alike.
+    A float32 scale that were rounded to bfloat16 first would be off by up to 0.4 % for all of `x`
+    alike.
     """
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 

@@ -22,7 +22,8 @@ def rotation(
     sum(axes) = D.
 
     Channel pair i of an axis of width n turns by position · theta^(−2i/n). Phases are float32
-    whatever the activations' dtype, so that neighbouring positions stay apart in bfloat16.
+    whatever the activations' dtype, so that neighbouring positions stay apart in bfloat16. RoPE as
+    FLUX.1 has it.
     """
     angles = []
     for axis, width in enumerate(axes):
@@ -34,7 +35,7 @@ def rotation(
 
 
 def rotate(x: Float[Array, "B S H D"], by: Rotation) -> Float[Array, "B S H D"]:
-    """Turns each channel pair (a, b) to (a·cos − b·sin, b·cos + a·sin), in float32."""
+    """RoPE: turns each channel pair (a, b) to (a·cos − b·sin, b·cos + a·sin), in float32."""
     cos, sin = by
     y = x.astype(jnp.float32)
     return (y * cos + _partner(x) * sin).astype(x.dtype)

@@ -24,12 +24,12 @@ KEYS = 1536
 """Most keys that the backward kernel holds at a time; 2560 (four blocks of 640) just do not fit
 into scoped memory."""
 LANES = 128
+"""Of a TPU's vector register: tiles are multiples of it."""
 
 
 def suits(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> bool:
-    """Whether the kernel takes these: at least 128 tokens, equal heads of a multiple of 128
-    channels, no mask per query.
-    """
+    """Whether the kernel takes [B, T, H, D] and [B, S, K, D]: at least 128 tokens, equal heads of a
+    multiple of 128 channels, no mask per query."""
     same = query.shape[2:] == key.shape[2:] and query.shape[-1] % LANES == 0
     return same and min(query.shape[1], key.shape[1]) >= LANES and (mask is None or mask.ndim == 2)
 
@@ -68,7 +68,7 @@ def splash_attention(
     name: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q·kᵀ / sqrt(D))·v over the keys that the mask has as True.
+    """Scaled dot-product attention: softmax(q·kᵀ / sqrt(D))·v over the keys whose mask is True.
 
     The mask splits tokens into two segments, and tokens attend within their segment. Where
     queries and keys are the same sequence (T = S), masked queries therefore attend to masked

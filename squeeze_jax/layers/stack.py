@@ -126,10 +126,10 @@ def rematerialised(
 ) -> Callable[..., PyTree]:
     """`function` wrapped in `jax.checkpoint` under the named policy (see `scan_blocks`).
 
-    `prevent_cse` puts a barrier between the forward pass and its recomputation. It is needed
-    where no loop separates the two, also where the loop has one step, since the compiler removes
-    that. Without it the compiler would see the same computation twice, do it once and keep all
-    its intermediate results.
+    `prevent_cse` puts a barrier between the forward pass and its recomputation. It is needed where
+    no loop separates the two, also where the loop has one step, since the compiler removes that.
+    Without it the compiler would see the same computation twice, do it once and keep all its
+    intermediate results. Raises ValueError for an unknown policy.
     """
     policies = jax.checkpoint_policies
     match remat:

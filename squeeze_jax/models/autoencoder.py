@@ -40,8 +40,10 @@ class AutoencoderConfig:
     layers_per_block: int = 2
     """Residual blocks a resolution in the encoder; the decoder has one more."""
     norm_groups: int = 32
+    """Of channels, in every group norm."""
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
+    """What brings latents near mean 0 and variance 1: see `Autoencoder.normalise`."""
 
     def __post_init__(self) -> None:
         if not self.block_out_channels or self.layers_per_block < 1:
@@ -130,7 +132,7 @@ class Autoencoder(nnx.Module):
         return self.decode(latents)
 
     def normalise(self, raw: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        """(z − shift_factor) · scaling_factor."""
+        """(z − shift_factor) · scaling_factor, as diffusers' pipelines do it."""
         return (raw - self.config.shift_factor) * self.config.scaling_factor
 
     def denormalise(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:

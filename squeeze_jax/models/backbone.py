@@ -100,7 +100,10 @@ class BackboneConfig(Protocol):
         ...
 
     @property
-    def reference_attention(self) -> ReferenceAttention: ...
+    def reference_attention(self) -> ReferenceAttention:
+        """Whether references attend with all the others ("joint"), or to themselves alone, with
+        keys and values that are computed once a prompt ("cached")."""
+        ...
 
     def reference_positions(
         self, target_grid: Grid, reference_grids: Sequence[Grid]
@@ -161,11 +164,13 @@ class Backbone(nnx.Module):
         raise NotImplementedError
 
     def make_modulation(self, temb: Float[Array, "T C"]) -> Modulation:
+        """All shifts, scales and gates of every block at T embedded times."""
         raise NotImplementedError
 
     def cache_references(
         self, references: References, temb: Float[Array, "B C"]
     ) -> CachedReferences:
+        """Keys and values of the references in every block, for `reference_attention="cached"`."""
         raise NotImplementedError
 
     def embed_inputs(

@@ -59,6 +59,7 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.hidden_size // self.num_attention_heads
 
 

@@ -31,7 +31,9 @@ class VisionConfig:
     attention_bias: bool = True
     """Biases on the query, key and value projections."""
     layer_norm_eps: float = 1e-6
+    """Added to variances."""
     layer_scale_init_value: float = 0.1
+    """What a block's residuals are multiplied by before training."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:

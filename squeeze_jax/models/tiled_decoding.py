@@ -54,8 +54,7 @@ def decode_tiles(
 
 def fade(before: np.ndarray, after: np.ndarray, extent: int, axis: int) -> None:
     """Blends the first `extent` places of `after` along an axis with the last ones of `before`,
-    linearly, in place.
-    """
+    linearly, in place. Both are pictures [B, height, width, 3]."""
     extent = min(before.shape[axis], after.shape[axis], extent)
     share = (np.arange(extent, dtype=np.float32) / extent).reshape(
         [-1 if i == axis else 1 for i in range(after.ndim)]

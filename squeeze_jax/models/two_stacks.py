@@ -13,10 +13,14 @@ class TwoStackConfig(BackboneConfig, Protocol):
     """A config that says how many blocks there are of each kind."""
 
     @property
-    def num_double_blocks(self) -> int: ...
+    def num_double_blocks(self) -> int:
+        """Blocks with weights of their own for context and image."""
+        ...
 
     @property
-    def num_single_blocks(self) -> int: ...
+    def num_single_blocks(self) -> int:
+        """Blocks with one set of weights for the joint sequence."""
+        ...
 
 
 class TwoStackBackbone(Backbone):

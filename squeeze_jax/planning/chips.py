@@ -29,6 +29,7 @@ class Chip:
 
 
 GIB = 2**30
+"""Bytes."""
 CHIPS = {
     "v4": Chip(
         275e12,

@@ -66,6 +66,7 @@ class Estimate:
 
     @property
     def total(self) -> float:
+        """Seconds of a step."""
         return (
             self.compute
             + self.kernels

@@ -36,7 +36,7 @@ from squeeze_jax.training.state import state_shardings
 POLICIES: tuple[Remat, ...] = ("save_products", "save_attention", "block")
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 PRODUCTS_SHARE = 0.6
-"""Share of the published peak that a whole step reaches (from the planner's own compiled plans)."""
+"""Share of the published peak that a whole step reaches (from plans by XLA)."""
 OPTIMIZER_PASSES = 8
 """Float32 reads and writes of an update for each trained value: gradient, moments, weights, norm."""
 ROOM, ROOM_PER_EXAMPLE = 2 * GIB, GIB // 2
@@ -55,6 +55,7 @@ class Candidate:
     memory: float
     """Bytes a chip."""
     seconds: float
+    """Of a step."""
 
     @property
     def rate(self) -> float:

@@ -78,6 +78,7 @@ class Compiled:
 
     @property
     def total(self) -> int:
+        """Bytes a chip."""
         return self.arguments + self.temporaries + self.output - self.aliased
 
     def expected(self, chip: Chip) -> float:
@@ -281,7 +282,7 @@ def loss_of(
     config: Config, stage: StageConfig
 ) -> tuple[Callable[..., jax.Array], tuple[Any, nnx.State]]:
     """Returns the training loss as a function of (trained, frozen, batch), and the shapes of the
-    former two."""
+    former two. The loss is a scalar."""
     state, split = abstract_system(config)
 
     def loss(trained: Any, frozen: nnx.State, batch: Batch) -> jax.Array:

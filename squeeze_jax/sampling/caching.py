@@ -73,7 +73,9 @@ class TaylorSeer:
     with an evaluation."""
 
     interval: int
+    """Steps of which one is evaluated; at least 2."""
     order: int
+    """Of the Taylor expansion: 0, 1 or 2."""
 
     def init(self, noise: Array, width: int) -> TaylorState:
         zero = jnp.zeros((), jnp.int32)
@@ -141,7 +143,7 @@ class FirstBlockCache:
     threshold: float
 
     def init(self, noise: Array, width: int) -> tuple[FirstBlockState, FirstBlockState]:
-        """One cache for each branch of the guidance."""
+        """One cache of zeros [B, N, width] for each branch of the guidance."""
         zeros = jnp.zeros((*noise.shape[:2], width), jnp.float32)
         state = FirstBlockState(zeros, zeros, jnp.zeros((), bool))
         return state, state

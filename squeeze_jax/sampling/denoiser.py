@@ -69,12 +69,13 @@ class Denoiser:
         branch out (scale 1).
 
         The branches differ in length, so they are two calls, not one of twice the rows.
+        Classifier-free guidance as diffusers computes it.
         """
         v = self._branch(i, x, STAGES[stage])
         return self.guide(stage, v, self._branch(i, x, UNCONDITIONAL)) if self.guided[stage] else v
 
     def guide(self, stage: int, conditional: Array, unconditional: Array) -> Float[Array, "B N c"]:
-        """Combines the velocities of both branches with the stage's guidance scale."""
+        """Combines the velocities [B, N, c] of both branches with the stage's guidance scale."""
         return unconditional + self.scales[stage] * (conditional - unconditional)
 
     def embed_inputs(

@@ -217,7 +217,8 @@ class Pipeline:
             warnings.warn(sentence, stacklevel=3)
 
     def draw(self, batches: Iterable[tuple[Ready, Sequence[int]]]) -> Iterator[np.ndarray]:
-        """Pictures of one batch of prompts and seeds after the other: see `sample`.
+        """Pictures [B, height, width, 3] of one batch of prompts and seeds after the other: see
+        `sample`.
 
         A batch's pictures are fetched, and whatever the caller does with them done, when the next
         one is under way.
@@ -268,8 +269,8 @@ class Pipeline:
     def encode(
         self, prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
     ) -> tuple[HiddenStates, list[list[np.ndarray]]]:
-        """What the frozen encoders make of prompts and their references: once, whatever is drawn
-        from it."""
+        """What the frozen encoders make of prompts and their references, latents [h, w, c] each:
+        once, whatever is drawn from it."""
         encoded = encode_prompts(self.encoders, self.config, prompts, references)
         if not self.keep_mllm:
             self.encoders.forget_reader()
@@ -299,7 +300,8 @@ class Pipeline:
         seeds: Sequence[int],
         settings: Settings = Settings(),
     ) -> Run:
-        """Everything that comes before the steps of `sample`."""
+        """Everything that comes before the steps of `sample`; `latents` as `encode` gives them,
+        [h, w, c] each."""
         return self.begin(self.ready(states, latents, settings), seeds)
 
     def ready(
@@ -312,6 +314,7 @@ class Pipeline:
         references as the transformer sees them, all modulation.
 
         Raises InputError for prompts with references beside others without: their stages differ.
+        `latents` as `encode` gives them, [h, w, c] each.
         """
         resolved = self.resolved(settings)
         grid = self.config.grid(resolved.height, resolved.width)
@@ -368,7 +371,7 @@ class Pipeline:
     def decode_later(
         self, tokens: jax.Array, settings: Settings | Resolved
     ) -> Callable[[], np.ndarray]:
-        """`decode` begun; what is returned waits for its end."""
+        """`decode` of tokens [B, N, c] begun; what is returned waits for its end."""
         resolved = settings if isinstance(settings, Resolved) else self.resolved(settings)
         # Encoders on one device cannot read what lies on many.
         spread = isinstance(tokens, jax.Array) and len(tokens.devices()) > 1
@@ -386,7 +389,8 @@ def encode_prompts(
     prompts: Sequence[str],
     references: Sequence[Sequence[Image.Image]],
 ) -> tuple[HiddenStates, list[list[np.ndarray]]]:
-    """`Pipeline.encode` with a config's encoders, before or without its transformer."""
+    """`Pipeline.encode` (latents [h, w, c]) with a config's encoders, before or without a
+    transformer."""
     upright = [[to_rgb(image) for image in row] for row in references]
     latents = encode_references(encoders, upright, config.data.reference_long_side)
     return encoders.read(list(prompts), upright), latents

@@ -17,7 +17,7 @@ from squeeze_jax.sampling.settings import Resolved
 
 
 class Reference(NamedTuple):
-    """A reference as it was given; the picture itself is not embedded."""
+    """A reference as it was given: height and width in pixels, not the picture itself."""
 
     path: str
     height: int

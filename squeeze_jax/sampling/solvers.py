@@ -31,12 +31,13 @@ Solver = Callable[
 
 
 def euler(x: Array, velocity: Array, before: Array, step: Step) -> Float[Array, "B N c"]:
-    """x + (t_next − t)·v."""
+    """Euler's step x + (t_next − t)·v of tokens [B, N, c]."""
     return euler_step(x, velocity, step.t, step.t_next)
 
 
 def multistep(x: Array, velocity: Array, before: Array, step: Step) -> Float[Array, "B N c"]:
-    """Adams-Bashforth of order 2 for steps of any length; Euler's step at the start of a stage."""
+    """Adams-Bashforth of order 2 for steps of any length; Euler's step at the start of a stage.
+    Tokens and velocities are [B, N, c]."""
     ratio = (step.t_next - step.t) / (step.t - step.t_before)
     weighted = velocity + 0.5 * jnp.where(step.is_first, 0.0, ratio) * (velocity - before)
     return euler_step(x, weighted, step.t, step.t_next)

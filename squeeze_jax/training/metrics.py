@@ -42,6 +42,7 @@ class MetricsWriter:
             )
 
     def write(self, step: int, **values: float | int) -> None:
+        """One line of figures at a step."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -70,6 +71,7 @@ class MetricsWriter:
         return next(found, float("nan"))
 
     def close(self) -> None:
+        """Writes what is left."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:

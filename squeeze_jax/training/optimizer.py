@@ -58,14 +58,15 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def schedule_step(opt_state: optax.OptState, default: jax.Array) -> jax.Array:
-    """The step at which the learning rate's schedule is; of an optimizer without one, `default`."""
+    """The step (a scalar) at which the learning rate's schedule is; of an optimizer without one,
+    `default`."""
     leaves = jax.tree.leaves(opt_state, is_leaf=_is_schedule)
     counts = [leaf.count for leaf in leaves if _is_schedule(leaf)]
     return counts[0] if counts else default
 
 
 def with_schedule_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
-    """An optimizer's state with its learning rate's schedule at this step."""
+    """An optimizer's state with its learning rate's schedule at this step, a scalar."""
     return jax.tree.map(
         lambda leaf: leaf._replace(count=step) if _is_schedule(leaf) else leaf,
         opt_state,

@@ -57,7 +57,7 @@ class Metrics(NamedTuple):
 
 
 def step_key(config: Config, step: int | jax.Array) -> Key:
-    """The key of a run's step."""
+    """The key of a run's step, a scalar."""
     training = config.training
     return jax.random.fold_in(jax.random.key(training.seed), step + training.steps_before)
 
@@ -233,8 +233,8 @@ def sum_losses_by_time(
 
 
 def update_ema(average: Params, params: Params, step: jax.Array, decay: float) -> Params:
-    """average + (1 − d)·(params − average), with d growing from 0.1 to `decay` over the first
-    steps of a stage (our decision)."""
+    """average + (1 − d)·(params − average), with d growing from 0.1 to `decay` over the first steps
+    of a stage (our decision). `step`, a scalar, counts from the stage's first."""
     count = step.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
     return jax.tree.map(lambda a, w: a + (1.0 - d) * (w - a), average, params)

@@ -1,20 +1,17 @@
-"""The page to try it on: its functions without a browser, then the page itself in headless Chromium."""
+"""The page to try it on: its functions without a browser, then the page itself in headless
+Chromium."""
 
 import dataclasses
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from painted_page import OWN, Painter, Visitor, served
 from PIL import Image
 from tiny import tiny_config
 
@@ -25,32 +22,13 @@ from squeeze_jax.commands import app
 from squeeze_jax.data.images import save_png
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling import png_metadata as embedded
-from squeeze_jax.sampling.pipeline import Pipeline, Progress, Resolved, Settings
+from squeeze_jax.sampling.pipeline import Resolved, Settings
 from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
 
-ROOT = Path(__file__).parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
-OWN = Settings()
-RESOLVED = Resolved(height=32, width=48, steps=5, tau1=0.9, tau2=0.5, cfg_scale=2.5, seed=7, num_images=2)
-
-
-class Painter(Pipeline):
-    """Stands in for a trained pipeline: every picture is one grey, its seed, and grows darker with the steps."""
-
-    def __init__(self):
-        self.config, self.step, self.asked = tiny_config(), 12, []
-
-    def stream(self, prompt, references=(), settings=OWN, every=1):
-        run = self.resolved(settings)
-        stages = stages_of_steps(self.config, run, bool(references))
-        self.asked.append((prompt, [image.size for image in references]))
-        for step in sorted({*range(every, run.steps, every), run.steps}):
-            greys = [(run.seed + i) * step / run.steps for i in range(run.num_images)]
-            yield Progress(step, run.steps, stages[step - 1], jnp.asarray(greys)[:, None, None])
-
-    def decode(self, tokens, settings=OWN):
-        run = self.resolved(settings)
-        return np.broadcast_to(np.asarray(tokens)[..., None] / 127.5 - 1, (len(tokens), run.height, run.width, 3))
+RESOLVED = Resolved(
+    height=32, width=48, steps=5, tau1=0.9, tau2=0.5, cfg_scale=2.5, seed=7, num_images=2
+)
 
 
 @pytest.fixture
@@ -72,7 +50,10 @@ def test_what_is_written_is_read_back(tmp_path):
     alone = Resolved(**vars(RESOLVED) | {"seed": 8, "num_images": 1})
     found = embedded.read(saved(tmp_path / "a.png", text))
     assert found == Embedded('{"1": ünï\n[2]}', references, "runs/x", 300, alone)
-    assert embedded.read(saved(tmp_path / "b.png", text | {"checkpoint_step": None})).checkpoint_step is None
+    assert (
+        embedded.read(saved(tmp_path / "b.png", text | {"checkpoint_step": None})).checkpoint_step
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +84,12 @@ def test_settings_of_the_wrong_kind_are_one_sentence(tmp_path, change, words):
 def test_foreign_pictures_are_told_from_ours(tmp_path):
     grey = Image.new("RGB", (8, 8))
     with pytest.raises(InputError, match="no settings of squeeze_jax inside"):
-        embedded.read(saved(tmp_path / "other.png", {"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"}))
+        embedded.read(
+            saved(
+                tmp_path / "other.png",
+                {"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"},
+            )
+        )
     grey.save(tmp_path / "a.jpg")
     with pytest.raises(InputError, match="this is JPEG"):
         embedded.read(tmp_path / "a.jpg")
@@ -129,7 +115,9 @@ def test_a_strip_has_a_cell_a_step_in_its_stages_colour():
 def test_the_page_names_a_stage_without_steps(studio):
     html = session.plan(studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=True)
     assert "no step has MLLM + VAE: none of 2 begins at 0.7 ≤ t &lt; 0.9" in html
-    assert "no step" not in session.plan(studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=False)
+    assert "no step" not in session.plan(
+        studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=False
+    )
     assert "no step" not in session.plan(studio, OWN, references=True)
 
 
@@ -168,7 +156,10 @@ def test_broken_uploads_are_named_and_the_good_ones_stay(tmp_path):
     exif[0x0112] = 6
     turned.save(tmp_path / "phone.png", exif=exif)
     (tmp_path / "pages").mkdir()
-    uploads = [Upload(path, path.name) for path in [files[0][0], tmp_path / "phone.png", *(path for path, _ in files[1:])]]
+    uploads = [
+        Upload(path, path.name)
+        for path in [files[0][0], tmp_path / "phone.png", *(path for path, _ in files[1:])]
+    ]
     good, wrong = session.accept(uploads, tmp_path / "pages")
     assert [upload.name for upload in good] == ["phone.png"]
     assert len(wrong) == len(files)
@@ -187,27 +178,45 @@ def test_broken_uploads_are_named_and_the_good_ones_stay(tmp_path):
 def test_a_run_shows_its_steps_and_ends_in_files_with_their_own_seeds(studio, tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "cat.png")
     settings = Settings(steps=30, seed=5, num_images=3)
-    first, *middle, last = session.draw(studio, "A cat, jumping!", [Upload(tmp_path / "cat.png", "my cat.png")], settings)
+    first, *middle, last = session.draw(
+        studio, "A cat, jumping!", [Upload(tmp_path / "cat.png", "my cat.png")], settings
+    )
     assert first.pictures is None
     assert len(middle) == 10
     assert [view.strip.count('class="done"') for view in middle] == list(range(3, 31, 3))
     assert middle[0].said == "Step 3 of 30: MLLM" and middle[-1].said.endswith("VAE")
     assert "3 pictures" in last.said
-    assert [path.name for path in last.pictures] == [f"a-cat-jumping-{seed}.png" for seed in (5, 6, 7)]
+    assert [path.name for path in last.pictures] == [
+        f"a-cat-jumping-{seed}.png" for seed in (5, 6, 7)
+    ]
     for seed, path in zip((5, 6, 7), last.pictures):
         assert np.all(np.asarray(Image.open(path)) == seed)
         found = embedded.read(path)
-        assert (found.prompt, found.checkpoint, found.checkpoint_step) == ("A cat, jumping!", "tiny", 12)
+        assert (found.prompt, found.checkpoint, found.checkpoint_step) == (
+            "A cat, jumping!",
+            "tiny",
+            12,
+        )
         assert found.references == (Reference("my cat.png", 20, 40),)
-        assert (found.settings.seed, found.settings.num_images, found.settings.steps) == (seed, 1, 30)
+        assert (found.settings.seed, found.settings.num_images, found.settings.steps) == (
+            seed,
+            1,
+            30,
+        )
         with Image.open(path) as image:
             noted = json.loads(image.info["stages"])
-        assert list(noted.items()) == counts(stages_of_steps(studio.pipeline.config, found.settings, True))
+        assert list(noted.items()) == counts(
+            stages_of_steps(studio.pipeline.config, found.settings, True)
+        )
 
 
 @pytest.mark.parametrize(
     ("prompt", "settings", "words"),
-    [(" ", OWN, "empty"), ("a", Settings(tau1=0.2, tau2=0.4), "tau2 0.4 is larger"), ("a", Settings(height=33), "33x32")],
+    [
+        (" ", OWN, "empty"),
+        ("a", Settings(tau1=0.2, tau2=0.4), "tau2 0.4 is larger"),
+        ("a", Settings(height=33), "33x32"),
+    ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(studio, prompt, settings, words):
     with pytest.raises(InputError, match=words):
@@ -216,26 +225,43 @@ def test_what_cannot_be_drawn_is_one_sentence(studio, prompt, settings, words):
 
 
 def test_restoring_takes_what_fits_and_names_what_does_not(studio):
-    settings = Resolved(height=1024, width=48, steps=5, tau1=0.835, tau2=0.5, cfg_scale=1.0, seed=9, num_images=1)
+    settings = Resolved(
+        height=1024, width=48, steps=5, tau1=0.835, tau2=0.5, cfg_scale=1.0, seed=9, num_images=1
+    )
     picture = Embedded("p", (Reference("/home/me/cat.jpg", 10, 20),), "demo", None, settings)
     values, notes = session.restore(studio, picture)
-    assert values == {k: v for k, v in vars(settings).items() if k in studio.ranges and k != "height"}
-    assert [word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")] == [1, 1, 1, 0]
-    for settings in (RESOLVED, dataclasses.replace(RESOLVED, max_order=2)):  # an order that nothing is expanded to
+    assert values == {
+        k: v for k, v in vars(settings).items() if k in studio.ranges and k != "height"
+    }
+    assert [
+        word in " ".join(notes) for word in ("height 1024", "cat.jpg (10x20)", "demo", "/home")
+    ] == [1, 1, 1, 0]
+    for settings in (
+        RESOLVED,
+        dataclasses.replace(RESOLVED, max_order=2),
+    ):  # an order that nothing is expanded to
         assert session.restore(studio, Embedded("p", (), "tiny", 12, settings))[1] == []
-    late = dataclasses.replace(RESOLVED, seed=2**32)  # as an older version wrote the image after the last seed
+    late = dataclasses.replace(
+        RESOLVED, seed=2**32
+    )  # as an older version wrote the image after the last seed
     values, notes = session.restore(studio, Embedded("p", (), "tiny", 12, late))
     assert (values["seed"], notes) == (0, [])
 
 
 def test_guidance_of_each_stage_survives_in_a_picture_and_the_page_names_it(studio, tmp_path):
     settings = dataclasses.replace(RESOLVED, cfg_scale=(2.5, 1.0, 3.0))
-    save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), text_of("p", [], "tiny", 12, settings, 0, []))
+    save_png(
+        tmp_path / "a.png",
+        np.zeros((8, 8, 3), np.uint8),
+        text_of("p", [], "tiny", 12, settings, 0, []),
+    )
     picture = embedded.read(tmp_path / "a.png")
     assert picture.settings == dataclasses.replace(settings, num_images=1)
     values, notes = session.restore(studio, picture)
     assert "cfg_scale" not in values and "one number a stage" in notes[0]
-    notes = session.restore(studio, Embedded("p", (), "tiny", 12, dataclasses.replace(RESOLVED, solver="multistep")))[1]
+    notes = session.restore(
+        studio, Embedded("p", (), "tiny", 12, dataclasses.replace(RESOLVED, solver="multistep"))
+    )[1]
     assert "multistep" in notes[0] and len(notes) == 1
 
 
@@ -256,12 +282,20 @@ def test_thresholds_move_with_the_size_where_the_checkpoint_says_so(studio):
     sampling = dataclasses.replace(studio.pipeline.config.sampling, tau_tokens=4)
     studio.pipeline.config = dataclasses.replace(studio.pipeline.config, sampling=sampling)
     assert session.carried(studio, 32, 32) == (own.tau1, own.tau2)
-    assert session.carried(studio, 64, 64)[1] == pytest.approx(2 / 3)  # odds 1 at four times the tokens: odds 2
+    assert session.carried(studio, 64, 64)[1] == pytest.approx(
+        2 / 3
+    )  # odds 1 at four times the tokens: odds 2
 
 
 def test_a_reference_that_is_gone_is_named(studio, tmp_path):
-    with pytest.raises(InputError, match=r"my cat\.png: it is not kept here any more; add it again"):
-        list(session.draw(studio, "a", [Upload(tmp_path / "gone" / "reference.png", "my cat.png")], OWN))
+    with pytest.raises(
+        InputError, match=r"my cat\.png: it is not kept here any more; add it again"
+    ):
+        list(
+            session.draw(
+                studio, "a", [Upload(tmp_path / "gone" / "reference.png", "my cat.png")], OWN
+            )
+        )
 
 
 def test_two_runs_never_compute_at_once(studio, monkeypatch):
@@ -277,7 +311,10 @@ def test_two_runs_never_compute_at_once(studio, monkeypatch):
             yield progress
 
     monkeypatch.setattr(Painter, "stream", slow)
-    threads = [threading.Thread(target=lambda: list(session.draw(studio, "a", [], Settings(steps=10)))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: list(session.draw(studio, "a", [], Settings(steps=10))))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -315,8 +352,8 @@ def browser():
     pytest.importorskip("gradio")
     if not CHROMIUM.exists():
         pytest.skip(f"no browser at {CHROMIUM}")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    flags += " --disable-background-networking --disable-component-update --disable-sync"
     with api.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=str(CHROMIUM), args=flags.split())
         yield chromium
@@ -324,11 +361,17 @@ def browser():
 
 
 def try_the_page(browser, url, folder, wait):
-    """Upload, draw, see, download, restore, and a broken file; `wait` seconds at most for the pictures."""
+    """Upload, draw, see, download, restore, and a broken file; `wait` seconds at most for the
+    pictures."""
     page = browser.new_page()
     page.set_default_timeout(20_000)
     outside = []
-    page.on("request", lambda request: request.url.startswith((url, "data:", "blob:")) or outside.append(request.url))
+    page.on(
+        "request",
+        lambda request: (
+            request.url.startswith((url, "data:", "blob:")) or outside.append(request.url)
+        ),
+    )
 
     def fill(name, value):
         page.fill(f"#{name} input[type=number]", value)
@@ -356,7 +399,9 @@ def try_the_page(browser, url, folder, wait):
     says("status", "2 pictures in", 1000 * wait)
     assert page.locator("#strip .strip .done").count() == 6
     images = "[...document.querySelectorAll('#pictures .thumbnail-item img')]"
-    page.wait_for_function(f"{images}.length == 2 && {images}.every(image => image.naturalWidth > 0)")
+    page.wait_for_function(
+        f"{images}.length == 2 && {images}.every(image => image.naturalWidth > 0)"
+    )
     page.locator("#pictures .thumbnail-item").nth(1).click()
     with page.expect_download() as download:
         page.locator("#pictures [aria-label=Download]").first.click()
@@ -373,7 +418,9 @@ def try_the_page(browser, url, folder, wait):
     assert "cat.png (24x40)" in page.inner_text("#restored")
     assert page.input_value("#prompt textarea") == found.prompt
     for name in ("seed", "steps", "tau1", "tau2", "cfg_scale", "height", "width", "num_images"):
-        assert float(page.input_value(f"#{name} input[type=number]")) == getattr(found.settings, name), name
+        assert float(page.input_value(f"#{name} input[type=number]")) == getattr(
+            found.settings, name
+        ), name
     for path, word in broken_files(folder):
         page.locator("#references input[type=file]").first.set_input_files(str(path))
         says("about-references", word)
@@ -384,47 +431,47 @@ def try_the_page(browser, url, folder, wait):
     assert not outside
 
 
-@contextmanager
-def served(command, folder):
-    """The page's address while the command runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    names = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    names["TMPDIR"] = str(folder)
-    names["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
-    command, log = [sys.executable, *command, "--port", str(port)], folder / "said"
-    with log.open("w") as said:
-        process = subprocess.Popen(command, env=names, stdout=said, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 240
-        while "page: http" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        assert "anyone who reaches" not in log.read_text()
-        yield f"http://127.0.0.1:{port}/"
-        second = subprocess.run(command, env=names, capture_output=True, text=True, check=False)
-        assert second.returncode == 2 and "choose another --port" in second.stderr
-    finally:
-        process.terminate()
-        code = process.wait(30)
-    assert code == 143 and not list(folder.glob("squeeze_jax-*"))  # uploads and pictures are gone
-    assert "Traceback" not in log.read_text()
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    with served(("-m", "painted_page"), tmp_path_factory.mktemp("page")) as server:
+        yield server
 
 
-def painted_page():
-    """What the next test starts: the command with the stand-in for a trained pipeline."""
-    Pipeline.load = lambda *given, **options: Painter()
-    app.Parallel.mesh = lambda *given: None
-    sys.exit(app.main(["--checkpoint", "tiny", "--keep-mllm", "True", *sys.argv[1:]]))
+def test_the_page_from_upload_to_restored_settings(browser, painted, tmp_path):
+    try_the_page(browser, painted.url, tmp_path, wait=30)
 
 
-def test_the_page_from_upload_to_restored_settings(browser, tmp_path):
-    with served(["-c", "import test_app; test_app.painted_page()"], tmp_path) as url:
-        try_the_page(browser, url, tmp_path, wait=30)
+def test_a_full_queue_is_said_and_a_closed_page_stops_its_drawing(browser, painted):
+    from squeeze_jax.app.server import MAX_WAITING
+
+    def begin(prompt):
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        page.goto(painted.url)
+        page.fill("#prompt textarea", prompt)
+        page.fill("#steps input[type=number]", "100")
+        page.keyboard.press("Tab")
+        page.click("#draw")
+        return page
+
+    closed = begin("slowly, on a page that is closed")
+    painted.wait_until_said("begun: slowly, on a page that is closed")
+    with Visitor(painted.url) as crowd:
+        for seed in range(MAX_WAITING):
+            crowd.ask_to_draw("in a crowd", seed).raise_for_status()
+        refused = begin("one too many")
+        refused.locator("#status .wrong", has_text="too many are waiting").wait_for()
+        assert refused.locator("#stop").is_disabled()
+        closed.close()
+        assert "seed 15" in str(list(crowd.follow()))
+    refused.click("#draw")
+    refused.locator("#status", has_text="1 picture in").wait_for()
+    refused.close()
+    assert "painted: slowly, on a page that is closed" not in painted.said()
 
 
+@pytest.mark.telling
 @pytest.mark.slow
 def test_the_command_draws_with_the_shipped_weights(browser, tmp_path):
-    with served(["-m", "squeeze_jax", "app"], tmp_path) as url:
-        try_the_page(browser, url, tmp_path, wait=240)
+    with served(("-m", "squeeze_jax", "app"), tmp_path) as server:
+        try_the_page(browser, server.url, tmp_path, wait=240)

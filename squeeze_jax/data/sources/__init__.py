@@ -102,7 +102,8 @@ def open_examples(config: Config, *, check_images: bool = True) -> dict[str, Exa
 
 
 def split(opened: Opened, held_out: int, text: str) -> dict[str, Examples]:
-    """Keeps `held_out` examples for validation, at most a tenth, and never half a row."""
+    """Keeps `held_out` examples for validation, at most a tenth, and never half a row. Raises
+    InputError where there are too few."""
     rows, count = opened.rows, len(opened.rows)
     held = min(held_out, max(1, count // 10))
     if opened.held_out_first:

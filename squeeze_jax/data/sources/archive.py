@@ -86,6 +86,7 @@ class ArchivePictures:
                 self._read_to_the_end()
 
     def close(self) -> None:
+        """Closes its files."""
         self.files.close()
 
 
@@ -113,6 +114,7 @@ class Waiting:
         self.places: dict[Key, tuple[int, int]] = {}
 
     def put(self, key: Key, encoded: bytes) -> None:
+        """Keeps an encoded picture until it is asked for."""
         self.places[key] = (self.file.seek(0, io.SEEK_END), len(encoded))
         self.file.write(encoded)
 

@@ -38,7 +38,9 @@ class Examples(Protocol):
 
     def __getitem__(self, index: int, /) -> Example: ...
 
-    def prompt(self, index: int, /) -> str: ...
+    def prompt(self, index: int, /) -> str:
+        """The prompt of an example, the first one of several."""
+        ...
 
     def references(self, index: int, /) -> int:
         """How many an example has."""
@@ -140,6 +142,7 @@ class Report:
 
     @property
     def kept(self) -> int:
+        """Examples that were not dropped."""
         return self.examples - self.dropped.total()
 
     def leave_out(self, left: Left) -> None:

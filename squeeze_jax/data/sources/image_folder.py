@@ -23,6 +23,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def open_rows(path: Path, options: Options) -> Opened:
+    """Rows of a folder's metadata file (CSV or JSON lines). Raises InputError where there is not
+    one."""
     refuse_scores(options, "an image folder")
     found = [path / name for name in METADATA if (path / name).is_file()]
     if len(found) != 1:
@@ -46,7 +48,8 @@ def open_rows(path: Path, options: Options) -> Opened:
 
 
 def parse_table(path: Path, content: bytes) -> Iterator[tuple[int, object]]:
-    """Each row of a CSV file below its header, with its number from 1, empty cells left out."""
+    """Each row of a CSV file below its header, with its number from 1, empty cells left out. Raises
+    InputError where it is no table, or empty."""
     try:
         table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         count = 0

@@ -11,6 +11,7 @@ from squeeze_jax.errors import InputError
 
 
 def open_rows(path: Path, options: Options) -> Opened:
+    """Rows of a file with a JSON object a line."""
     refuse_scores(options, "JSON lines")
     content = read_text_file(path, "give the path of a file of JSON lines")
     manifest = check_rows(

@@ -8,6 +8,7 @@ from squeeze_jax.data.sources.listed import opened
 
 
 def open_rows(path: Path, options: Options) -> Opened:
+    """Rows of a manifest, a JSON list."""
     refuse_scores(options, "a JSON list")
     manifest = read_manifest(
         path,

@@ -36,6 +36,7 @@ class ManifestRows:
         return Example(row.prompt, references, load_image(row.target), row.other_captions)
 
     def prompt(self, index: int) -> str:
+        """The row's."""
         return self.rows[index].prompt
 
     def other_captions(self, index: int) -> Sequence[str]:

@@ -47,7 +47,9 @@ class Pictures(Protocol):
         """After the part's last picture: raises InputError where what is left of it is damaged."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes its files."""
+        ...
 
 
 @runtime_checkable
@@ -117,6 +119,7 @@ class PartedExamples:
         return index
 
     def prompt(self, index: int) -> str:
+        """The row's."""
         return self._entry(index).prompt
 
     def references(self, index: int) -> int:

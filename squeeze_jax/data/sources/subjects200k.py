@@ -37,6 +37,7 @@ BUFFER = 4 * 2**20
 
 
 def open_rows(path: Path, options: Options) -> Opened:
+    """Rows of a folder of Subjects200K's Parquet shards. Raises InputError where it has none."""
     files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if not files:
         raise InputError(
@@ -71,7 +72,7 @@ def open_file(file: Path) -> Any:
 
 
 def row_groups(file: Path, least: float) -> Iterator["RowGroup"]:
-    """The parts of one file."""
+    """The parts of one file. Raises InputError where a column is missing."""
     with open_file(file) as opened:
         there = opened.schema_arrow.names
         if missing := [name for name in COLUMNS if name not in there]:
@@ -172,6 +173,7 @@ class Composites:
         """Parquet has no end that could be missing: its index stands there."""
 
     def close(self) -> None:
+        """Closes its file."""
         self.file.close()
 
 

@@ -33,6 +33,8 @@ SIDES = ("img_path1", "img_path2")
 
 
 def open_rows(path: Path, options: Options) -> Opened:
+    """Rows of a folder of UNO-1M's splits. Raises InputError where labels or pictures are
+    missing."""
     labels = {
         number: file for file in path.glob("labels/split*.json") if (number := split_of(file))
     }
@@ -74,6 +76,7 @@ class Split:
         self.archive, self.folder = images / f"{name}.tar.gz", images / name
 
     def has_pictures(self) -> bool:
+        """Whether its pictures are there, unpacked or not."""
         return self.folder.is_dir() or self.archive.is_file()
 
     def entries(self) -> Iterator[Entry | Left]:

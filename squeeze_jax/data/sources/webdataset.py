@@ -27,6 +27,7 @@ Place = tuple[int, int]
 
 
 def open_rows(path: Path, options: Options) -> Opened:
+    """Rows of a folder of tar shards. Raises InputError where it has none."""
     refuse_scores(options, "webdataset")
     shards = sorted(path.glob("*.tar"))
     if not shards:
@@ -144,4 +145,5 @@ class ShardPictures:
         """That the shard is whole was seen when its files were listed."""
 
     def close(self) -> None:
+        """Closes its file."""
         self.file.close()
