@@ -83,7 +83,7 @@ def build(studio: AppState) -> gr.Blocks:
     def preview_plan(gallery: Any, *values: int | float | None) -> str | gr.HTML:
         try:
             return session.plan(
-                studio, session.settings_of(dict(zip(LABELS, values))), bool(gallery)
+                studio, session.settings_of(dict(zip(LABELS, values))), len(gallery or ())
             )
         except InputError as error:
             return notice(str(error), wrong=True)
@@ -188,7 +188,7 @@ def build(studio: AppState) -> gr.Blocks:
                     buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 strip = gr.HTML(
-                    session.plan(studio, Settings(), demo), elem_id="strip", padding=False
+                    session.plan(studio, Settings(), int(demo)), elem_id="strip", padding=False
                 )
                 status = gr.HTML(visible=False, elem_id="status", padding=False)
                 picture = gr.File(

@@ -21,6 +21,7 @@ from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
 from squeeze_jax.sampling.schedule import MAX_STEPS
 from squeeze_jax.sampling.solver_config import DEFAULT_SOLVER
+from squeeze_jax.sampling.training_range import beyond_training
 
 MAX_BYTES, MAX_PIXELS, MAX_REFERENCES = 25 * 2**20, 50_000_000, 4
 LIMITS = (
@@ -131,15 +132,18 @@ def read_reference(upload: Upload) -> Image.Image:
         raise InputError(str(error).replace(str(upload.path), upload.name)) from error
 
 
-def plan(studio: AppState, settings: Settings, references: bool, done: int = 0) -> str:
-    """The strip of a run, with a warning for each stage that no step begins in.
+def plan(studio: AppState, settings: Settings, references: int, done: int = 0) -> str:
+    """The strip of a run with so many references, with a warning for each stage that no step
+    begins in, and for what the checkpoint was not trained for.
 
     Raises InputError where there is no such run.
     """
     resolved, config = studio.pipeline.resolved(settings), studio.pipeline.config
-    used = references and studio.pipeline.uses_references
-    stages = stages_of_steps(config, resolved, used)
-    return strip(stages, done, resolved.empty_stages(config, used))
+    used = references if studio.pipeline.uses_references else 0
+    stages = stages_of_steps(config, resolved, bool(used))
+    warnings = resolved.empty_stages(config, bool(used))
+    warnings += beyond_training(config, used, resolved.height, resolved.width)
+    return strip(stages, done, warnings)
 
 
 def draw(
@@ -151,7 +155,7 @@ def draw(
     Raises InputError for an empty prompt, impossible settings and references that cannot be read.
     """
     started = time.perf_counter()
-    pipeline, shown = studio.pipeline, bool(uploads)
+    pipeline, shown = studio.pipeline, len(uploads)
     resolved = pipeline.resolved(settings)
     if not prompt.strip():
         raise InputError("The prompt is empty; say what the picture should show")
@@ -171,7 +175,8 @@ def draw(
     references = [
         Reference(upload.name, image.height, image.width) for upload, image in zip(uploads, images)
     ]
-    stages = stages_of_steps(pipeline.config, resolved, shown and pipeline.uses_references)
+    used = bool(uploads) and pipeline.uses_references
+    stages = stages_of_steps(pipeline.config, resolved, used)
     files, folder = [], Path(mkdtemp(dir=studio.folder))
     for i, picture in enumerate(pictures):
         files.append(folder / f"{file_stem(prompt)}-{resolved.seeds[i]}.png")

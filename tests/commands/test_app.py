@@ -113,18 +113,32 @@ def test_a_strip_has_a_cell_a_step_in_its_stages_colour():
 
 
 def test_the_page_names_a_stage_without_steps(studio):
-    html = session.plan(studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=True)
+    html = session.plan(studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=1)
     assert "no step has MLLM + VAE: none of 2 begins at 0.7 ≤ t &lt; 0.9" in html
     assert "no step" not in session.plan(
-        studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=False
+        studio, Settings(steps=2, tau1=0.9, tau2=0.7), references=0
     )
-    assert "no step" not in session.plan(studio, OWN, references=True)
+    assert "no step" not in session.plan(studio, OWN, references=1)
+
+
+def test_the_page_says_what_the_checkpoint_was_not_trained_for(studio, monkeypatch):
+    asked = []
+
+    def beyond(config, references, height, width):
+        asked.append((references, height, width))
+        return ["more than it <knows>"] if references > 1 else []
+
+    monkeypatch.setattr(session, "beyond_training", beyond)
+    assert "more than it &lt;knows&gt;" in session.plan(studio, OWN, references=2)
+    assert "more than it" not in session.plan(studio, OWN, references=1)
+    own = studio.pipeline.resolved(OWN)
+    assert asked == [(2, own.height, own.width), (1, own.height, own.width)]
 
 
 def test_a_strip_shows_both_conditions_throughout(studio):
     """By sliders that reach a τ1 above 1."""
     assert studio.ranges["tau1"].high == studio.ranges["tau2"].high == 1.1
-    html = session.plan(studio, Settings(steps=4, tau1=1.1, tau2=0.0), references=True)
+    html = session.plan(studio, Settings(steps=4, tau1=1.1, tau2=0.0), references=1)
     assert re.findall(r'step \d+: ([^"]+)"', html) == ["MLLM + VAE"] * 4
     assert "4 × MLLM + VAE throughout" in html
     settings = dataclasses.replace(RESOLVED, tau1=1.1, tau2=0.0)
