@@ -40,6 +40,17 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return decode_image(file, str(path), max_pixels)
 
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is taken for a picture, by content. Pillow reads more, some of it with programs of others:
+an EPS file would run Ghostscript (our decision)."""
+
+
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def decode_image(file: BufferedIOBase, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in an open file, as `load_image`; `name` is what messages call it. Raises
     InputError as it does."""
@@ -48,7 +59,7 @@ def decode_image(file: BufferedIOBase, name: str, max_pixels: int = MAX_PIXELS) 
         # (which harms nobody).
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:  # pyright: ignore[reportArgumentType]
+            with Image.open(file, formats=_formats()) as image:  # pyright: ignore[reportArgumentType]
                 if image.width * image.height > max_pixels:
                     raise InputError(
                         f"{name}: {image.width}x{image.height} pixels are more than the limit of "

@@ -298,3 +298,15 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_pictures_in_memory_take_the_same_road():
     assert to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_file_that_others_programs_would_read_is_no_picture(tmp_path):
+    """PostScript in any disguise; what people have is read, whatever it is called."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8))
+    picture.save(tmp_path / "drawing.eps")
+    (tmp_path / "drawing.eps").rename(tmp_path / "drawing.png")
+    with pytest.raises(InputError, match=r"drawing\.png: not a picture, or of an unknown format"):
+        load_image(tmp_path / "drawing.png")
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        picture.save(tmp_path / "photo.txt", kind)
+        assert load_image(tmp_path / "photo.txt").size == (24, 16)
