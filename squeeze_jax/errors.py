@@ -32,3 +32,16 @@ class OutputError(RuntimeError):
 class Preempted(Exception):  # noqa: N818
     """The machine is being taken away (SIGTERM) and the run's state is saved; exit code 143, as
     the shell has it."""
+
+
+def exit_code(error: BaseException) -> int:
+    """With which a command ends that raised it."""
+    codes = {InputError: 2, OutputError: 1, Preempted: 143, KeyboardInterrupt: 130}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; of a long one the beginning and the end, where the cause
+    stands."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"

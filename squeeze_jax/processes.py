@@ -3,18 +3,32 @@ share.
 
 Every process runs the same commands in the same order. What only process 0 does is plain writing
 and printing: no step, no sampling and no save stands behind `is_main()`, since the others would
-wait for it for ever.
+wait for it for ever. They would for one that fails alone, too: `ending_together` ends them.
 """
 
-from typing import TypeVar
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, Sharding
 
 from squeeze_jax.array_types import Array, PyTree
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, OutputError, Preempted, exit_code, first_line
+
+FAILED, SEEN = "squeeze_jax/failed", "squeeze_jax/seen"
+"""Folders of the coordination service: what a process ended with, and who has read it."""
+POLL, GRACE = 2.0, 5.0
+"""Seconds between two looks at what others ended with, and seconds in which a process may end by
+itself, of the same cause, before it is ended (our decision)."""
 
 Tree = TypeVar("Tree")
 
@@ -62,6 +76,75 @@ def broadcast_from_main(value: float) -> float:
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def gather(value: int) -> list[int]:
+    """Each process's number, in order, on every process."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.int32(value)).tolist()
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Where one of several processes fails inside the block, all end: the others, which would wait
+    for it in their next common step, print what it said and exit with its code.
+
+    A process that is killed says nothing; `jax.distributed` ends the others after its heartbeat's
+    timeout.
+    """
+    client, count = distributed.global_state.client, distributed.global_state.num_processes
+    if client is None or (count or 1) == 1:
+        yield
+        return
+    own, done = int(distributed.global_state.process_id or 0), threading.Event()
+    threading.Thread(target=_end_with_others, args=(client, own, done), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Preempted):  # all are: they agree on the step
+            _tell_others(client, own, int(count or 1), error)
+        raise
+    finally:
+        done.set()
+
+
+def _tell_others(client: Any, own: int, count: int, error: BaseException) -> None:
+    """Says what this process ends with, and gives the others the time to read it."""
+    code, said = exit_code(error), f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, (InputError, OutputError)):
+        said = str(error).partition("\n")[0]
+    with suppress(Exception):  # the service may be gone
+        client.key_value_set(f"{FAILED}/{own}", f"{code} {said}")
+        end = time.monotonic() + 3 * (POLL + GRACE)
+        while time.monotonic() < end:
+            if len(client.key_value_dir_get(SEEN) + client.key_value_dir_get(FAILED)) >= count:
+                break
+            time.sleep(POLL / 10)
+    # The others are gone: an orderly farewell would wait for them.
+    atexit.register(_leave, code)
+
+
+def _end_with_others(client: Any, own: int, done: threading.Event) -> None:
+    """Ends this process once another one has failed."""
+    while not done.wait(POLL):
+        try:
+            failed = sorted(client.key_value_dir_get(FAILED))
+        except Exception:  # the coordinator is gone: JAX ends this process itself
+            return
+        if failed and not done.wait(GRACE):
+            code, _, said = failed[0][1].partition(" ")
+            number = failed[0][0].rpartition("/")[2]
+            print(f"error: process {number} has ended: {said}", file=sys.stderr)
+            with suppress(Exception):
+                client.key_value_set(f"{SEEN}/{own}", "")
+            _leave(int(code))
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def local_rows(where: Sharding, rows: int) -> np.ndarray:

@@ -24,12 +24,12 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from squeeze_jax.array_types import DType
 from squeeze_jax.config import Config
 from squeeze_jax.config_json import from_json, to_json
-from squeeze_jax.errors import InputError, OutputError
+from squeeze_jax.errors import InputError, OutputError, first_line
 from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
 from squeeze_jax.interop.tensors import TensorFolder, write_tensors
 from squeeze_jax.processes import barrier, is_main
 from squeeze_jax.sharding import parameter_spec
-from squeeze_jax.storage import AnyPath, files_below, first_line, is_remote, write_beside
+from squeeze_jax.storage import AnyPath, files_below, is_remote, write_beside
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
 MARKER = "commit_success.txt"

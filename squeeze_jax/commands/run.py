@@ -1,5 +1,6 @@
 """What every command shares: the compilation cache, and how an error of the user's input ends."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -31,22 +32,29 @@ def check_finite(given: object) -> None:
 def guarded(main: Callable[[], None]) -> int:
     """Runs a command; what its user can mend ends in one sentence and the exit code that `errors`
     names."""
-    from squeeze_jax.errors import InputError, OutputError, Preempted
+    from squeeze_jax.errors import InputError, OutputError, Preempted, exit_code, printable
 
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no Unicode
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except InputError as error:
+    except (InputError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OutputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        why = printable(f"{place}{error.strerror}")
+        print(f"error: {why}; see to the disk and start again", file=sys.stderr)
+        return exit_code(error)
     except Preempted as notice:
         print(notice, file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
+        return exit_code(notice)
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return exit_code(error)
     return 0
 
 

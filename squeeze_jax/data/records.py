@@ -43,10 +43,9 @@ from squeeze_jax.data.record_summary import (
     summarise,
     summary_values,
 )
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, first_line
 from squeeze_jax.storage import (
     ask_in_time,
-    first_line,
     reachable,
     remove_parts,
     write_json,

@@ -39,7 +39,7 @@ def main():
     )
     from squeeze_jax.data.pipeline import BatchIterator
     from squeeze_jax.models.aggregator import AggregatorConfig
-    from squeeze_jax.processes import init_distributed, is_main
+    from squeeze_jax.processes import ending_together, init_distributed, is_main
     from squeeze_jax.storage import as_path
     from squeeze_jax.training.loop import train
 
@@ -100,7 +100,8 @@ def main():
 
     def run():
         say = lambda text: is_main() and print(text, flush=True)  # noqa: E731
-        result = train(config, as_path(sys.argv[1]), features, say=say)
+        with ending_together():
+            result = train(config, as_path(sys.argv[1]), features, say=say)
         if is_main():
             print("validation", result.validation)
 
