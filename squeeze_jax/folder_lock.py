@@ -44,7 +44,8 @@ def hold(path: AnyPath, what: str) -> Iterator[None]:
         yield
     finally:
         _held.discard(local)
-        local.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk may have become read-only
+            local.unlink(missing_ok=True)
         os.close(file)
 
 

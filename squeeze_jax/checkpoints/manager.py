@@ -181,11 +181,14 @@ class Checkpoints:
             ) from error
 
     def _newest_whole(self) -> str:
-        steps = [
-            int(path.name)
-            for path in self._folder.iterdir()
-            if path.name.isdigit() and (isinstance(path, Path) or (path / MARKER).exists())
-        ]
+        try:
+            steps = [
+                int(path.name)
+                for path in self._folder.iterdir()
+                if path.name.isdigit() and (isinstance(path, Path) or (path / MARKER).exists())
+            ]
+        except OSError:  # the disk is gone
+            return "which ones are whole cannot be seen now"
         return f"the newest whole one is step {max(steps)}" if steps else "there is none yet"
 
 

@@ -111,6 +111,20 @@ def summarise(record: FeatureRecord, mixed: bool) -> ShardSummary:
     )
 
 
+def check_sizes(record: FeatureRecord, summary: ShardSummary) -> None:
+    """Raises ValueError where a record's parts do not fit each other or the data set."""
+    for states, positions in (
+        (record.text, record.text_positions),
+        (record.image, record.image_positions),
+    ):
+        if states.shape[1:] != (len(positions), summary.shape.width):
+            raise ValueError(f"hidden states of shape {states.shape} of {len(positions)} tokens")
+    own = summarise(record, mixed=True)
+    for name in MAXIMA:
+        if getattr(own, name) > getattr(summary, name):
+            raise ValueError(f"{name} is {getattr(own, name)}, more than the data set's")
+
+
 def summary_values(summary: ShardSummary) -> dict[str, Any]:
     """As JSON; where each example has one caption, as it was written before there were several."""
     values = asdict(summary)

@@ -38,12 +38,13 @@ from squeeze_jax.data.record_summary import (
     Metadata,
     ShardSummary,
     check_counts,
+    check_sizes,
     merge,
     read_summary,
     summarise,
     summary_values,
 )
-from squeeze_jax.errors import InputError, first_line
+from squeeze_jax.errors import InputError, OutputError, first_line
 from squeeze_jax.storage import (
     ask_in_time,
     reachable,
@@ -89,7 +90,8 @@ def write_shard(
     """Writes one shard whole or not at all, then its summary. An earlier, unfinished one is
     overwritten.
 
-    mixed: targets are of several sizes. Raises ValueError where shapes differ otherwise.
+    mixed: targets are of several sizes. Raises ValueError where shapes differ otherwise, and
+    OutputError where the disk refuses.
     """
     path = shard_path(folder, shard, shards)
     summaries: list[ShardSummary] = []
@@ -112,7 +114,13 @@ def write_shard(
         finally:
             writer.close()
 
-    write_whole(path, write)
+    try:
+        write_whole(path, write)
+    except RuntimeError as error:  # ArrayRecord's, of what the disk has said
+        raise OutputError(
+            f"{path}: the shard cannot be written ({first_line(error)}); make room and run the "
+            "same extract command again, which goes on from here"
+        ) from error
     summary = merge(summaries) if summaries else EMPTY
     if any(count > 1 for count in captions):
         summary = replace(summary, captions=tuple(captions))
@@ -212,6 +220,8 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
         return Metadata(summary, shards, settings, names[version], layers)
     except InputError:
         raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         why = f"not a description of feature records ({error!r})"
         raise InputError(f"{path}: {why}; extract again") from error
@@ -251,7 +261,10 @@ class FeatureSource:
         try:
             # One by one: TFDS's batched read starts a thread a shard every time, which costs more
             # than it saves.
-            return decode(self._records[index], index, CODECS[self.metadata.codec], self._rows)
+            codec = CODECS[self.metadata.codec]
+            record = decode(self._records[index], index, codec, self._rows)
+            check_sizes(record, self.metadata.summary)
+            return record
         except Exception as error:  # ArrayRecord, protobuf, TFDS and NumPy, each in its own way
             counts = self.metadata.shards
             shard = int(np.searchsorted(np.cumsum(counts), index, side="right"))
