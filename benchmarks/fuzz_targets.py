@@ -177,7 +177,8 @@ def settings(_: str) -> Attempt:
     system: Any = SimpleNamespace(
         config=config, step=3, uses_references=True, resolved=lambda given: resolve(given, config)
     )
-    page = session.AppState(system, "demo", Path())
+    page = object.__new__(session.AppState)  # with a system that draws nothing
+    vars(page).update(pipeline=system, checkpoint="demo", folder=Path())
 
     def attempt(rng: np.random.Generator, folder: Path) -> None:
         content = mutated(whole, rng)
@@ -272,6 +273,7 @@ def checkpoints(_: str) -> Attempt:
         saved_step,
         write_config,
     )
+    from squeeze_jax.data.pipeline import BatchIterator
     from squeeze_jax.training.start import restore_latest
     from squeeze_jax.training.state import TrainState, to_saved
 
@@ -292,7 +294,16 @@ def checkpoints(_: str) -> Attempt:
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state
     )
-    data: Any = type("Data", (), {"set_state": lambda self, place: json.loads(place)["place"]})()
+
+    class Data(BatchIterator):
+        """Takes any place."""
+
+        def __init__(self) -> None: ...
+
+        def set_state(self, state: bytes) -> None:
+            json.loads(state)["place"]
+
+    data = Data()
 
     def attempt(rng: np.random.Generator, folder: Path) -> None:
         write_spoilt(tree, folder, rng, of="config.json" if rng.random() < 0.1 else "checkpoints/2")

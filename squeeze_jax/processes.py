@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding, Sharding
 from squeeze_jax.array_types import Array, PyTree
 from squeeze_jax.errors import InputError, OutputError, Preempted, exit_code, first_line
 
-FAILED, SEEN = "squeeze_jax/failed", "squeeze_jax/seen"
-"""Folders of the coordination service: what a process ended with, and who has read it."""
+FAILED, LEFT = "squeeze_jax/failed", "squeeze_jax/left"
+"""Folders of the coordination service: what a process ended with, and who has left."""
 POLL, GRACE = 2.0, 5.0
 """Seconds between two looks at what others ended with, and seconds in which a process may end by
 itself, of the same cause, before it is ended (our decision)."""
@@ -93,39 +93,36 @@ def ending_together() -> Iterator[None]:
     A process that is killed says nothing; `jax.distributed` ends the others after its heartbeat's
     timeout.
     """
-    client, count = distributed.global_state.client, distributed.global_state.num_processes
-    if client is None or (count or 1) == 1:
+    state = distributed.global_state
+    client, own, count = state.client, int(state.process_id or 0), int(state.num_processes or 1)
+    if client is None or count == 1:
         yield
         return
-    own, done = int(distributed.global_state.process_id or 0), threading.Event()
-    threading.Thread(target=_end_with_others, args=(client, own, done), daemon=True).start()
+    done = threading.Event()
+    watch = (client, own, count, done)
+    threading.Thread(target=_end_with_others, args=watch, daemon=True).start()
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Preempted):  # all are: they agree on the step
-            _tell_others(client, own, int(count or 1), error)
+            _tell_others(client, own, count, error)
         raise
     finally:
         done.set()
 
 
 def _tell_others(client: Any, own: int, count: int, error: BaseException) -> None:
-    """Says what this process ends with, and gives the others the time to read it."""
+    """Notes what this process ends with, and how it leaves when that has been said here."""
     code, said = exit_code(error), f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, (InputError, OutputError)):
         said = str(error).partition("\n")[0]
     with suppress(Exception):  # the service may be gone
         client.key_value_set(f"{FAILED}/{own}", f"{code} {said}")
-        end = time.monotonic() + 3 * (POLL + GRACE)
-        while time.monotonic() < end:
-            if len(client.key_value_dir_get(SEEN) + client.key_value_dir_get(FAILED)) >= count:
-                break
-            time.sleep(POLL / 10)
-    # The others are gone: an orderly farewell would wait for them.
-    atexit.register(_leave, code)
+    # An orderly farewell would wait for those that end otherwise.
+    atexit.register(_leave, client, own, count, code)
 
 
-def _end_with_others(client: Any, own: int, done: threading.Event) -> None:
+def _end_with_others(client: Any, own: int, count: int, done: threading.Event) -> None:
     """Ends this process once another one has failed."""
     while not done.wait(POLL):
         try:
@@ -136,14 +133,21 @@ def _end_with_others(client: Any, own: int, done: threading.Event) -> None:
             code, _, said = failed[0][1].partition(" ")
             number = failed[0][0].rpartition("/")[2]
             print(f"error: process {number} has ended: {said}", file=sys.stderr)
-            with suppress(Exception):
-                client.key_value_set(f"{SEEN}/{own}", "")
-            _leave(int(code))
+            _leave(client, own, count, int(code))
 
 
-def _leave(code: int) -> None:
+def _leave(client: Any, own: int, count: int, code: int) -> None:
+    """Ends this process; process 0, which has the coordination service, goes last."""
     sys.stdout.flush()
     sys.stderr.flush()
+    with suppress(Exception):
+        if own:
+            client.key_value_set(f"{LEFT}/{own}", "")
+        end = time.monotonic() + 3 * (POLL + GRACE)
+        while own == 0 and time.monotonic() < end:
+            if len(client.key_value_dir_get(LEFT)) == count - 1:
+                break
+            time.sleep(POLL / 10)
     os._exit(code)
 
 
