@@ -164,7 +164,9 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        self._manager.close()
+        """Raises OutputError where a save fails that is still under way."""
+        with self._reported():
+            self._manager.close()
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

@@ -162,7 +162,14 @@ def test_checkpoint(fault, disk, tmp_path, capsys, monkeypatch):
         return guarded(lambda: train(CONFIG, workdir, tmp_path, say=said.append) and None)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "save", failing(disk, fault, Checkpoints.save, 2))
+        save = Checkpoints.save
+
+        def save_alone(self, *arguments):
+            self.wait()
+            failing_save(self, *arguments)
+
+        failing_save = failing(disk, fault, save, 2)
+        patched.setattr(Checkpoints, "save", save_alone)
         refused(capsys, disk, run)
     assert read_weights(workdir)[2] == 2
     assert run() == 0
