@@ -105,6 +105,9 @@ def ending_together() -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, Preempted):  # all are: they agree on the step
+            if not isinstance(error, (InputError, OutputError)):
+                # It may be what the end of another one does to a common step.
+                _end_like_others(client, own, count)
             _tell_others(client, own, count, error)
         raise
     finally:
@@ -125,15 +128,24 @@ def _tell_others(client: Any, own: int, count: int, error: BaseException) -> Non
 def _end_with_others(client: Any, own: int, count: int, done: threading.Event) -> None:
     """Ends this process once another one has failed."""
     while not done.wait(POLL):
-        try:
-            failed = sorted(client.key_value_dir_get(FAILED))
-        except Exception:  # the coordinator is gone: JAX ends this process itself
-            return
-        if failed and not done.wait(GRACE):
-            code, _, said = failed[0][1].partition(" ")
-            number = failed[0][0].rpartition("/")[2]
-            print(f"error: process {number} has ended: {said}", file=sys.stderr)
-            _leave(client, own, count, int(code))
+        if _failed(client) and not done.wait(GRACE):
+            _end_like_others(client, own, count)
+
+
+def _failed(client: Any) -> list[tuple[str, str]]:
+    """Processes that have failed, and what with."""
+    with suppress(Exception):  # the coordinator is gone: JAX ends this process itself
+        return sorted(client.key_value_dir_get(FAILED))
+    return []
+
+
+def _end_like_others(client: Any, own: int, count: int) -> None:
+    """Ends this process with what another one has ended with, if any has."""
+    for place, noted in _failed(client):
+        code, _, said = noted.partition(" ")
+        number = place.rpartition("/")[2]
+        print(f"error: process {number} has ended: {said}", file=sys.stderr)
+        _leave(client, own, count, int(code))
 
 
 def _leave(client: Any, own: int, count: int, code: int) -> None:
