@@ -121,27 +121,41 @@ def _tell_others(client: Any, own: int, count: int, error: BaseException) -> Non
         said = str(error).partition("\n")[0]
     with suppress(Exception):  # the service may be gone
         client.key_value_set(f"{FAILED}/{own}", f"{code} {said}")
-    # An orderly farewell would wait for those that end otherwise.
-    atexit.register(_leave, client, own, count, code)
+
+    def speak_and_leave() -> None:
+        print(f"error: {said}", file=sys.stderr)
+        _leave(client, own, count, code)
+
+    def leave() -> None:
+        late.cancel()
+        _leave(client, own, count, code)
+
+    # An orderly farewell would wait for those that end otherwise, and what is closed on the way
+    # there may, too.
+    late = threading.Timer(2 * (POLL + GRACE), speak_and_leave)
+    late.daemon = True
+    late.start()
+    atexit.register(leave)
 
 
 def _end_with_others(client: Any, own: int, count: int, done: threading.Event) -> None:
     """Ends this process once another one has failed."""
     while not done.wait(POLL):
-        if _failed(client) and not done.wait(GRACE):
+        if _failed(client, own) and not done.wait(GRACE):
             _end_like_others(client, own, count)
 
 
-def _failed(client: Any) -> list[tuple[str, str]]:
-    """Processes that have failed, and what with."""
+def _failed(client: Any, own: int) -> list[tuple[str, str]]:
+    """Other processes that have failed, and what with."""
     with suppress(Exception):  # the coordinator is gone: JAX ends this process itself
-        return sorted(client.key_value_dir_get(FAILED))
+        noted = sorted(client.key_value_dir_get(FAILED))
+        return [one for one in noted if one[0].rpartition("/")[2] != str(own)]
     return []
 
 
 def _end_like_others(client: Any, own: int, count: int) -> None:
     """Ends this process with what another one has ended with, if any has."""
-    for place, noted in _failed(client):
+    for place, noted in _failed(client, own):
         code, _, said = noted.partition(" ")
         number = place.rpartition("/")[2]
         print(f"error: process {number} has ended: {said}", file=sys.stderr)

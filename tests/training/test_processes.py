@@ -68,7 +68,7 @@ def test_a_checkpoint_damaged_for_one_of_two_is_set_aside_by_both(two, start, tm
 def test_where_one_of_two_fails_both_end_and_say_why(start, tmp_path, index):
     """The other waits for it in the step: without a word it would wait for ever."""
     processes = together(start, tmp_path, 2, batch_per_chip=2, fail=[index, 5])
-    ends = [ended(process, seconds=120) for process in processes]
+    ends = [ended(process) for process in processes]
     assert [code for code, _ in ends] == [2, 2], ends
     sentence = "shard 7: record 3 cannot be read"
     assert f"error: {sentence}\n" in ends[index][1]
