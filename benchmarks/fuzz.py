@@ -28,7 +28,7 @@ sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent
 import numpy as np
 from fuzz_targets import LINE, TARGETS, Attempt, make_attempt
 
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, OutputError
 
 SECONDS, GROWTH = 10.0, 1_000_000_000
 """What one file may take: seconds, and bytes of memory (a picture of the largest size that is read
@@ -50,7 +50,7 @@ def run_one(attempt: Attempt, seed: int) -> Outcome:
     try:
         attempt(np.random.default_rng(seed), folder)
         ended = Outcome(seed, "loaded")
-    except InputError as error:
+    except (InputError, OutputError) as error:
         longest = max(map(len, str(error).splitlines()), default=0)
         ended = Outcome(seed, "refused")
         if longest > LINE:

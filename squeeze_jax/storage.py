@@ -11,7 +11,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -116,7 +116,8 @@ def write_beside(path: AnyPath, write: Callable[[Path], object]) -> None:
         write(Path(part))
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may have become read-only
+            part.unlink(missing_ok=True)
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
@@ -124,7 +125,7 @@ def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
     has several writers.
 
     On a disk the file lies beside `path` under a name of its own and is renamed. In object storage
-    it is uploaded.
+    it is uploaded. Raises OutputError where the disk refuses.
     """
     if is_remote(path):
         return _upload(path, write)
@@ -132,12 +133,17 @@ def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
     try:
         write(Path(part))
         part.replace(path)
-    except FileNotFoundError:
+    except OSError as error:
         # Another process that makes the same file was faster, and has tidied up (`remove_parts`).
-        if part.exists() or not path.exists():
-            raise
+        overtaken = isinstance(error, FileNotFoundError) and not part.exists() and path.exists()
+        if not overtaken:
+            raise OutputError(
+                f"{path}: cannot be written ({error.strerror or first_line(error)}); see to the "
+                "disk and start again"
+            ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may have become read-only
+            part.unlink(missing_ok=True)
 
 
 def _upload(path: AnyPath, write: Callable[[Path], object]) -> None:

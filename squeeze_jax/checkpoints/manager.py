@@ -106,6 +106,7 @@ class Checkpoints:
         args = self._ocp.args
         run = {"base": saved.base, "productive_seconds": saved.productive_seconds}
         with self._reported():
+            self._try_folder()
             self._manager.save(
                 step,
                 args=args.Composite(
@@ -116,6 +117,14 @@ class Checkpoints:
                 ),
                 force=True,
             )
+
+    def _try_folder(self) -> None:
+        """Raises OSError where no folder can be made: of Orbax's threads some would wait for
+        minutes for one that failed at it."""
+        if isinstance(self._folder, Path) and is_main():
+            probe = self._folder / ".writable"
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()
 
     def restore(self, step: int, like: Any) -> Any:
         """The state in the shapes, dtypes and shardings of `like`."""

@@ -32,7 +32,14 @@ def check_finite(given: object) -> None:
 def guarded(main: Callable[[], None]) -> int:
     """Runs a command; what its user can mend ends in one sentence and the exit code that `errors`
     names."""
-    from squeeze_jax.errors import InputError, OutputError, Preempted, exit_code, printable
+    from squeeze_jax.errors import (
+        InputError,
+        OutputError,
+        Preempted,
+        exit_code,
+        first_line,
+        printable,
+    )
 
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no Unicode
         if isinstance(stream, io.TextIOWrapper):
@@ -43,11 +50,11 @@ def guarded(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     except OSError as error:
-        if error.errno is None:
-            raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        why = printable(f"{place}{error.strerror}")
-        print(f"error: {why}; see to the disk and start again", file=sys.stderr)
+        why = first_line(error)  # a library's own word on what it was to read or write
+        if error.errno is not None:
+            place = f"{error.filename}: " if error.filename is not None else ""
+            why = f"{place}{error.strerror}; see to the disk and start again"
+        print(f"error: {printable(why)}", file=sys.stderr)
         return exit_code(error)
     except Preempted as notice:
         print(notice, file=sys.stderr)

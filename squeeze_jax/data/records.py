@@ -117,8 +117,10 @@ def write_shard(
     try:
         write_whole(path, write)
     except RuntimeError as error:  # ArrayRecord's, of what the disk has said
+        if isinstance(error, OutputError):
+            raise
         raise OutputError(
-            f"{path}: the shard cannot be written ({first_line(error)}); make room and run the "
+            f"{path}: the shard cannot be written ({first_line(error)}); see to the disk and run the "
             "same extract command again, which goes on from here"
         ) from error
     summary = merge(summaries) if summaries else EMPTY
