@@ -79,7 +79,7 @@ def sources(kind: str) -> Attempt:
                 read_tree(write_uno(place, {1: [uno_row(1, i) for i in range(3)]}))
             ],
             "webdataset": lambda: [
-                read_tree(write_webdataset(place, [[file for i in range(3) for file in sample_files(i)]]))
+                read_tree(write_webdataset(place, [[f for i in range(3) for f in sample_files(i)]]))
             ],
         }[kind]()
     prefix = {"image_folder": "folder"}.get(kind, kind)

@@ -21,7 +21,8 @@ from squeeze_jax.storage import AnyPath, is_remote
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What a disk answers that has no locks."""
-_held: set[Path] = set()  # a process never waits for itself: the kernel would give it the lock twice
+# A process never waits for itself: the kernel would give it the lock twice.
+_held: set[Path] = set()
 
 
 @contextlib.contextmanager

@@ -185,7 +185,8 @@ def local_rows(where: Sharding, rows: int) -> np.ndarray:
 
 
 def put_global(tree: Tree, where: PyTree) -> Tree:
-    """Arrays that every process has whole, laid as `where` says (one sharding, or a tree of them)."""
+    """Arrays that every process has whole, laid as `where` says (one sharding, or a tree of
+    them)."""
     if jax.process_count() == 1:
         return jax.device_put(tree, where)
     if isinstance(where, Sharding):

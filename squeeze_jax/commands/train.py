@@ -27,7 +27,8 @@ class Train:
     """
 
     preset: Annotated[Path, tyro.conf.Positional]
-    """A file of configs/, or the name of one (`demo`, `klein_stage2`); `train --list` lists them."""
+    """A file of configs/, or the name of one (`demo`, `klein_stage2`); `train --list` lists
+    them."""
     workdir: str | None = None
     """Where checkpoints, metrics and pictures go, also gs://bucket/…; none: runs/<name of the
     preset>."""

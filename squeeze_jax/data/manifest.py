@@ -286,8 +286,8 @@ def _resolve(folder: Path, name: Any) -> tuple[Path | None, str]:
         if not resolved.is_relative_to(folder.resolve()):
             return (
                 None,
-                f'"{name}" leads out of the folder of pictures {folder}; move the picture into it, or '
-                "name a folder that holds them all: --data.image-root DIR",
+                f'"{name}" leads out of the folder of pictures {folder}; move the picture into it, '
+                "or name a folder that holds them all: --data.image-root DIR",
             )
         if not resolved.is_file():
             return None, f'"{name}": no such file in {folder}; paths are relative to it'

@@ -120,8 +120,8 @@ def write_shard(
         if isinstance(error, OutputError):
             raise
         raise OutputError(
-            f"{path}: the shard cannot be written ({first_line(error)}); see to the disk and run the "
-            "same extract command again, which goes on from here"
+            f"{path}: the shard cannot be written ({first_line(error)}); see to the disk and run "
+            "the same extract command again, which goes on from here"
         ) from error
     summary = merge(summaries) if summaries else EMPTY
     if any(count > 1 for count in captions):

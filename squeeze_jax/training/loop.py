@@ -1,4 +1,5 @@
-"""The training loop: opens the data, restores or initialises the state, runs every training stage."""
+"""The training loop: opens the data, restores or initialises the state, runs every training
+stage."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -58,8 +59,8 @@ def train(
     `features`/held_out. With `data.online` it reads `examples` of these two names instead.
 
     Killed at any moment and started again with the same arguments, it ends with the same weights
-    bit for bit. `start_from` is what a new run begins with (`checkpoints.trained.load_initial_params`;
-    stage 2: stage 1's folder). `accept_changes` continues a run whose config differs. Several
+    bit for bit. `start_from` is what a new run begins with
+    (`checkpoints.trained.load_initial_params`; stage 2: stage 1's folder). `accept_changes` continues a run whose config differs. Several
     processes call it alike (`processes.init_distributed`). Raises InputError for what cannot be
     trained or continued, OutputError where a checkpoint cannot be written, and Preempted after
     SIGTERM, when the state is saved.

@@ -145,9 +145,11 @@ def restore_latest(
                 error = _refusal(workdir, step, raised)
             ways = gather(_way(error))
         if REFUSED in ways:
-            raise error or InputError(
+            if error is not None and _way(error) == REFUSED:
+                raise error
+            raise InputError(
                 f"{workdir}: process {ways.index(REFUSED)} cannot take the checkpoint of step "
-                f"{step}, which this one has read; it says why"
+                f"{step}; it says why"
             )
         if DAMAGED in ways or found is None:
             set_aside = checkpoints.set_aside(step)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whoever samples from one reads one sentence; and the clock decides nothing."""
+"""Damaged checkpoints: who samples from one reads one sentence; and the clock decides nothing."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_whoever_samples_from_a_damaged_checkpoint_reads_one_sentence(folder, na
                 cut(part)
     else:
         cut(path)
-    with pytest.raises(InputError, match=r"the newest checkpoint cannot be read .*one before") as said:
+    with pytest.raises(InputError, match=r"newest checkpoint cannot be read .*one before") as said:
         read_weights(folder)
     assert "\n" not in str(said.value)
 

@@ -1,4 +1,4 @@
-"""A few of the mutations that `benchmarks/fuzz.py` makes by the thousand, and what it once found."""
+"""A few of the mutations that `benchmarks/fuzz.py` makes by the thousand, and what it found."""
 
 import importlib.util
 import json
