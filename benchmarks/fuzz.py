@@ -34,6 +34,7 @@ SECONDS, GROWTH = 10.0, 1_000_000_000
 """What one file may take: seconds, and bytes of memory (a picture of the largest size that is read
 takes some 700 MB)."""
 
+
 class Outcome(NamedTuple):
     """How one attempt ended."""
 

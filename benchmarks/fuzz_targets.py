@@ -75,9 +75,7 @@ def sources(kind: str) -> Attempt:
             "subjects200k": lambda: [
                 read_tree(write_subjects(place, [[subjects_row(i) for i in range(4)]]))
             ],
-            "uno1m": lambda: [
-                read_tree(write_uno(place, {1: [uno_row(1, i) for i in range(3)]}))
-            ],
+            "uno1m": lambda: [read_tree(write_uno(place, {1: [uno_row(1, i) for i in range(3)]}))],
             "webdataset": lambda: [
                 read_tree(write_webdataset(place, [[f for i in range(3) for f in sample_files(i)]]))
             ],
@@ -210,8 +208,11 @@ def _chunk(key: str, value: Any, rng: np.random.Generator) -> bytes:
         (b"zTXt", name + b"\0\0" + zlib.compress(raw)),
         (b"iTXt", name + b"\0\0\0\0\0" + raw),
     )[int(rng.integers(3))]
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(
-        ">I", zlib.crc32(kind + content)
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
     )
 
 

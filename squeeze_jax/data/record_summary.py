@@ -156,5 +156,3 @@ def check_counts(*values: object) -> None:
     found = np.asarray(values)
     if found.dtype.kind != "i" or (found.size and not 0 <= found.min() <= found.max() < 2**31):
         raise ValueError("a size or a count is no whole number, or out of range")
-
-

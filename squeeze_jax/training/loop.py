@@ -60,10 +60,11 @@ def train(
 
     Killed at any moment and started again with the same arguments, it ends with the same weights
     bit for bit. `start_from` is what a new run begins with
-    (`checkpoints.trained.load_initial_params`; stage 2: stage 1's folder). `accept_changes` continues a run whose config differs. Several
-    processes call it alike (`processes.init_distributed`). Raises InputError for what cannot be
-    trained or continued, OutputError where a checkpoint cannot be written, and Preempted after
-    SIGTERM, when the state is saved.
+    (`checkpoints.trained.load_initial_params`; stage 2: stage 1's folder). `accept_changes`
+    continues a run whose config differs. Several processes call it alike
+    (`processes.init_distributed`). Raises InputError for what cannot be trained or continued,
+    OutputError where a checkpoint cannot be written, and Preempted after SIGTERM, when the state
+    is saved.
     """
     # What to train on, and where to begin.
     everywhere, say = say, say if is_main() else lambda text: None
