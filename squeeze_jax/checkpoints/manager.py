@@ -85,7 +85,8 @@ class Checkpoints:
             barrier("unfinished checkpoints removed")
         try:
             return self._ocp.CheckpointManager(self._folder, options=self._options)
-        except (TypeError, ValueError, ArithmeticError) as error:  # of a step's own description
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            # Of a step's own description.
             raise InputError(
                 f"{self._folder}: cannot be listed ({first_line(error)}); a step's "
                 "_CHECKPOINT_METADATA is damaged, move that step's folder away"

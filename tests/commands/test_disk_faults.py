@@ -66,10 +66,10 @@ class Disk:
 
     def fail(self, fault: str) -> None:
         if fault == "full":
-            with (self.folder / "filler").open("wb") as file, suppress(OSError):
+            # Without a buffer: what it still held would be refused once more, by closing.
+            with (self.folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(4096))
-                    file.flush()
             return
         made = mount("--bind", self.folder, self.folder) if fault == "read-only" else True
         options = "remount,ro,bind" if fault == "read-only" else "ro"
