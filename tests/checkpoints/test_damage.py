@@ -80,6 +80,12 @@ def test_a_description_of_a_step_that_cannot_be_is_one_sentence(folder):
         saved_step(folder)
 
 
+def test_a_config_nested_without_end_is_one_sentence(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read as a config"):
+        read_weights(folder)
+
+
 def test_steps_are_in_order_whatever_the_clock_said(folder):
     """The first was saved tomorrow, by a clock that has been set back since."""
     path = folder / CHECKPOINTS / "1" / "_CHECKPOINT_METADATA"
