@@ -31,7 +31,7 @@ def from_json(text: str) -> Config:
         return _build(Config, value, "config")
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"not a config ({error})") from error
 
 

@@ -21,7 +21,8 @@ from squeeze_jax.storage import AnyPath, is_remote
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What a disk answers that has no locks."""
-_held: set[Path] = set()  # a process never waits for itself: the kernel would give it the lock twice
+# A process never waits for itself: the kernel would give it the lock twice.
+_held: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -44,7 +45,8 @@ def hold(path: AnyPath, what: str) -> Iterator[None]:
         yield
     finally:
         _held.discard(local)
-        local.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk may have become read-only
+            local.unlink(missing_ok=True)
         os.close(file)
 
 

@@ -11,13 +11,14 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import fsspec.config
 from etils import epath
 
-from squeeze_jax.errors import InputError, OutputError
+from squeeze_jax.errors import InputError, OutputError, first_line
 
 AnyPath: TypeAlias = Path | epath.Path
 """On a disk (`Path`), or in object storage (`epath.Path`)."""
@@ -28,6 +29,9 @@ PART = ".part"
 PATIENCE = 10.0
 """Seconds within which object storage has to answer at first (our decision). Its libraries try
 again for 40 seconds and longer where there is no network."""
+
+LATE = 60.0
+"""Seconds after which a program says what it waits for (our decision)."""
 
 Answer = TypeVar("Answer")
 
@@ -86,11 +90,19 @@ def ask_in_time(path: epath.PathLike, ask: Callable[[], Answer]) -> Answer:
     return answer
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; of a long one the beginning and the end, where the cause
-    stands."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 200 else f"{line[:60]} … {line[-130:]}"
+@contextmanager
+def spoken_waiting(what: str, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Says once that something is waited for, where the block takes longer than `LATE`: a network
+    disk may answer late, and nobody can see for what a silent program waits."""
+    timer = threading.Timer(
+        LATE, lambda: say(f"still waiting after {LATE:g} s: {what}; a slow disk or network?")
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def write_beside(path: AnyPath, write: Callable[[Path], object]) -> None:
@@ -104,7 +116,8 @@ def write_beside(path: AnyPath, write: Callable[[Path], object]) -> None:
         write(Path(part))
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may have become read-only
+            part.unlink(missing_ok=True)
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
@@ -112,7 +125,7 @@ def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
     has several writers.
 
     On a disk the file lies beside `path` under a name of its own and is renamed. In object storage
-    it is uploaded.
+    it is uploaded. Raises OutputError where the disk refuses.
     """
     if is_remote(path):
         return _upload(path, write)
@@ -120,12 +133,17 @@ def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
     try:
         write(Path(part))
         part.replace(path)
-    except FileNotFoundError:
+    except OSError as error:
         # Another process that makes the same file was faster, and has tidied up (`remove_parts`).
-        if part.exists() or not path.exists():
-            raise
+        overtaken = isinstance(error, FileNotFoundError) and not part.exists() and path.exists()
+        if not overtaken:
+            raise OutputError(
+                f"{path}: cannot be written ({error.strerror or first_line(error)}); see to the "
+                "disk and start again"
+            ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may have become read-only
+            part.unlink(missing_ok=True)
 
 
 def _upload(path: AnyPath, write: Callable[[Path], object]) -> None:

@@ -207,6 +207,38 @@ def test_a_shard_that_does_not_answer_is_one_sentence_in_time(bucket, monkeypatc
     released.set()
 
 
+def test_a_late_disk_is_told_of_once_and_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "LATE", 0.05)
+    said = []
+    with storage.spoken_waiting("records", said.append):
+        time.sleep(0.5)
+    assert said == ["still waiting after 0.05 s: records; a slow disk or network?"]
+    monkeypatch.setattr(storage, "LATE", 60.0)
+    with storage.spoken_waiting("records", said.append):
+        pass
+    assert len(said) == 1
+    assert not any(isinstance(thread, threading.Timer) and thread.is_alive() and
+                   not thread.finished.is_set() for thread in threading.enumerate())  # fmt: skip
+
+
+def test_a_disk_that_answers_late_is_no_error(tmp_path, monkeypatch):
+    """Longer than object storage would be given."""
+    extract(some_examples(4), FakeEncoders(), tmp_path, **OPTIONS)
+    monkeypatch.setattr(storage, "PATIENCE", 0.05)
+    read = features.array_record_module.ArrayRecordReader
+    asked = []
+
+    def late(*arguments, **options):
+        asked.append(None)
+        time.sleep(0.3)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(features.array_record_module, "ArrayRecordReader", late)
+    source = FeatureSource(tmp_path)
+    assert [source[i].prompt for i in range(4)] == [one.prompt for one in some_examples(4)]
+    assert asked
+
+
 def test_an_address_where_nobody_listens_is_one_sentence_in_time(monkeypatch):
     """Google's library tries again for most of a minute."""
     gcsfs = pytest.importorskip("gcsfs")

@@ -9,8 +9,8 @@ reads either, and exported folders.
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,12 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from squeeze_jax.array_types import DType
 from squeeze_jax.config import Config
 from squeeze_jax.config_json import from_json, to_json
-from squeeze_jax.errors import InputError, OutputError
+from squeeze_jax.errors import InputError, OutputError, first_line
 from squeeze_jax.interop.exported import about_of, is_exported, merged_config, read_exported
 from squeeze_jax.interop.tensors import TensorFolder, write_tensors
 from squeeze_jax.processes import barrier, is_main
 from squeeze_jax.sharding import parameter_spec
-from squeeze_jax.storage import AnyPath, files_below, first_line, is_remote, write_beside
+from squeeze_jax.storage import AnyPath, files_below, is_remote, write_beside
 
 CONFIG, WEIGHTS, CHECKPOINTS = "config.json", "weights.safetensors", "checkpoints"
 MARKER = "commit_success.txt"
@@ -83,7 +83,14 @@ class Checkpoints:
                     if path != self._folder and not (path / MARKER).exists():
                         path.rmtree(missing_ok=True)
             barrier("unfinished checkpoints removed")
-        return self._ocp.CheckpointManager(self._folder, options=self._options)
+        try:
+            return self._ocp.CheckpointManager(self._folder, options=self._options)
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            # Of a step's own description.
+            raise InputError(
+                f"{self._folder}: cannot be listed ({first_line(error)}); a step's "
+                "_CHECKPOINT_METADATA is damaged, move that step's folder away"
+            ) from error
 
     def latest(self) -> int | None:
         """The newest finished step."""
@@ -100,6 +107,7 @@ class Checkpoints:
         args = self._ocp.args
         run = {"base": saved.base, "productive_seconds": saved.productive_seconds}
         with self._reported():
+            self._try_folder()
             self._manager.save(
                 step,
                 args=args.Composite(
@@ -111,18 +119,28 @@ class Checkpoints:
                 force=True,
             )
 
+    def _try_folder(self) -> None:
+        """Raises OSError where no folder can be made: of Orbax's threads some would wait for
+        minutes for one that failed at it."""
+        if isinstance(self._folder, Path) and is_main():
+            probe = self._folder / ".writable"
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()
+
     def restore(self, step: int, like: Any) -> Any:
         """The state in the shapes, dtypes and shardings of `like`."""
         args = self._ocp.args
-        wanted = args.Composite(state=args.StandardRestore(like))
-        return self._manager.restore(step, args=wanted)["state"]
+        with _reader(self._folder) as reader:
+            wanted = args.Composite(state=args.StandardRestore(like))
+            return reader.restore(step, args=wanted)["state"]
 
     def about(self, step: int) -> tuple[Saved, bytes]:
         """What a step was saved with, and the data iterator's state."""
         args = self._ocp.args
         names = ("config", "run", "data")
         wanted = args.Composite(**{name: args.JsonRestore() for name in names})
-        restored = self._manager.restore(step, args=wanted)
+        with _reader(self._folder) as reader:
+            restored = reader.restore(step, args=wanted)
         saved = Saved(from_json(json.dumps(restored["config"])), **restored["run"])
         return saved, json.dumps(restored["data"]).encode()
 
@@ -156,8 +174,9 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits for saves under way."""
-        self._manager.close()
+        """Waits for saves under way. Raises OutputError where one of them fails."""
+        with self._reported():
+            self._manager.close()
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -174,12 +193,28 @@ class Checkpoints:
             ) from error
 
     def _newest_whole(self) -> str:
-        steps = [
-            int(path.name)
-            for path in self._folder.iterdir()
-            if path.name.isdigit() and (isinstance(path, Path) or (path / MARKER).exists())
-        ]
+        try:
+            steps = [
+                int(path.name)
+                for path in self._folder.iterdir()
+                if path.name.isdigit() and (isinstance(path, Path) or (path / MARKER).exists())
+            ]
+        except OSError:  # the disk is gone
+            return "which ones are whole cannot be seen now"
         return f"the newest whole one is step {max(steps)}" if steps else "there is none yet"
+
+
+def _reader(steps: AnyPath, handlers: Any = None) -> AbstractContextManager[Any]:
+    """Orbax's manager for reading alone. It waits for no other process: where a file is damaged,
+    one may fail that others read well."""
+    ocp, own = _orbax(), jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader {own}"
+    )
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, multiprocessing_options=alone
+    )
+    return ocp.CheckpointManager(steps, options=options, handler_registry=handlers)
 
 
 def _steps_of(folder: AnyPath) -> AnyPath:
@@ -245,10 +280,21 @@ def read_weights(
             f"{folder}: neither {WEIGHTS} nor {CHECKPOINTS} in it; train first, or give another "
             "folder"
         )
+    with _named_damage(folder):
+        leaves, step = _read_newest(folder, sharding_of)
+    if mesh is None:
+        leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    return config, leaves, step
+
+
+def _read_newest(
+    folder: AnyPath, sharding_of: Callable[[str, tuple[int, ...]], Sharding]
+) -> tuple[dict[str, Any], int]:
+    """The leaves of a work folder's newest checkpoint that sampling takes, and its step."""
     ocp = _orbax()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
     handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
-    with ocp.CheckpointManager(_steps_of(folder), handler_registry=handlers) as manager:
+    with _reader(_steps_of(folder), handlers) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(
@@ -265,10 +311,22 @@ def read_weights(
         places = ocp.checkpoint_utils.construct_restore_args({wanted: like})
         # Partial: the moments stay on disk.
         part = ocp.args.PyTreeRestore({wanted: like}, restore_args=places, partial_restore=True)
-        leaves = manager.restore(step, args=ocp.args.Composite(state=part))["state"][wanted]
-    if mesh is None:
-        leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-    return config, leaves, step
+        return manager.restore(step, args=ocp.args.Composite(state=part))["state"][wanted], step
+
+
+@contextmanager
+def _named_damage(folder: AnyPath) -> Iterator[None]:
+    """What Orbax raises on a damaged checkpoint as one sentence."""
+    try:
+        yield
+    except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the last: devices are full
+        raise
+    except Exception as error:  # whatever the storage layer makes of missing and short files
+        raise InputError(
+            f"{folder / CHECKPOINTS}: the newest checkpoint cannot be read ({first_line(error)}); "
+            "put another copy of it there, or start the run again, which sets it aside for the "
+            "one before"
+        ) from error
 
 
 def saved_step(folder: AnyPath) -> int | None:
@@ -277,7 +335,7 @@ def saved_step(folder: AnyPath) -> int | None:
         return about_of(folder).get("step")
     if (folder / WEIGHTS).is_file() or not (folder / CHECKPOINTS).is_dir():
         return None
-    with _orbax().CheckpointManager(_steps_of(folder)) as manager:
+    with _named_damage(folder), _reader(_steps_of(folder)) as manager:
         return manager.latest_step()
 
 
@@ -290,7 +348,7 @@ def saved_base(folder: AnyPath) -> str | None:
     ocp = _orbax()
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry([])
     handlers.add("run", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
-    with ocp.CheckpointManager(_steps_of(folder), handler_registry=handlers) as manager:
+    with _named_damage(folder), _reader(_steps_of(folder), handlers) as manager:
         step = manager.latest_step()
         if step is None:
             return None

@@ -1,5 +1,6 @@
 """What every command shares: the compilation cache, and how an error of the user's input ends."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -31,22 +32,36 @@ def check_finite(given: object) -> None:
 def guarded(main: Callable[[], None]) -> int:
     """Runs a command; what its user can mend ends in one sentence and the exit code that `errors`
     names."""
-    from squeeze_jax.errors import InputError, OutputError, Preempted
+    from squeeze_jax.errors import (
+        InputError,
+        OutputError,
+        Preempted,
+        exit_code,
+        first_line,
+        printable,
+    )
 
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no Unicode
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except InputError as error:
+    except (InputError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OutputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
+    except OSError as error:
+        why = first_line(error)  # a library's own word on what it was to read or write
+        if error.errno is not None:
+            place = f"{error.filename}: " if error.filename is not None else ""
+            why = f"{place}{error.strerror}; see to the disk and start again"
+        print(f"error: {printable(why)}", file=sys.stderr)
+        return exit_code(error)
     except Preempted as notice:
         print(notice, file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
+        return exit_code(notice)
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return exit_code(error)
     return 0
 
 

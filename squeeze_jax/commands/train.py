@@ -27,7 +27,8 @@ class Train:
     """
 
     preset: Annotated[Path, tyro.conf.Positional]
-    """A file of configs/, or the name of one (`demo`, `klein_stage2`); `train --list` lists them."""
+    """A file of configs/, or the name of one (`demo`, `klein_stage2`); `train --list` lists
+    them."""
     workdir: str | None = None
     """Where checkpoints, metrics and pictures go, also gs://bucket/…; none: runs/<name of the
     preset>."""
@@ -68,14 +69,19 @@ def print_presets() -> None:
 
 def run(given: Train, overrides: list[str]) -> None:
     setup()
-    import jax
-
-    from squeeze_jax.processes import barrier, init_distributed, is_main
+    from squeeze_jax.processes import ending_together, init_distributed
 
     others = given.coordinator, given.num_processes, given.process_id
     if given.distributed or any(part is not None for part in others):
         init_distributed(*others)
-    # What follows may ask for devices, so it is imported once the processes have met.
+    with ending_together():
+        run_together(given, overrides)
+
+
+def run_together(given: Train, overrides: list[str]) -> None:
+    """The command on each process, once all have met."""
+    import jax
+
     from squeeze_jax.checkpoints.build import check_base
     from squeeze_jax.checkpoints.trained import start_kind
     from squeeze_jax.config import load_preset, override
@@ -87,6 +93,7 @@ def run(given: Train, overrides: list[str]) -> None:
     from squeeze_jax.interop.formats import distilled_name
     from squeeze_jax.interop.load import checkpoint_folder
     from squeeze_jax.planning.work import step_work
+    from squeeze_jax.processes import barrier, is_main
     from squeeze_jax.storage import as_path, is_remote, reachable
     from squeeze_jax.training.loop import train
 

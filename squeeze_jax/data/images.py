@@ -225,9 +225,9 @@ def save_png(path: str | Path, array: Any, text: Mapping[str, Any]) -> None:
     picture = Image.fromarray(array if array.dtype == np.uint8 else to_uint8(array))
     info = PngInfo()
     for key, value in text.items():
-        info.add_text(
-            key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        )
+        said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        # A file's name may be no Unicode; in JSON the escape says the same.
+        info.add_text(key, said.encode(errors="backslashreplace").decode())
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

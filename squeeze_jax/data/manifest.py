@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from squeeze_jax.data.images import load_image
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, printable
 
 FIELDS = ("prompt", "image_paths", "image_tgt_path")
 
@@ -130,7 +130,7 @@ def check_rows(
             bad = [*bad, *_undecodable(row, decoded)]
         if bad or row is None:
             bad_rows += 1
-            problems += [f"row {number}: {problem}" for problem in bad]
+            problems += [printable(f"row {number}: {problem}") for problem in bad]
             continue
         rows.append(row)
         same = (row.prompt, row.other_captions, row.references, row.target)
@@ -168,7 +168,10 @@ def read_text_file(path: Path, wanted: str) -> bytes:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}; {wanted}")
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _rows(path: Path, content: bytes) -> list[Any]:
@@ -284,8 +287,8 @@ def _resolve(folder: Path, name: Any) -> tuple[Path | None, str]:
         if not resolved.is_relative_to(folder.resolve()):
             return (
                 None,
-                f'"{name}" leads out of the folder of pictures {folder}; move the picture into it, or '
-                "name a folder that holds them all: --data.image-root DIR",
+                f'"{name}" leads out of the folder of pictures {folder}; move the picture into it, '
+                "or name a folder that holds them all: --data.image-root DIR",
             )
         if not resolved.is_file():
             return None, f'"{name}": no such file in {folder}; paths are relative to it'

@@ -11,7 +11,8 @@ from etils import epath
 
 from squeeze_jax.config_data import DataConfig
 from squeeze_jax.data.record_format import FeatureRecord, Shape
-from squeeze_jax.data.records import MAXIMA, FeatureSource, ShardSummary, join_captions
+from squeeze_jax.data.record_summary import MAXIMA, ShardSummary, join_captions
+from squeeze_jax.data.records import FeatureSource
 from squeeze_jax.errors import InputError
 from squeeze_jax.storage import reachable
 

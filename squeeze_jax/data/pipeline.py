@@ -31,7 +31,8 @@ from squeeze_jax.data.buckets import (
 from squeeze_jax.data.mixture import Mixture, Weighted
 from squeeze_jax.data.order import Numbers, Order
 from squeeze_jax.data.record_format import FeatureRecord
-from squeeze_jax.data.records import FeatureSource, ShardSummary
+from squeeze_jax.data.record_summary import ShardSummary
+from squeeze_jax.data.records import FeatureSource
 from squeeze_jax.diffusion.latents import (
     PATCH,
     ReferencePositions,

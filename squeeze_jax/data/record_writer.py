@@ -16,9 +16,11 @@ from PIL import Image
 
 from squeeze_jax.data.images import nearest_size, resize_for_reference, resize_for_target
 from squeeze_jax.data.record_format import FeatureRecord
-from squeeze_jax.data.records import Metadata, shard_summary, write_metadata, write_shard
+from squeeze_jax.data.record_summary import Metadata
+from squeeze_jax.data.records import shard_summary, write_metadata, write_shard
 from squeeze_jax.data.references import PictureEncoder, encode_pictures
 from squeeze_jax.errors import InputError
+from squeeze_jax.interop.tensors import read_json
 from squeeze_jax.storage import write_json
 
 SETTINGS_FILE = "extraction.json"
@@ -217,7 +219,7 @@ def _claim(folder: epath.Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    there, wanted = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    there, wanted = read_json(path), json.loads(json.dumps(settings))
     if names := differing(there, wanted):
         listed = ", ".join(
             f"{name} {there.get(name)!r} there and {wanted.get(name)!r} now" for name in names

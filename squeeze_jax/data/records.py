@@ -16,8 +16,7 @@ since data workers run this file.
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import chain
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,26 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
 
-from squeeze_jax.data.buckets import Sizes
 from squeeze_jax.data.codec import CODECS
 from squeeze_jax.data.record_format import (
     FeatureRecord,
-    Shape,
     decode,
     encode,
     record_features,
-    record_shape,
     serialise,
 )
-from squeeze_jax.diffusion.latents import PATCH
-from squeeze_jax.errors import InputError
+from squeeze_jax.data.record_summary import (
+    EMPTY,
+    Metadata,
+    ShardSummary,
+    check_counts,
+    check_sizes,
+    merge,
+    read_summary,
+    summarise,
+    summary_values,
+)
+from squeeze_jax.errors import InputError, OutputError, first_line
 from squeeze_jax.storage import (
     ask_in_time,
     reachable,
@@ -51,104 +57,7 @@ METADATA_FILE = "squeeze.json"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
-@dataclass(frozen=True)
-class ShardSummary:
-    """Count and largest sizes of one shard's records (or, merged, of a data set's)."""
-
-    records: int
-    shape: Shape
-    max_text: int
-    max_image: int
-    max_references: int
-    max_reference_tokens: int
-    """Largest number of packed reference tokens of a record, all its references together."""
-    sizes: tuple[Sizes, ...] = ()
-    """Each record's; empty in folders from before they were kept."""
-    captions: tuple[int, ...] = ()
-    """Records of each example, in order, one for each of its captions; empty where all have one."""
-
-    @property
-    def examples(self) -> int:
-        """Examples that the records are of."""
-        return len(self.captions) or self.records
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What a reader must know of a data set before it reads a record."""
-
-    summary: ShardSummary
-    shards: tuple[int, ...]
-    """Records of each shard."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """How it was extracted: sizes, fingerprints of the encoders, chat-template settings."""
-    codec: str = "bf16"
-    """Of `CODECS`."""
-    layers: tuple[int, ...] = ()
-    """Which of the MLLM's hidden states the records hold, ascending, 0 = input embeddings."""
-
-    @property
-    def target_shapes(self) -> list[tuple[int, int, int]]:
-        """Heights, widths and channels that targets' latents have."""
-        height, width, channels = self.summary.shape.target
-        if height is None or width is None:
-            return [
-                (*size, channels)
-                for size in sorted({(one.height, one.width) for one in self.summary.sizes})
-            ]
-        return [(height, width, channels)]
-
-
 # Writing
-
-
-def merge(summaries: Sequence[ShardSummary]) -> ShardSummary:
-    """The summary of all records together.
-
-    Raises ValueError where their shapes differ, InputError where there is no record.
-    """
-    summaries = [summary for summary in summaries if summary.records]
-    if not summaries:
-        raise InputError("there are no records: none of the rows could be used")
-    shapes = {summary.shape for summary in summaries}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"records of one data set must share one shape, found {sorted(map(str, shapes))}"
-        )
-    largest = {f: max(getattr(s, f) for s in summaries) for f in MAXIMA}
-    sizes = tuple(chain.from_iterable(s.sizes for s in summaries))
-    return ShardSummary(
-        records=sum(s.records for s in summaries),
-        shape=shapes.pop(),
-        sizes=sizes,
-        captions=join_captions(summaries),
-        **largest,
-    )
-
-
-def join_captions(summaries: Sequence[ShardSummary]) -> tuple[int, ...]:
-    """The `captions` of all records together."""
-    if not any(summary.captions for summary in summaries):
-        return ()
-    return tuple(chain.from_iterable(s.captions or (1,) * s.records for s in summaries))
-
-
-MAXIMA = [f.name for f in fields(ShardSummary) if f.name.startswith("max_")]
-EMPTY = ShardSummary(0, Shape(0, 0, (0, 0, 0)), 0, 0, 0, 0)
-"""Of a shard of whose rows none could be used."""
-
-
-def _summarise(record: FeatureRecord, mixed: bool) -> ShardSummary:
-    tokens = sum(r.shape[0] // PATCH * (r.shape[1] // PATCH) for r in record.references)
-    (height, width, _), text, image = (
-        record.target.shape,
-        record.text.shape[1],
-        record.image.shape[1],
-    )
-    sizes = Sizes(height, width, text, image, len(record.references), tokens)
-    return ShardSummary(
-        1, record_shape(record, mixed), text, image, len(record.references), tokens, (sizes,)
-    )
 
 
 def shard_path(folder: epath.Path, shard: int, shards: int) -> epath.Path:
@@ -163,9 +72,9 @@ def shard_summary(folder: epath.Path, shard: int, shards: int) -> ShardSummary |
     if not (beside.exists() and path.exists()):
         return None
     try:
-        summary = _read_summary(json.loads(beside.read_text()))
+        summary = read_summary(json.loads(beside.read_text()))
         check_shard(path, summary.records)
-    except (InputError, KeyError, TypeError, json.JSONDecodeError):
+    except (InputError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return None
     return summary
 
@@ -181,7 +90,8 @@ def write_shard(
     """Writes one shard whole or not at all, then its summary. An earlier, unfinished one is
     overwritten.
 
-    mixed: targets are of several sizes. Raises ValueError where shapes differ otherwise.
+    mixed: targets are of several sizes. Raises ValueError where shapes differ otherwise, and
+    OutputError where the disk refuses.
     """
     path = shard_path(folder, shard, shards)
     summaries: list[ShardSummary] = []
@@ -193,7 +103,7 @@ def write_shard(
         features = None
         try:
             for record in records:
-                one = _summarise(record, mixed)
+                one = summarise(record, mixed)
                 merge([*summaries[:1], one])  # refuses another shape
                 summaries.append(one)
                 if record.caption == 0:
@@ -204,11 +114,19 @@ def write_shard(
         finally:
             writer.close()
 
-    write_whole(path, write)
+    try:
+        write_whole(path, write)
+    except RuntimeError as error:  # ArrayRecord's, of what the disk has said
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"{path}: the shard cannot be written ({first_line(error)}); see to the disk and run "
+            "the same extract command again, which goes on from here"
+        ) from error
     summary = merge(summaries) if summaries else EMPTY
     if any(count > 1 for count in captions):
         summary = replace(summary, captions=tuple(captions))
-    write_json(_beside(path), _summary_values(summary))
+    write_json(_beside(path), summary_values(summary))
     return summary
 
 
@@ -262,7 +180,7 @@ def write_metadata(
             write_whole(
                 folder / made.name, lambda part, made=made: part.write_bytes(made.read_bytes())
             )
-    noted = {"summary": _summary_values(summary), "codec": CODECS[codec].version}
+    noted = {"summary": summary_values(summary), "codec": CODECS[codec].version}
     write_json(folder / METADATA_FILE, asdict(metadata) | noted)
     remove_parts(folder)
     return metadata
@@ -270,19 +188,6 @@ def write_metadata(
 
 def _beside(shard: epath.Path) -> epath.Path:
     return shard.with_name(shard.name + ".json")
-
-
-def _summary_values(summary: ShardSummary) -> dict[str, Any]:
-    """As JSON; where each example has one caption, as it was written before there were several."""
-    values = asdict(summary)
-    return values if summary.captions else {k: v for k, v in values.items() if k != "captions"}
-
-
-def _read_summary(value: dict[str, Any]) -> ShardSummary:
-    shape = Shape(**{**value["shape"], "target": tuple(value["shape"]["target"])})
-    sizes = tuple(Sizes(*one) for one in value.get("sizes", ()))
-    captions = tuple(value.get("captions", ()))
-    return ShardSummary(**{**value, "shape": shape, "sizes": sizes, "captions": captions})
 
 
 # Reading
@@ -307,11 +212,19 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
                 f"{path}: records of codec {version}, this version reads {sorted(names)}; "
                 "extract again"
             )
-        summary = _read_summary(value["summary"])
+        summary = read_summary(value["summary"])
         # Records from before there was a choice hold all.
         layers = tuple(value.get("layers", range(summary.shape.layers)))
-        return Metadata(summary, tuple(value["shards"]), value["settings"], names[version], layers)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        shards, settings = tuple(value["shards"]), dict(value["settings"])
+        check_counts(*shards, *layers)
+        if sum(shards) != summary.records or len(layers) != summary.shape.layers:
+            raise ValueError("its shards or layers are not as many as it says")
+        return Metadata(summary, shards, settings, names[version], layers)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         why = f"not a description of feature records ({error!r})"
         raise InputError(f"{path}: {why}; extract again") from error
 
@@ -346,18 +259,33 @@ class FeatureSource:
 
     def __getitem__(self, index: int) -> FeatureRecord:
         if self._records is None:
-            builder: Any = tfds.builder_from_directory(self.folder)
-            self._records = builder.as_data_source(split="train")
+            self._records = self._open()
         try:
             # One by one: TFDS's batched read starts a thread a shard every time, which costs more
             # than it saves.
-            return decode(self._records[index], index, CODECS[self.metadata.codec], self._rows)
-        except RuntimeError as error:
+            codec = CODECS[self.metadata.codec]
+            record = decode(self._records[index], index, codec, self._rows)
+            check_sizes(record, self.metadata.summary)
+            return record
+        except Exception as error:  # ArrayRecord, protobuf, TFDS and NumPy, each in its own way
             counts = self.metadata.shards
             shard = int(np.searchsorted(np.cumsum(counts), index, side="right"))
             path = shard_path(self.folder, shard, len(counts))
             remedy = "delete this file and run the same extract command again"
-            raise InputError(f"{path}: record {index} cannot be read ({error}); {remedy}") from error
+            why = first_line(error)
+            raise InputError(f"{path}: record {index} cannot be read ({why}); {remedy}") from error
+
+    def _open(self) -> Any:
+        """TFDS's view of the records."""
+        try:
+            builder: Any = tfds.builder_from_directory(self.folder)
+            return builder.as_data_source(split="train")
+        except Exception as error:  # of files that only TFDS reads
+            raise InputError(
+                f"{self.folder}: dataset_info.json and features.json cannot be read "
+                f"({first_line(error)}); delete {METADATA_FILE} and run the same extract command "
+                "again, which writes them anew"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, made for a worker, reads by number and has no use for the sizes of them all.

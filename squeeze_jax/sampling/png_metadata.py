@@ -4,14 +4,14 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from PIL import Image
 
 from squeeze_jax.array_types import Json
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, printable
 from squeeze_jax.sampling.schedule import STAGE_NAMES
 from squeeze_jax.sampling.settings import Resolved
 
@@ -84,15 +84,18 @@ def read(path: str | Path) -> Embedded:
             for row in json.loads(text["references"])
         )
         step = _checked(json.loads(text["checkpoint_step"]), int | None, "checkpoint_step")
-        settings = Resolved(**values)
+        # Names may come from anywhere; the page and a terminal show them.
+        references = tuple(row._replace(path=printable(row.path)) for row in references)
+        settings = replace(Resolved(**values), num_images=1)
         _ = settings.solver_config  # refuses what does not go together
-        return Embedded(text["prompt"], references, text["checkpoint"], step, settings)
+        checkpoint = printable(text["checkpoint"])
+        return Embedded(text["prompt"], references, checkpoint, step, settings)
     except KeyError as error:
         raise InputError(
             f"{path.name}: no settings of squeeze_jax inside (no {error.args[0]!r}); "
             "take the PNG as it was saved, since editors and messengers drop the text"
         ) from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path.name}: the settings inside cannot be read ({error})") from None
 
 

@@ -1,4 +1,5 @@
-"""The training loop: opens the data, restores or initialises the state, runs every training stage."""
+"""The training loop: opens the data, restores or initialises the state, runs every training
+stage."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -14,7 +15,7 @@ from squeeze_jax.data.sources import Examples
 from squeeze_jax.errors import Preempted
 from squeeze_jax.processes import broadcast_from_main, is_main, put_local_rows
 from squeeze_jax.sharding import batch_sharding, make_mesh
-from squeeze_jax.storage import AnyPath
+from squeeze_jax.storage import AnyPath, spoken_waiting
 from squeeze_jax.training.batches import make_batches
 from squeeze_jax.training.interruption import Interruption
 from squeeze_jax.training.metrics import MetricsWriter, progress_bar
@@ -58,18 +59,20 @@ def train(
     `features`/held_out. With `data.online` it reads `examples` of these two names instead.
 
     Killed at any moment and started again with the same arguments, it ends with the same weights
-    bit for bit. `start_from` is what a new run begins with (`checkpoints.trained.load_initial_params`;
-    stage 2: stage 1's folder). `accept_changes` continues a run whose config differs. Several
-    processes call it alike (`processes.init_distributed`). Raises InputError for what cannot be
-    trained or continued, OutputError where a checkpoint cannot be written, and Preempted after
-    SIGTERM, when the state is saved.
+    bit for bit. `start_from` is what a new run begins with
+    (`checkpoints.trained.load_initial_params`; stage 2: stage 1's folder). `accept_changes`
+    continues a run whose config differs. Several processes call it alike
+    (`processes.init_distributed`). Raises InputError for what cannot be trained or continued,
+    OutputError where a checkpoint cannot be written, and Preempted after SIGTERM, when the state
+    is saved.
     """
     # What to train on, and where to begin.
-    say = say if is_main() else lambda text: None
+    everywhere, say = say, say if is_main() else lambda text: None
     parallel = config.parallel
     mesh = make_mesh(parallel.data, parallel.fsdp, parallel.tensor, heads=config.model.dit.heads)
     rows = global_batch(config, mesh.shape)
-    data, held_out = make_batches(features, examples, config, mesh, rows)
+    with spoken_waiting(f"opening the records in {features}", everywhere):
+        data, held_out = make_batches(features, examples, config, mesh, rows)
     say(data.describe())
     optimizer = make_optimizer(config)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
@@ -129,7 +132,7 @@ def train(
             while step < end:
                 # A step. The metrics of the one before are read only now that it is under way.
                 profiler.update(step)
-                with monitor.waiting_for_input():
+                with monitor.waiting_for_input(), spoken_waiting("records", everywhere):
                     batch = put_local_rows(next(data), batch_sharding(mesh), rows)
                 if (known := flops.get(batch)) is not None:
                     state, metrics = train_step(state, frozen, batch)
@@ -173,7 +176,8 @@ def train(
                 writer.write(step, validation_loss=validation)
                 if sample:
                     sample(split, weights(), step)
-        checkpoints.wait()
+        with spoken_waiting(f"writing the last checkpoint into {workdir}", say):
+            checkpoints.wait()
     if int(state.skipped):
         say(f"{int(state.skipped)} steps had a non-finite loss or gradient and were skipped")
     return Result(split, weights(), step, validation)

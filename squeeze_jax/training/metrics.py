@@ -2,9 +2,13 @@
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from squeeze_jax.errors import OutputError
 from squeeze_jax.processes import is_main
 from squeeze_jax.storage import AnyPath, GrowingFiles
 
@@ -23,7 +27,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: AnyPath, first_step: int, tensorboard: bool) -> None:
-        self._file, self._board, self._files = None, None, None
+        self._file, self._board, self._events, self._files = None, None, None, None
         if not is_main():
             return
         self._files, self._uploaded = GrowingFiles(workdir), time.monotonic()
@@ -40,14 +44,23 @@ class MetricsWriter:
             self._board = SummaryWriter(
                 str(self._files.folder / "tensorboard"), purge_step=first_step
             )
+            self._events = _Events(self._board)
 
     def write(self, step: int, **values: float | int) -> None:
-        """One line of figures at a step."""
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if self._board is not None:
-                self._board.add_scalar(name, value, step)
+        """One line of figures at a step. Raises OutputError where the disk refuses."""
+        try:
+            if self._file is not None:
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                if self._board is not None:
+                    self._board.add_scalar(name, value, step)
+            if self._events is not None and self._events.error is not None:
+                raise self._events.error
+        except OSError as error:
+            raise OutputError(
+                f"{self._path.parent}: metrics cannot be written ({error.strerror or error}); see "
+                "to the disk and start again to go on from the newest checkpoint"
+            ) from error
         if self._files is not None and time.monotonic() - self._uploaded > UPLOAD_EVERY:
             self.upload()
 
@@ -73,11 +86,38 @@ class MetricsWriter:
     def close(self) -> None:
         """Writes what is left."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what a refused write has left
+                self._file.close()
         if self._board is not None:
             self._board.close()
         if self._files is not None:
             self._files.close()
+
+
+class _Events:
+    """TensorBoard's file, which keeps the first failed write. Else it would end the thread that
+    writes, the queue before that would fill up, and the run stand still."""
+
+    def __init__(self, board: Any) -> None:
+        self.error: OSError | None = None
+        writer = board.file_writer.event_writer
+        self._file = writer._ev_writer
+        writer._ev_writer = writer._worker._record_writer = self
+
+    def write_event(self, event: Any) -> None:
+        self._keep(lambda: self._file.write_event(event))
+
+    def flush(self) -> None:
+        self._keep(self._file.flush)
+
+    def close(self) -> None:
+        self._keep(self._file.close)
+
+    def _keep(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.error = self.error or error
 
 
 def _step(row: str) -> int:

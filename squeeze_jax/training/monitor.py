@@ -38,6 +38,7 @@ class Monitor:
         """The smoothed loss."""
         self._pending: tuple[Metrics, float] | None = None
         self._productive, self._first_start = productive_seconds, _first_start(workdir)
+        self._productive_before, self._began = productive_seconds, time.perf_counter()
         self._say, self._warned = say, False
         self._values: dict[str, float] = {}
         self._by_time = np.zeros((2, len(TIME_BORDERS) - 1))
@@ -115,7 +116,9 @@ class Monitor:
             if number:
                 row[f"loss_t_{low:g}_{high:g}"] = float(total / number)
         self._by_time[:] = 0
-        row["goodput"] = self._productive / max(time.time() - self._first_start, 1e-9)
+        # A clock that was set back does not make a run shorter than its steps.
+        here = self._productive_before + time.perf_counter() - self._began
+        row["goodput"] = self._productive / max(time.time() - self._first_start, here, 1e-9)
         row |= memory_in_use()
         if self._count:
             row |= self._speed(seconds)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from squeeze_jax.array_types import PyTree
 from squeeze_jax.checkpoints.compatibility import check_same_run
 from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.checkpoints.manager import Checkpoints, Saved, check_leaves
@@ -20,8 +21,9 @@ from squeeze_jax.checkpoints.trained import (
 )
 from squeeze_jax.config import Config
 from squeeze_jax.data.pipeline import BatchIterator
-from squeeze_jax.errors import InputError
-from squeeze_jax.storage import AnyPath, first_line, is_remote
+from squeeze_jax.errors import InputError, first_line
+from squeeze_jax.processes import gather
+from squeeze_jax.storage import AnyPath, is_remote, spoken_waiting
 from squeeze_jax.training.state import (
     Params,
     Split,
@@ -128,39 +130,36 @@ def restore_latest(
     of the run; `data` is set to its place. None where there never was a checkpoint.
 
     A damaged checkpoint is set aside, aloud, for the one before it; one that a disk or the devices'
-    memory refuses is not. Raises InputError where all are damaged, and where the folder is that of
-    another run.
+    memory refuses is not. Of several processes each reads its own part, and all go the same way:
+    what is damaged for one is set aside for all, what one refuses no one takes. Raises InputError
+    where all are damaged, and where the folder is that of another run.
     """
     workdir = checkpoints.workdir
     set_aside: AnyPath | None = None
     while (step := checkpoints.latest()) is not None:
-        try:
-            saved, place = checkpoints.about(step)
-            # Before the arrays: those of another config would look damaged.
-            changed = check_same_run(saved.config, config, workdir, accept_changes=accept_changes)
-            if saved.base != base:
-                raise InputError(
-                    f"{workdir} was trained on another base (fingerprint {saved.base}, "
-                    f"this one's is {base}); give the weights that it began with"
-                )
-            data.set_state(place)
-            state = checkpoints.restore(step, to_saved(wanted))
-        except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # the last: devices are full
-            raise
-        except Exception as error:  # whatever the storage layer makes of missing and short files
-            away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-            if away or any(reason in str(error) for reason in AWAY):
-                place = "bucket" if is_remote(workdir) else "disk"
-                raise InputError(
-                    f"{workdir}: the checkpoint of step {step} cannot be read now "
-                    f"({first_line(error)}); see to the {place} and start again"
-                ) from error
+        found, error = None, None
+        with spoken_waiting(f"reading the checkpoint of step {step} of {workdir}", say):
+            try:
+                found = _read(checkpoints, step, wanted, data, config, base, accept_changes)
+            except Exception as raised:  # whatever the storage layer makes of missing, short files
+                error = _refusal(workdir, step, raised)
+            ways = gather(_way(error))
+        if REFUSED in ways:
+            if error is not None and _way(error) == REFUSED:
+                raise error
+            raise InputError(
+                f"{workdir}: process {ways.index(REFUSED)} cannot take the checkpoint of step "
+                f"{step}; it says why"
+            )
+        if DAMAGED in ways or found is None:
             set_aside = checkpoints.set_aside(step)
+            why = first_line(error) if error else f"on process {ways.index(DAMAGED)}"
             say(
-                f"warning: the checkpoint of step {step} cannot be read ({first_line(error)}); "
+                f"warning: the checkpoint of step {step} cannot be read ({why}); "
                 f"it now lies in {set_aside}"
             )
             continue
+        state, saved, changed = found
         for line in changed:
             say(f"changed: {line}")
         return from_saved(state), saved
@@ -170,3 +169,52 @@ def restore_latest(
             "back to try again, or give another --workdir to begin anew"
         )
     return None
+
+
+READ, DAMAGED, REFUSED = range(3)
+"""What a process makes of a checkpoint."""
+
+
+def _way(error: Exception | None) -> int:
+    if error is None:
+        return READ
+    # The last of these: devices are full.
+    refused = isinstance(error, (InputError, MemoryError, jax.errors.JaxRuntimeError))
+    return REFUSED if refused else DAMAGED
+
+
+def _refusal(workdir: AnyPath, step: int, error: Exception) -> Exception:
+    """An InputError in place of an error that says that a disk or a bucket is out of reach; any
+    other as it is."""
+    away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    if _way(error) == REFUSED or not (away or any(reason in str(error) for reason in AWAY)):
+        return error
+    place = "bucket" if is_remote(workdir) else "disk"
+    return InputError(
+        f"{workdir}: the checkpoint of step {step} cannot be read now ({first_line(error)}); "
+        f"see to the {place} and start again"
+    )
+
+
+def _read(
+    checkpoints: Checkpoints,
+    step: int,
+    wanted: TrainState,
+    data: BatchIterator,
+    config: Config,
+    base: str,
+    accept_changes: bool,
+) -> tuple[dict[str, PyTree], Saved, list[str]]:
+    """A checkpoint's arrays, what it says of the run, and how the config differs; `data` is set to
+    its place."""
+    workdir = checkpoints.workdir
+    saved, place = checkpoints.about(step)
+    # Before the arrays: those of another config would look damaged.
+    changed = check_same_run(saved.config, config, workdir, accept_changes=accept_changes)
+    if saved.base != base:
+        raise InputError(
+            f"{workdir} was trained on another base (fingerprint {saved.base}, "
+            f"this one's is {base}); give the weights that it began with"
+        )
+    data.set_state(place)
+    return checkpoints.restore(step, to_saved(wanted)), saved, changed

@@ -219,6 +219,62 @@ OLD = json.dumps(
 )  # fmt: skip
 
 
+def spoil(folder, name, change):
+    path = folder / name
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value["summary"].update(max_text="many"),
+        lambda value: value["summary"].update(max_text=10**9),
+        lambda value: value["summary"].update(records=2**40),
+        lambda value: value["summary"]["sizes"].pop(),
+        lambda value: value["summary"]["sizes"][0].__setitem__(2, -1),
+        lambda value: value["summary"]["shape"].update(width=0.5),
+        lambda value: value.update(shards=[1]),
+        lambda value: value.update(layers=[0]),
+        lambda value: value.update(settings=3),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused_and_made_anew(folder, change):
+    spoil(folder, METADATA_FILE, change)
+    with pytest.raises(InputError, match="not a description of feature records"):
+        FeatureSource(folder)
+
+
+def test_files_that_only_tfds_reads_are_named(folder):
+    for name in ("features.json", "dataset_info.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:50])
+        with pytest.raises(InputError, match=r"features.json cannot be read .*same extract"):
+            FeatureSource(folder)[0]
+        (folder / name).write_bytes(whole)
+    assert FeatureSource(folder)[0].prompt
+    path = folder / METADATA_FILE
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory"):
+        FeatureSource(folder)
+
+
+def test_a_record_whose_parts_do_not_fit_is_named(folder):
+    """Whole by its checksums: somebody else's."""
+    source = FeatureSource(folder)
+    records = [source[i] for i in range(len(source))]
+    counts = source.metadata.shards
+    records[0] = records[0]._replace(text_positions=records[0].text_positions[:-1])
+    shard = epath.Path(folder)
+    summary = (folder / f"squeeze-train.array_record-00000-of-{len(counts):05d}.json").read_text()
+    write_shard(shard, 0, len(counts), records[: counts[0]])
+    (folder / f"squeeze-train.array_record-00000-of-{len(counts):05d}.json").write_text(summary)
+    with pytest.raises(InputError, match=r"record 0 cannot be read \(hidden states of shape"):
+        FeatureSource(folder)[0]
+
+
 def test_folders_from_before_there_was_a_choice_are_read(folder):
     records = [FeatureSource(folder)[i] for i in range(10)]
     (folder / METADATA_FILE).write_text(OLD)

@@ -1,5 +1,6 @@
 """Runs in processes of their own: pre-empted, on a full disk, with a damaged checkpoint, on other devices."""
 
+import json
 import shutil
 import signal
 import time
@@ -37,6 +38,35 @@ def test_sigterm_saves_and_the_next_start_goes_on_with_the_same_bits(whole, star
     assert f"continuing {tmp_path} from step {done}" in said
     assert_same(whole, tmp_path)
     assert steps(tmp_path) == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_run_stands_still_for_a_while_and_goes_on_with_the_same_bits(whole, start, tmp_path):
+    process = start(tmp_path, slow=0.2)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    code, said = ended(process)
+    assert code == 0, said
+    assert_same(whole, tmp_path)
+
+
+@pytest.mark.telling
+@pytest.mark.slow
+def test_a_clock_set_back_again_and_again_changes_nothing(whole, start, tmp_path):
+    """By an hour at every look: no order, no duration and no share of time goes by it."""
+    code, said = ended(start(tmp_path, back=3600, steps=4))
+    assert code == 0, said
+    code, said = ended(start(tmp_path, back=3600))
+    assert code == 0, said
+    assert f"continuing {tmp_path} from step 4" in said
+    assert_same(whole, tmp_path)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        times = {"goodput", "step_seconds", "examples_per_second", "input_wait"}
+        assert all(row[name] >= 0 for name in times & row.keys()), row
+        assert row.get("goodput", 0) <= 1, row
 
 
 @pytest.mark.telling

@@ -1,12 +1,16 @@
 """What a run shows of itself, against a clock that the test turns."""
 
+import errno
 import json
+import time
 
 import numpy as np
 import pytest
 
+from squeeze_jax.errors import OutputError
 from squeeze_jax.training import monitor as module
 from squeeze_jax.training import profiling
+from squeeze_jax.training.metrics import MetricsWriter
 from squeeze_jax.training.monitor import Monitor
 from squeeze_jax.training.profiling import Profiler
 from squeeze_jax.training.step import TIME_BORDERS, Metrics
@@ -18,11 +22,14 @@ class Clock:
     def __init__(self):
         self.now = 1000.0
 
+        self.wrong = 0.0
+        """How far the clock on the wall is off."""
+
     def perf_counter(self):
         return self.now
 
     def time(self):
-        return self.now
+        return self.now + self.wrong
 
 
 @pytest.fixture
@@ -90,6 +97,47 @@ def test_goodput_counts_from_the_first_start_over_restarts(clock, tmp_path):
     assert json.loads(
         (Monitor(8, tmp_path, 0.0, print), tmp_path / module.STARTED)[1].read_text()
     ) == {"time": clock.now}
+
+
+def test_a_clock_set_back_makes_no_run_shorter_than_its_steps(clock, tmp_path):
+    Monitor(8, tmp_path, 0.0, print)
+    monitor = Monitor(8, tmp_path, 30.0, print)
+    clock.wrong = -86_400.0
+    clock.now += 20
+    monitor.record(metrics())
+    row = monitor.make_row(1)
+    assert row["goodput"] == 1.0
+    assert row["step_seconds"] == 20
+
+
+def test_a_refused_write_of_metrics_ends_the_run_and_stops_no_thread(tmp_path):
+    """TensorBoard's thread would end, and the queue before it fill up after ten values."""
+    pytest.importorskip("tensorboardX")
+    writer = MetricsWriter(tmp_path, 0, tensorboard=True)
+    worker, whole = writer._board.file_writer.event_writer._worker, writer._events._file
+
+    class Full:
+        def write_event(self, event):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self):
+            whole.flush()
+
+        def close(self):
+            whole.close()
+
+    writer._events._file = Full()
+
+    def write_until_refused():
+        for step in range(1000):
+            writer.write(step, loss=1.0)
+            time.sleep(0.01)
+
+    with pytest.raises(OutputError, match=r"metrics cannot be written \(No space left"):
+        write_until_refused()
+    assert worker.is_alive()
+    writer.close()
+    assert not worker.is_alive()
 
 
 def test_waiting_for_input_is_measured_and_warned_of_once(clock, tmp_path):

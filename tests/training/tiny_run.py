@@ -4,10 +4,12 @@
 WORKDIR may be gs://bucket/…. Settings: devices, address (HOST:PORT), count, index, steps, mesh,
 batch_per_chip, limit (bytes a
 file may have), slow (seconds that a step takes at least), seen (file for the records of every
-batch).
+batch), fail (process and batch at which it cannot read a record), back (seconds by which the clock
+is set back at every look at it).
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -38,8 +40,9 @@ def main():
         TrainingConfig,
     )
     from squeeze_jax.data.pipeline import BatchIterator
+    from squeeze_jax.errors import InputError
     from squeeze_jax.models.aggregator import AggregatorConfig
-    from squeeze_jax.processes import init_distributed, is_main
+    from squeeze_jax.processes import ending_together, init_distributed, is_main
     from squeeze_jax.storage import as_path
     from squeeze_jax.training.loop import train
 
@@ -77,6 +80,8 @@ def main():
     def watched(self):
         batch = draws(self)
         time.sleep(settings.get("slow", 0))
+        if settings.get("fail") == [settings.get("index", 0), self._drawn]:
+            raise InputError("shard 7: record 3 cannot be read")
         if "seen" in settings and self._workers == 0:
             with Path(settings["seen"]).open("a") as file:
                 file.write(json.dumps([self._drawn, batch.index.tolist()]) + "\n")
@@ -98,9 +103,15 @@ def main():
 
         Checkpoints.save = save
 
+    if "back" in settings:
+        looks = itertools.count()
+        now = time.time
+        time.time = lambda: now() - settings["back"] * next(looks)
+
     def run():
         say = lambda text: is_main() and print(text, flush=True)  # noqa: E731
-        result = train(config, as_path(sys.argv[1]), features, say=say)
+        with ending_together():
+            result = train(config, as_path(sys.argv[1]), features, say=say)
         if is_main():
             print("validation", result.validation)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from squeeze_jax.data.record_writer import Example
-from squeeze_jax.errors import InputError
+from squeeze_jax.errors import InputError, printable
 
 MOST_LISTED = 20
 """Bad rows that a message lists."""
@@ -152,7 +152,8 @@ class Report:
             self.bad += 1
             if left.problem != self._last:  # both directions of a pair have the same
                 self.found += 1
-                self.problems += [left.problem] if self.found <= MOST_LISTED else []
+                if self.found <= MOST_LISTED:
+                    self.problems.append(printable(left.problem))
             self._last = left.problem
 
     def refuse_bad(self, name: str) -> None:

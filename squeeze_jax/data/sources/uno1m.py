@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from squeeze_jax.data.images import load_image
+from squeeze_jax.data.manifest import read_text_file
 from squeeze_jax.data.record_writer import RowError
 from squeeze_jax.data.sources.archive import ArchivePictures
 from squeeze_jax.data.sources.contract import (
@@ -105,7 +106,9 @@ class Split:
 
     def _rows(self) -> list[object]:
         try:
-            rows = json.loads(self.labels.read_bytes())
+            rows = json.loads(read_text_file(self.labels, "download it again"))
+        except InputError:
+            raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.labels}: not JSON ({error}); download it again") from None
         if not isinstance(rows, list):

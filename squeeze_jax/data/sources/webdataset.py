@@ -44,7 +44,7 @@ class Shard:
         self.path = path
 
     def entries(self) -> Iterator[Entry | Left]:
-        with self.path.open("rb") as file:
+        with open_shard(self.path) as file:
             for row, (key, files, repeated) in enumerate(self._samples()):
                 name = f"{self.path.name} {key}"
                 if repeated:
@@ -89,6 +89,16 @@ class Shard:
         return ShardPictures(self.path)
 
 
+def open_shard(path: Path) -> io.BufferedReader:
+    """A shard's bytes. Raises InputError where they cannot be read."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be opened ({error.strerror}); download it again"
+        ) from None
+
+
 def entry_of(
     name: str, row: int, files: dict[str, Place], shard: io.BufferedReader
 ) -> Entry | Left:
@@ -130,7 +140,7 @@ class ShardPictures:
     """The pictures of a shard, in any order."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("rb")
+        self.file = open_shard(path)
 
     def read(self, key: Key, name: str) -> Image.Image:
         assert isinstance(key, tuple)

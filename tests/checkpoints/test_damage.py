@@ -1,0 +1,111 @@
+"""Damaged checkpoints: who samples from one reads one sentence; and the clock decides nothing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from squeeze_jax.checkpoints.manager import (
+    CHECKPOINTS,
+    Checkpoints,
+    Saved,
+    read_weights,
+    saved_base,
+    saved_step,
+    write_config,
+)
+from squeeze_jax.errors import InputError
+from squeeze_jax.training.state import TrainState, to_saved
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about shardings
+CONFIG = tiny_config()
+
+
+def state(step):
+    leaves = {"a.kernel": jnp.arange(6.0).reshape(2, 3) + step}
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, leaves, ({"mu": leaves},), dict(leaves), zero)
+
+
+def save(folder, *steps, keep=2):
+    checkpoints = Checkpoints(folder, keep=keep)
+    for step in steps:
+        checkpoints.save(step, to_saved(state(step)), b"{}", Saved(CONFIG, "base", 1.0))
+        checkpoints.wait()
+    checkpoints.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_config(tmp_path, CONFIG)
+    save(tmp_path, 1, 2)
+    return tmp_path
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+@pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/_METADATA", "state"])
+def test_whoever_samples_from_a_damaged_checkpoint_reads_one_sentence(folder, name):
+    assert read_weights(folder)[2] == 2
+    path = folder / CHECKPOINTS / "2" / name
+    if path.is_dir():
+        for part in path.rglob("*"):
+            if part.is_file():
+                cut(part)
+    else:
+        cut(path)
+    with pytest.raises(InputError, match=r"newest checkpoint cannot be read .*one before") as said:
+        read_weights(folder)
+    assert "\n" not in str(said.value)
+
+
+def test_what_a_checkpoint_says_of_its_run_is_guarded_too(folder):
+    cut(folder / CHECKPOINTS / "2" / "run" / "metadata")
+    with pytest.raises(InputError, match="the newest checkpoint cannot be read"):
+        saved_base(folder)
+
+
+def test_a_description_of_a_step_that_cannot_be_is_one_sentence(folder):
+    path = folder / CHECKPOINTS / "2" / "_CHECKPOINT_METADATA"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"commit_timestamp_nsecs": 10**30}))
+    with pytest.raises(InputError, match=r"cannot be listed .*move that step's folder away"):
+        Checkpoints(folder, keep=2)
+    with pytest.raises(InputError, match="cannot be read"):
+        saved_step(folder)
+
+
+def test_a_config_nested_without_end_is_one_sentence(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read as a config"):
+        read_weights(folder)
+
+
+def test_steps_are_in_order_whatever_the_clock_said(folder):
+    """The first was saved tomorrow, by a clock that has been set back since."""
+    path = folder / CHECKPOINTS / "1" / "_CHECKPOINT_METADATA"
+    value = json.loads(path.read_text())
+    later = {name: value[name] + 10**14 for name in value if name.endswith("timestamp_nsecs")}
+    assert later
+    path.write_text(json.dumps(value | later))
+    checkpoints = Checkpoints(folder, keep=2)
+    assert checkpoints.latest() == 2
+    checkpoints.close()
+    assert saved_step(folder) == 2
+    save(folder, 3)
+    assert sorted(int(path.name) for path in (folder / CHECKPOINTS).iterdir()) == [2, 3]
+    np.testing.assert_array_equal(read_weights(folder)[1]["a.kernel"], state(3).params["a.kernel"])
+
+
+def test_reading_leaves_a_run_alone(folder):
+    """A folder that is sampled from may be on a disk that is read-only, or be written to."""
+    unfinished = folder / CHECKPOINTS / "3.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    assert read_weights(folder)[2] == 2
+    assert unfinished.is_dir(), "it may be another process's save"
+    assert jax.tree.leaves(read_weights(folder)[1])
