@@ -41,6 +41,7 @@ class EmojiConfig(Checked):
     subjects: int = 1
     """Most subjects of an example, 1 or 2; with 2, every second example has two."""
     seed: int = 0
+    """Decides all of an example, with its number; from 0."""
 
     def _problems(self) -> Iterator[str]:
         yield from between(1, 2, "data.emoji", self, "subjects")

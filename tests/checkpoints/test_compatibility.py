@@ -21,7 +21,7 @@ from squeeze_jax.checkpoints.compatibility import RULES, check_same_run, check_s
 from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.checkpoints.manager import write_weights
 from squeeze_jax.checkpoints.trained import load_initial_params, with_scale_of
-from squeeze_jax.config import Config, CrittersConfig, StageConfig, load_preset, override
+from squeeze_jax.config import Config, CrittersConfig, EmojiConfig, StageConfig, load_preset, override
 from squeeze_jax.config_json import differences
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
@@ -83,6 +83,10 @@ OTHERS: dict[str, Any] = {
     "data.critters.held_out": 5,
     "data.critters.size": {"data.critters.size": 48, "data.height": 48},
     "data.critters.seed": 5,
+    **{
+        f"data.emoji.{name}": {"data.critters": None, "data.emoji": EmojiConfig(**{name: value})}
+        for name, value in {"train": 5, "held_out": 5, "subjects": 2, "seed": 5}.items()
+    },
     "data.features": "elsewhere",
     "data.image_root": "elsewhere",
     "data.mix": (("elsewhere", 2.0),),
