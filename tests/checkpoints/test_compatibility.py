@@ -21,7 +21,14 @@ from squeeze_jax.checkpoints.compatibility import RULES, check_same_run, check_s
 from squeeze_jax.checkpoints.fingerprint import fingerprint
 from squeeze_jax.checkpoints.manager import write_weights
 from squeeze_jax.checkpoints.trained import load_initial_params, with_scale_of
-from squeeze_jax.config import Config, CrittersConfig, EmojiConfig, StageConfig, load_preset, override
+from squeeze_jax.config import (
+    Config,
+    CrittersConfig,
+    EmojiConfig,
+    StageConfig,
+    load_preset,
+    override,
+)
 from squeeze_jax.config_json import differences
 from squeeze_jax.errors import InputError
 from squeeze_jax.layers.lora import LoRAConfig
