@@ -3,13 +3,15 @@ sampling beside PyTorch's.
 
     python benchmarks/gpu.py attention              (kernels against float32, and their speed)
     python benchmarks/gpu.py train [--tries 1:save_products 2:save_products …]
+        [--sides ours checkpointed plain compiled]
     python benchmarks/gpu.py sample [--sizes 512 1024]
         [--sides ours unmerged apart diffusers compiled]
 
 `train` is stage 2 as `train.py configs/flux_stage2.py` runs it (12B frozen in bfloat16, LoRA of
 rank 512 and aggregator in float32 with AdamW, 512 x 512, one reference), for a batch and remat
 policy a try. Utilisation is model FLOPs (nothing counted twice for being rematerialised) over
-989 TFLOP/s.
+989 TFLOP/s. The other sides are PyTorch's (`gpu_torch.py`): diffusers' transformer with PEFT's LoRA
+and no aggregator, whose FLOPs are counted as ours all the same.
 
 `sample` takes 25 steps with the paper's τ and guidance 2.5, one image with one reference of
 512 x 512, in bfloat16:
@@ -44,9 +46,8 @@ def main() -> None:
     parser.add_argument("what", choices=("attention", "train", "sample"))
     parser.add_argument("--tries", nargs="*", default=["1:save_products", "4:save_products"])
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024])
-    parser.add_argument(
-        "--sides", nargs="*", default=["ours", "unmerged", "apart", "diffusers", "compiled"]
-    )
+    parser.add_argument("--sides", nargs="*", help="default: all of `train`, or of `sample`")
+    parser.add_argument("--rank", type=int, default=512, help="of PyTorch's LoRA; ours has 512")
     parser.add_argument(
         "--depth",
         type=int,
@@ -64,8 +65,16 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "attention":
         attention()
-    elif given.what == "train":
+    elif given.what == "train" and given.here == "ours":
         train(given.tries, given.depth, given.rounds, given.profile)
+    elif given.what == "train" and given.here:
+        from gpu_torch import train_theirs
+
+        batches = list(dict.fromkeys(int(each.split(":")[0]) for each in given.tries))
+        train_theirs(given.here, batches, given.depth, given.rank, given.rounds)
+    elif given.what == "train":
+        for side in given.sides or ["ours", "checkpointed", "plain", "compiled"]:
+            subprocess.run([sys.executable, *sys.argv, "--here", side], check=False)
     elif given.here in ("ours", "unmerged", "apart"):
         sample_ours(given.here, given.sizes, given.depth, given.rounds, given.profile)
     elif given.here:
@@ -73,7 +82,7 @@ def main() -> None:
     else:
         print("| side | size | s an image | model TFLOP an image | TFLOP/s | peak GiB |")
         print("|---" * 6 + "|", flush=True)
-        for side in given.sides:
+        for side in given.sides or ["ours", "unmerged", "apart", "diffusers", "compiled"]:
             subprocess.run([sys.executable, *sys.argv, "--here", side], check=False)
 
 
