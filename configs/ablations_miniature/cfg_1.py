@@ -1,0 +1,13 @@
+"""Guidance 1 in place of 2.5. Otherwise as `two_stages.py`."""
+
+import dataclasses
+from pathlib import Path
+
+from squeeze_jax.config import load_preset
+
+base = load_preset(Path(__file__).with_name("two_stages.py"))
+config = dataclasses.replace(
+    base,
+    name="cfg_1",
+    sampling=dataclasses.replace(base.sampling, cfg_scale=1.0),
+)
