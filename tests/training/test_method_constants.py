@@ -25,7 +25,12 @@ from squeeze_jax.training.state import initial_state, split_system
 from squeeze_jax.training.step import make_train_step, sample_randomness, step_key
 
 ROOT = Path(__file__).parents[2]
-PRESETS = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.py"))}
+IN_MINIATURE = ROOT / "configs" / "ablations_miniature"
+PRESETS = {
+    path.stem: path
+    for path in sorted((ROOT / "configs").rglob("*.py"))
+    if path.parent != IN_MINIATURE
+}
 
 # --- what the presets resolve to ------------------------------------------------------------------
 
@@ -93,7 +98,9 @@ OTHERS = {
     "tau_097_090": sampled(0.97, 0.9, 2.5),
     "tau_0_0": sampled(0.0, 0.0, 2.5),
 }
-MINIATURE = {"demo", "demo_weights"}
+MINIATURE = {"demo", "demo_weights", "emoji"}
+GOING_ON = {"emoji_multi_subject", "personal"}
+"""Presets that begin with the weights of another."""
 
 
 def resolved(config):
@@ -140,7 +147,27 @@ def resolved(config):
 
 
 def test_every_preset_is_in_the_table():
-    assert set(PRESETS) == set(OTHERS) | MINIATURE
+    assert set(PRESETS) == set(OTHERS) | MINIATURE | GOING_ON
+
+
+def test_an_ablation_in_miniature_changes_one_thing():
+    """One section, apart from the name; and each another one, or otherwise."""
+    base = load_preset(IN_MINIATURE / "two_stages.py")
+    sections = set()
+    for path in sorted(IN_MINIATURE.glob("*.py")):
+        config = load_preset(path)
+        changed = [
+            field.name
+            for field in dataclasses.fields(base)
+            if getattr(config, field.name) != getattr(base, field.name)
+        ]
+        changed.remove("name") if path.stem != "two_stages" else None
+        assert config.name == path.stem
+        assert len(changed) == (path.stem != "two_stages") + (path.stem == "single_stage"), path
+        sections.add(str([getattr(config, name) for name in changed]))
+        steps = sum(stage.steps for stage in config.training.stages)
+        assert steps == 1_200, "one budget for all"
+    assert len(sections) == len(list(IN_MINIATURE.glob("*.py")))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -379,16 +406,22 @@ def scheduler_of(name, sigmas, tokens):
         scheduler.set_timesteps(sigmas=sigmas)
     else:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-        scheduler.set_timesteps(sigmas=sigmas, mu=0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+        scheduler.set_timesteps(
+            sigmas=sigmas, mu=0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+        )
     return scheduler.sigmas.numpy()
 
 
 @pytest.mark.parametrize(("height", "tokens"), [(512, 1024), (256, 256)])
 @pytest.mark.parametrize("name", ["flux_stage2", "flux_schnell"])
-def test_a_model_is_trained_on_the_times_of_the_schedule_that_it_is_sampled_on(name, height, tokens):
+def test_a_model_is_trained_on_the_times_of_the_schedule_that_it_is_sampled_on(
+    name, height, tokens
+):
     """In closed form, and as diffusers' scheduler shifts uniform times: dev's by size, schnell's not."""
     config, count = load_preset(PRESETS[name]), 2000
-    t = sample_randomness(step_key(config, 7), (count, tokens, 1), config, config.training.stages[0]).t
+    t = sample_randomness(
+        step_key(config, 7), (count, tokens, 1), config, config.training.stages[0]
+    ).t
     t = np.sort(np.asarray(t, np.float64))[::-1]
     factor = np.exp(0.5 + 0.65 * (tokens - 256) / 3840) if name == "flux_stage2" else 1.0
     s = t / (t + factor * (1 - t))  # the shift undone, which leaves uniform times
