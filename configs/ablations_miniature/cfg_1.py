@@ -1,4 +1,7 @@
-"""Guidance 1 in place of 2.5. Otherwise as `two_stages.py`."""
+"""Guidance 1 in place of 2.5. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/cfg_1.py
+"""
 
 import dataclasses
 from pathlib import Path

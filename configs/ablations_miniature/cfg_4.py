@@ -1,4 +1,7 @@
-"""Guidance 4 in place of 2.5. Otherwise as `two_stages.py`."""
+"""Guidance 4 in place of 2.5. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/cfg_4.py
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""How the MLLM is connected: one pooling of all layers for all tokens. Otherwise as `two_stages.py`."""
+"""How the MLLM is connected: one pooling of all layers for all tokens. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/lap.py
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""How the MLLM is connected: its last layer alone. Otherwise as `two_stages.py`."""
+"""How the MLLM is connected: its last layer alone. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/last_layer.py
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,5 +1,8 @@
 """How the MLLM is connected: its last layer blended with the vision tower's
-features. Otherwise as `two_stages.py`."""
+features. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/last_layer_vit.py
+"""
 
 import dataclasses
 from pathlib import Path

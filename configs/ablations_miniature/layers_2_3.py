@@ -1,4 +1,7 @@
-"""Which of the five hidden states are pooled: those in the middle. Otherwise as `two_stages.py`."""
+"""Which of the five hidden states are pooled: those in the middle. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/layers_2_3.py
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Which of the five hidden states are pooled: the last two. Otherwise as `two_stages.py`."""
+"""Which of the five hidden states are pooled: the last two. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/layers_3_4.py
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""One stage with both conditions, sampled with both throughout. Otherwise as `two_stages.py`."""
+"""One stage with both conditions, sampled with both throughout. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/single_stage.py
+"""
 
 import dataclasses
 from pathlib import Path

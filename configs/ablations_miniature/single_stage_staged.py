@@ -1,4 +1,7 @@
-"""One stage with both conditions, sampled in three stages. Otherwise as `two_stages.py`."""
+"""One stage with both conditions, sampled in three stages. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/single_stage_staged.py
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Thresholds: the MLLM alone throughout. Otherwise as `two_stages.py`."""
+"""Thresholds: the MLLM alone throughout. Otherwise as `two_stages.py`.
+
+    python train.py configs/ablations_miniature/tau_0_0.py
+"""
 
 import dataclasses
 from pathlib import Path

@@ -1,5 +1,6 @@
 """The paper's ablations in miniature, on critters: the method as it is, both stages in one run.
 
+    python train.py configs/ablations_miniature/two_stages.py
     python -m squeeze_jax ablate configs/ablations_miniature --seeds 0,1,2 --workdir runs/ablation
 
 A small budget, the same for all (our decision): 8,000 pairs, 200 and 1,000 steps of 16. The other
