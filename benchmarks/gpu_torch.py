@@ -86,7 +86,7 @@ def train_theirs(which: str, batches: list[int], depth: list[int], rank: int, ro
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss))  # waits for the device  # noqa: B023
+            losses.append(float(loss.detach()))  # waits for the device  # noqa: B023
 
         start = time.perf_counter()
         try:
