@@ -1,4 +1,4 @@
-"""Two minutes for a handful of your own pictures: goes on from the shipped miniature of emoji.
+"""Some three minutes for a handful of your own pictures: goes on from the shipped miniature of emoji.
 
     python train.py configs/personal.py --data.source mine.json --from emoji --workdir runs/mine
     python sample.py --checkpoint runs/mine --reference mine.png --prompt "…" --out out.png

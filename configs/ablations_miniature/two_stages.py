@@ -4,7 +4,7 @@
     python -m squeeze_jax ablate configs/ablations_miniature --seeds 0,1,2 --workdir runs/ablation
 
 A small budget, the same for all (our decision): 8,000 pairs, 200 and 1,000 steps of 16. The other
-presets of this folder each change one thing. Some ten minutes each on two CPU cores.
+presets of this folder each change one thing. An estimate: ten minutes each on two CPU cores.
 """
 
 import dataclasses

@@ -125,7 +125,8 @@ def run_drawn(given: Evaluate) -> None:
     data = getattr(pipeline.config.data, suite)
     if data is None:
         raise InputError(
-            f"this checkpoint was not trained on {suite}: --suite {suite} cannot score it"
+            f"this checkpoint was not trained on {suite}: --suite {suite} cannot score it; give "
+            "another --checkpoint"
         )
     if not 1 <= given.pairs <= data.held_out:
         raise InputError(

@@ -34,6 +34,7 @@ from squeeze_jax.miniature.factors import (
     subject_from_number,
     subject_number,
 )
+from squeeze_jax.miniature.hashing import splitmix64
 from squeeze_jax.miniature.words import caption, prompt, questions
 
 __all__ = [
@@ -82,11 +83,7 @@ class Pair(NamedTuple):
 def is_held_out(subject: Subject) -> bool:
     """Whether the subject is one of the twentieth kept from training: a hash (splitmix64) of its
     factors alone."""
-    mask = (1 << 64) - 1
-    z = (subject_number(subject) + 1) * 0x9E3779B97F4A7C15 & mask
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-    return (z ^ (z >> 31)) % _HELD_OUT_ONE_IN == 0
+    return splitmix64(subject_number(subject)) % _HELD_OUT_ONE_IN == 0
 
 
 def _draw_subject(rng: np.random.Generator, split: Split) -> Subject:

@@ -270,7 +270,13 @@ def paired_difference(a: Scores, b: Scores, task: str, resamples: int = 10_000) 
     their common pairs."""
     if a.seed != b.seed or not np.array_equal(a.indices, b.indices):
         raise ValueError("paired scores need the same pairs and the same candidates (seed)")
-    difference = a.hits[task].astype(int) - b.hits[task].astype(int)
+    return paired_gain(a.hits[task], b.hits[task], resamples)
+
+
+def paired_gain(a: np.ndarray, b: np.ndarray, resamples: int = 10_000) -> Share:
+    """Share of hits `a` (bool [n]) minus that of `b` on the same pairs, in [−1, 1], with the 95 %
+    interval of a bootstrap over the pairs."""
+    difference = a.astype(int) - b.astype(int)
     n = len(difference)
     # A pair's difference is −1, 0 or 1, so a resample of n pairs is one multinomial draw of the
     # three counts.

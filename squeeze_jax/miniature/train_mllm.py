@@ -11,7 +11,7 @@ what it reached.
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -337,6 +337,22 @@ def pretrain_vision(
         mllm.vision_tower, nnx.state(trained.vision_tower)
     )  # the rest had no gradient, but weight decay
     nnx.update(mllm.projector, nnx.state(trained.projector))
+
+
+def answers_right(
+    mllm: InternVL,
+    training: MLLMTraining,
+    tokenizer: Any,
+    world: World,
+    split: Split,
+    batches: int = 8,
+) -> float:
+    """The share of answers' tokens that are guessed right, 0 to 1, in conversations that were not
+    trained on, about subjects of a split."""
+    unseen = replace(training, seed=training.seed + 50, spelled=0.0)
+    speaker, loss = Speaker(mllm.config, tokenizer, unseen, world), nnx.jit(describing_loss)
+    found = [loss(mllm, speaker.batch(step, split))[1]["right"] for step in range(batches)]
+    return float(np.mean(found))
 
 
 def describing_loss(

@@ -7,7 +7,14 @@ from PIL import Image, ImageFilter
 from squeeze_jax.miniature.emoji import words
 from squeeze_jax.miniature.emoji.make_sheets import ALIKE, thumbnail
 from squeeze_jax.miniature.emoji.pairs import pair_at
-from squeeze_jax.miniature.emoji.scenes import FACTORS, Placement, Scene, bounds_of, draw_scene
+from squeeze_jax.miniature.emoji.scenes import (
+    FACTORS,
+    Placement,
+    Scene,
+    bounds_of,
+    draw_copied,
+    draw_scene,
+)
 from squeeze_jax.miniature.emoji.scores import judge_all
 from squeeze_jax.miniature.emoji.subjects import (
     CHANNEL_ORDERS,
@@ -207,7 +214,12 @@ def test_the_truth_is_found_and_a_pasted_reference_is_not():
             .integers(0, 256, (len(pairs), 64, 64, 3))
             .astype(np.uint8),
         }
+        ways["copied"] = np.stack([
+            np.asarray(draw_copied(pair.scene, pair.views, pair.height, pair.width)) for pair in pairs
+        ])  # fmt: skip
         scores = judge_all(ways, pairs)
+        assert scores["copied"].copied().value == 1.0
+        assert scores["truth"].copied().value == 0.0
         assert scores["truth"].subject().value == scores["truth"].scene().value == 1.0
         assert scores["blurred"].subject().value > 0.95
         assert scores["moved"].subject().value > 0.9

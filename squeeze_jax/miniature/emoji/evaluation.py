@@ -13,7 +13,7 @@ from squeeze_jax.interop.tensors import write_json
 from squeeze_jax.miniature.emoji.pairs import Pair, pair_at
 from squeeze_jax.miniature.emoji.scores import CHANCE, EmojiScores, judge_all
 from squeeze_jax.miniature.emoji.subjects import Split
-from squeeze_jax.miniature.scores import Share
+from squeeze_jax.miniature.scores import paired_gain
 from squeeze_jax.processes import is_main
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.storage import AnyPath
@@ -92,7 +92,7 @@ def score_emoji(
             "ways": {name: score.to_json() for name, score in scores.items()},
         }
         if STAGED in scores and MLLM in scores:
-            gain = difference(scores[STAGED], scores[MLLM])
+            gain = paired_gain(scores[STAGED].hits(), scores[MLLM].hits())
             report["parts"][part.title]["staged minus MLLM alone"] = gain._asdict()
             if is_main():
                 points = [100 * value for value in gain]
@@ -146,27 +146,17 @@ def through_autoencoder(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
     return np.concatenate(done)[: len(pictures)]
 
 
-def difference(a: EmojiScores, b: EmojiScores, resamples: int = 10_000) -> Share:
-    """Share of right subjects of `a` minus that of `b`, with the 95 % interval of a bootstrap over
-    their pairs."""
-    gain = a.hits().astype(int) - b.hits().astype(int)
-    counts = [float((gain == value).mean()) for value in (-1, 0, 1)]
-    drawn = np.random.default_rng(0).multinomial(len(gain), counts, size=resamples)
-    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / len(gain), [0.025, 0.975])
-    return Share(float(gain.mean()), float(low), float(high))
-
-
 def render(scores: dict[str, EmojiScores]) -> str:
     """Markdown, in percent with 95 % intervals."""
     names = list(next(iter(scores.values())).to_json()["factors"])
     two = len(next(iter(scores.values())).judged[0].subjects) == 2
     first = ["subjects right and in place, %", "exchanged"] if two else ["right among 16, %"]
-    copied = [] if two else ["angle copied"]
+    copied = ["copied"]
     lines = [["", *first, "scene, right of two", *names, *copied]]
     lines.append(["---"] * len(lines[0]))
     for way, score in scores.items():
         shares = [score.subject(), *([score.swapped()] if two else []), score.scene()]
-        shares += [score.factor(name) for name in names] + ([] if two else [score.copied()])
+        shares += [score.factor(name) for name in names] + [score.copied()]
         whole, rest = shares[0], shares[1:]
         interval = f" ({100 * whole.low:.1f}–{100 * whole.high:.1f})"
         cells = [f"{100 * whole.value:.1f}{interval}"]

@@ -115,13 +115,31 @@ def draw_reference(
 
 def draw_scene(scene: Scene, height: int, width: int) -> Image.Image:
     """The target: an RGB picture, `width` pixels wide and `height` high."""
-    image = _background(scene.place, scene.time, height, width).copy()
-    if scene.thing != "nothing":
-        _draw_thing(image, scene)
+    image = _ground(scene, height, width)
     for place, one in enumerate(scene.placements):
         drawn = _drawn(scene, place, height, width)
         left, upper, _, _ = _box(one, drawn, len(scene.placements) == 2, height, width)
         _paste(image, drawn, left, upper)
+    return image
+
+
+def _ground(scene: Scene, height: int, width: int) -> Image.Image:
+    """The scene without its subjects."""
+    image = _background(scene.place, scene.time, height, width).copy()
+    if scene.thing != "nothing":
+        _draw_thing(image, scene)
+    return image
+
+
+def draw_copied(scene: Scene, views: tuple[View, ...], height: int, width: int) -> Image.Image:
+    """The scene with its subjects at the angle and the size at which their references show them:
+    what a model draws that pastes. RGB, `width` pixels wide and `height` high."""
+    image = _ground(scene, height, width)
+    for place, (one, view) in enumerate(zip(scene.placements, views, strict=True)):
+        left, _, right, lower = bounds_of(scene, place, height, width)
+        share = 0.5 if len(views) == 2 else 1.0  # both have to fit
+        drawn = _turned(one.subject, one.look, share * view.length * min(height, width), view.angle)
+        _paste(image, drawn, (left + right - drawn.width) // 2, lower - drawn.height)
     return image
 
 

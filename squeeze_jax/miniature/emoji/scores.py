@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from squeeze_jax.miniature.emoji.pairs import Pair
-from squeeze_jax.miniature.emoji.scenes import FACTORS, Scene, bounds_of, draw_scene
+from squeeze_jax.miniature.emoji.scenes import FACTORS, Scene, bounds_of, draw_copied, draw_scene
 from squeeze_jax.miniature.emoji.subjects import SUBJECTS, Subject
 from squeeze_jax.miniature.scores import Share, wilson
 
@@ -42,7 +42,8 @@ class Judged(NamedTuple):
     factors: dict[str, bool]
     """For each factor of the scene: it is nearer to the truth than to another value."""
     copied: bool
-    """The subject is nearer to its reference's angle than to the one that the prompt names."""
+    """The scene with the subjects at their references' angle and size is nearer than the true one:
+    copy-paste."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class _Exam:
             drawn = [draw_scene(one, pair.height, pair.width) for one in candidates]
             self.others.append([_crop(picture, box) for picture in drawn])
         self.changed = {name: self._draw(_with_factor(scene, name, rng)) for name in _asked(pair)}
+        pasted = draw_copied(scene, pair.views, pair.height, pair.width)
+        self.copied = _pixels(pasted)
         self.exchanged = self._draw(_exchanged(scene)) if len(pair.views) == 2 else None
 
     def _draw(self, scene: Scene) -> np.ndarray:
@@ -136,7 +139,7 @@ class _Exam:
         off = _distance(pixels, self.truth)
         factors = {name: off < _distance(pixels, other) for name, other in self.changed.items()}
         swapped = self.exchanged is not None and _distance(pixels, self.exchanged) < off
-        return Judged(tuple(subjects), swapped, factors, not factors.get("pose", True))
+        return Judged(tuple(subjects), swapped, factors, _distance(pixels, self.copied) < off)
 
 
 def _asked(pair: Pair) -> list[str]:

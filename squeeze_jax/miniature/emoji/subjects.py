@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from squeeze_jax.miniature.hashing import splitmix64
+
 SIDE = 64
 """Pixels of a picture's sides in the sheets; its longer side fills them."""
 COLUMNS = 16
@@ -55,11 +57,7 @@ def split_of(subject: Subject) -> Split:
     """Where a subject belongs: a hash (splitmix64) of its number alone decides."""
     if subject.category == HELD_OUT_CATEGORY:
         return "held_out_category"
-    mask = (1 << 64) - 1
-    z = (subject.number + 1) * 0x9E3779B97F4A7C15 & mask
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-    return "held_out" if (z ^ (z >> 31)) % _HELD_OUT_ONE_IN == 0 else "train"
+    return "held_out" if splitmix64(subject.number) % _HELD_OUT_ONE_IN == 0 else "train"
 
 
 @lru_cache
