@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ HOSTILE: list[Any] = [
 ]  # fmt: skip
 
 
-def mutated(text: bytes, rng: np.random.Generator) -> bytes:
+def mutated(
+    text: bytes, rng: np.random.Generator, tokens: Sequence[bytes] = TOKENS
+) -> bytes:
     """One to four edits: a byte changed, a stretch dropped or repeated, a token put in or over,
     the end cut off."""
     for _ in range(int(rng.integers(1, 5))):
         at = int(rng.integers(len(text) + 1))
         length = int(rng.integers(1, 12))
-        token = TOKENS[int(rng.integers(len(TOKENS)))]
+        token = tokens[int(rng.integers(len(tokens)))]
         text = (
             text[:at] + bytes([int(rng.integers(256))]) + text[at + 1 :],
             text[:at] + text[at + length :],

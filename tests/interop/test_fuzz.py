@@ -1,10 +1,12 @@
 """Thousands of spoilt files: each ends in a clean sentence or loads, never in a traceback, a hang or a flood of memory."""
 
+import importlib.util
 import json
 import struct
 import time
 import tracemalloc
 from functools import partial
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -26,21 +28,16 @@ TOKENS = [
 ]  # fmt: skip
 
 
-def mutated(text: bytes, rng: np.random.Generator) -> bytes:
-    """One to four edits: a byte changed, a stretch dropped or repeated, a token put in, the end cut off."""
-    for _ in range(int(rng.integers(1, 5))):
-        at = int(rng.integers(len(text) + 1))
-        length = int(rng.integers(1, 12))
-        token = TOKENS[int(rng.integers(len(TOKENS)))]
-        text = (
-            text[:at] + bytes([int(rng.integers(256))]) + text[at + 1 :],
-            text[:at] + text[at + length :],
-            text[:at] + text[at : at + length] * 2 + text[at + length :],
-            text[:at] + token + text[at:],
-            text[:at] + token + text[at + len(token) :],
-            text[:at],
-        )[int(rng.integers(6))]
-    return text
+def spoiling():
+    """The edits of `benchmarks/fuzz.py`, as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "spoiling.py"
+    spec = importlib.util.spec_from_file_location("spoiling", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mutated = partial(spoiling().mutated, tokens=TOKENS)
 
 
 def outcome(load) -> str:
