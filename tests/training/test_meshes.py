@@ -132,7 +132,7 @@ def test_moments_and_average_lie_as_their_parameters(kind):
 
 def test_step_and_validation_are_traced_on_their_mesh(monkeypatch):
     """A kernel cannot be partitioned from outside: it has to know the mesh (sampling:
-    test_sampler)."""
+    test_pipeline)."""
     seen = []
     for module in (dit, dit_blocks, backbone):
         watched = lambda x, kind: (seen.append(current_mesh()), x)[1]  # noqa: E731
