@@ -42,9 +42,13 @@ class EmojiConfig(Checked):
     """Most subjects of an example, 1 or 2; with 2, every second example has two."""
     seed: int = 0
     """Decides all of an example, with its number; from 0."""
+    near: float = 0.0
+    """Share (0 .. 1) of the training examples with one subject whose reference shows it more or
+    less as the target does: at any difference between none and the usual."""
 
     def _problems(self) -> Iterator[str]:
         yield from between(1, 2, "data.emoji", self, "subjects")
+        yield from between(0, 1, "data.emoji", self, "near")
         yield from above_zero("data.emoji", self, "train", "held_out")
 
 

@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
         data.source data.min_score data.limit data.long_captions lora.init_gain
         data.manifest data.critters.train data.critters.held_out data.critters.size
         data.critters.seed data.emoji.train data.emoji.held_out data.emoji.subjects
-        data.emoji.seed data.height data.width data.buckets data.reference_long_side
+        data.emoji.seed data.emoji.near data.height data.width data.buckets data.reference_long_side
         data.held_out data.skip_bad data.codec data.online data.keep
         diffusion.time_sampling
         optimizer.learning_rate optimizer.vector_learning_rate optimizer.warmup_steps

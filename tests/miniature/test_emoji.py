@@ -12,7 +12,9 @@ from squeeze_jax.miniature.emoji.scenes import (
     Placement,
     Scene,
     bounds_of,
+    bring_near,
     draw_copied,
+    draw_reference,
     draw_scene,
 )
 from squeeze_jax.miniature.emoji.scores import judge_all
@@ -76,6 +78,41 @@ def test_an_example_follows_from_seed_and_index_alone():
         assert pair.target().size == (pair.width, pair.height)
         assert len(pair.references()) == len(pair.scene.placements) == 1 + pair.number % 2
     assert len({pair.prompt.text for pair in pairs}) == len(pairs)
+
+
+def test_a_near_reference_shows_the_targets_pixels_and_only_in_training():
+    """Where it differs by nothing, reference and target hold the same picture at the same place."""
+    pairs = [pair_at(5, i, near=1.0) for i in range(40)]
+    for pair in pairs:
+        assert {one.pose for one in pair.scene.placements} == {"upright"}
+        near = bring_near(pair.views[0], 0.0, pair.scene, 0, pair.height, pair.width)
+        ground = pair.scene._replace(thing="nothing")
+        shown, target = (
+            np.asarray(picture, float)
+            for picture in (
+                draw_reference(*pair.scene.placements[0][:2], near._replace(place=None)),
+                draw_scene(ground, 64, 64),
+            )
+        )
+        left, upper, right, lower = bounds_of(pair.scene, 0, 64, 64)
+        opaque = np.abs(shown - np.asarray(near.colour)).sum(-1) > 60
+        opaque[: upper + 1], opaque[lower - 1 :] = False, False
+        opaque[:, : left + 1], opaque[:, right - 1 :] = False, False
+        closest = min(
+            np.abs(np.roll(shown, (down, across), (0, 1)) - target)[opaque].mean()
+            for down in (-1, 0, 1)
+            for across in (-1, 0, 1)
+        )
+        assert closest < 25, pair.prompt.text  # of 255; half-transparent edges show the ground
+        far = bring_near(pair.views[0], 1.0, pair.scene, 0, pair.height, pair.width)
+        assert far.angle == pair.views[0].angle
+        assert far.length == pytest.approx(pair.views[0].length)
+        assert far.centre == pytest.approx(pair.views[0].centre, abs=0.02)
+    assert pair_at(5, 0, "held_out", near=1.0) == pair_at(5, 0, "held_out")
+    poses = [pair_at(5, i, near=0.5).scene.placements[0].pose for i in range(200)]
+    assert 0.5 < poses.count("upright") / 200 < 0.7  # half, and a fifth of the other half
+    two = [pair_at(5, i, subjects=2, near=1.0) for i in range(1, 20, 2)]
+    assert two == [pair_at(5, i, subjects=2) for i in range(1, 20, 2)]
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

@@ -13,6 +13,7 @@ from squeeze_jax.miniature.emoji.scenes import (
     Placement,
     Scene,
     View,
+    bring_near,
     draw_reference,
     draw_scene,
     draw_view,
@@ -55,12 +56,15 @@ def pair_at(
     subjects: int = 1,
     sizes: tuple[tuple[int, int], ...] = ((64, 64),),
     complete: bool = False,
+    near: float = 0.0,
 ) -> Pair:
     """Example `index` (>= 0) of the endless data set `seed` (>= 0).
 
     subjects: 1, or 2: every second example then has two. sizes: (height, width) of targets, one of
     which is drawn. Two subjects are only put where the picture is at least as wide as high.
-    complete: the prompt says everything about the scene.
+    complete: the prompt says everything about the scene. near: the share (0 .. 1) of training
+    examples with one upright subject whose reference shows it more or less as the target does:
+    what copying is, is learned from these.
     """
     rng = np.random.default_rng((seed, index, _STREAMS[split]))
     two = subjects == 2 and index % 2 == 1
@@ -84,7 +88,13 @@ def pair_at(
         )
         for place, number in enumerate(numbers)
     )
+    difference = 1.0
+    if near and split == "train" and not two and rng.random() < near:
+        difference = float(rng.random() ** 3)
+        placements = (placements[0]._replace(pose="upright"),)
     thing = "nothing" if two or rng.random() < 0.3 else one_of("thing")
     scene = Scene(one_of("place"), one_of("time"), thing, placements)
     views = tuple(draw_view(rng, scene.place) for _ in placements)
+    if difference < 1:
+        views = (bring_near(views[0], difference, scene, 0, height, width),)
     return Pair(scene, views, write_prompt(scene, rng, split, complete), height, width, index)

@@ -26,7 +26,14 @@ class EmojiRows:
 
     def pair(self, index: int) -> Pair:
         emoji = self.emoji
-        return pair_at(emoji.seed, index, self.split, subjects=emoji.subjects, sizes=self.sizes)
+        return pair_at(
+            emoji.seed,
+            index,
+            self.split,
+            subjects=emoji.subjects,
+            sizes=self.sizes,
+            near=emoji.near,
+        )
 
     def __getitem__(self, index: int) -> Example:
         pair = self.pair(index)
@@ -48,7 +55,8 @@ class EmojiRows:
         """What makes these rows these rows."""
         emoji, sizes = self.emoji, " ".join(f"{height}x{width}" for height, width in self.sizes)
         most = f"up to {emoji.subjects} subjects"
-        return f"emoji {self.split} seed {emoji.seed} {most} sizes {sizes}"
+        near = f" near {emoji.near:g}" if emoji.near else ""
+        return f"emoji {self.split} seed {emoji.seed} {most} sizes {sizes}{near}"
 
 
 def open_source(config: Config, *, check_images: bool) -> dict[str, Examples]:
