@@ -55,7 +55,8 @@ def main() -> None:
     graph, leaves = nnx.split(dit)
 
     def velocity(leaves):
-        return nnx.merge(graph, leaves)(*ours_in, target_grid=GRID)
+        *arrays, pooled = ours_in
+        return nnx.merge(graph, leaves)(*arrays, pooled=pooled, target_grid=GRID)
 
     forward = jax.jit(velocity)
     gradient = jax.jit(jax.value_and_grad(lambda leaves: jnp.mean(jnp.square(velocity(leaves) - truth))))

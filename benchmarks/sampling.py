@@ -208,7 +208,7 @@ def main() -> None:
             results[f"naive {attention}"] = np.asarray(naive())
             if attention == "joint":
                 ways["naive"], flops["naive"] = naive, counted(system, states, shown, schedule, "naive")
-                context = np.asarray(jax.jit(lambda s, x, g=graph: nnx.merge(g, s).context(x))(leaves, states).tokens)
+                context = np.asarray(jax.jit(lambda s, x, g=graph: nnx.merge(g, s).aggregate(x))(leaves, states).tokens)
                 theirs = torch_sampler(system, np.asarray(noise), shown, schedule, context)
                 if theirs is not None:
                     ways["diffusers"], flops["diffusers"] = theirs, flops["joint"]

@@ -7,7 +7,7 @@ from the base.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from squeeze_jax.array_types import Array, DType, Float
-from squeeze_jax.layers.linear import FLOAT32, PRODUCT, Linear
+from squeeze_jax.layers.linear import FLOAT32, PRODUCT, Linear, multiply_rows
 from squeeze_jax.layers.norm import scaled
 from squeeze_jax.sharding import all_gather_fsdp
 
@@ -91,13 +91,23 @@ class LowRank(nnx.Module):
         """Output channels."""
         return self.up.shape[-1]
 
-    def __call__(
-        self, x: Float[Array, "*B C"], precision: jax.lax.PrecisionLike = None
+    def project_down(
+        self, inputs: Sequence[Array], precision: jax.lax.PrecisionLike = None
+    ) -> Float[Array, "*B rank"]:
+        """x·down of the `inputs` [*B, _] side by side."""
+        dtype = inputs[0].dtype
+        down = all_gather_fsdp(self.down[...].astype(dtype), "nothing")
+        narrow = multiply_rows(inputs, down, dtype, precision)
+        return checkpoint_name(narrow, PRODUCT)  # the gradient of `up` needs it
+
+    def project_up(
+        self,
+        narrow: Float[Array, "*B rank"],
+        channels: slice,
+        precision: jax.lax.PrecisionLike = None,
     ) -> Float[Array, "*B _"]:
-        down, up = (leaf[...].astype(x.dtype) for leaf in (self.down, self.up))
-        down, up = all_gather_fsdp(down, "nothing"), all_gather_fsdp(up, "out")
-        narrow = jnp.matmul(x, down, precision=precision)
-        narrow = checkpoint_name(narrow, PRODUCT)  # the gradient of `up` needs it
+        """The delta of some of the part's output channels."""
+        up = all_gather_fsdp(self.up[...].astype(narrow.dtype), "out")[:, channels]
         return scaled(jnp.matmul(narrow, up, precision=precision), self.scale[...])
 
     def matrix(self) -> Float[Array, "*depth C _"]:
@@ -113,18 +123,30 @@ class Adapter(nnx.Module):
     def __init__(self, parts: list[LowRank]) -> None:
         self.parts = nnx.List(parts)
 
-    def __call__(
+    def project_down(
+        self, inputs: Sequence[Array], precision: jax.lax.PrecisionLike = None
+    ) -> list[jax.Array]:
+        """Each part's x·down [*B, rank] of the `inputs` [*B, _] side by side."""
+        return [part.project_down(inputs, precision) for part in self.parts]
+
+    def add(
         self,
-        x: Float[Array, "*B C"],
         y: Float[Array, "*B F"],
+        low: Sequence[Array],
+        start: int = 0,
         precision: jax.lax.PrecisionLike = None,
     ) -> Float[Array, "*B F"]:
-        """`y`, the base's product of `x`, with the delta added; `precision` is the base's."""
-        for part in self.parts:
-            after = y.shape[-1] - part.start - part.size
-            delta = part(x, precision)
-            if part.start or after:
-                delta = jnp.pad(delta, [(0, 0)] * (y.ndim - 1) + [(part.start, after)])
+        """`y`, the base's output channels from `start` on, with their delta added; `low` is what
+        `project_down` gave, `precision` the base's."""
+        for part, narrow in zip(self.parts, low, strict=True):
+            first, end = max(part.start, start), min(part.start + part.size, start + y.shape[-1])
+            if first >= end:
+                continue
+            channels = slice(first - part.start, end - part.start)
+            delta = part.project_up(narrow, channels, precision)
+            around = (first - start, start + y.shape[-1] - end)
+            if any(around):
+                delta = jnp.pad(delta, [(0, 0)] * (y.ndim - 1) + [around])
             y = y + delta
         return y
 

@@ -303,14 +303,15 @@ def join_masks(
     return jnp.concatenate(masks, axis=1)
 
 
-def split_heads(qkv: Float[Array, "B T _"], heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Fused [q; k; v] channels as three arrays [B T H D]."""
-    shape = (
-        *qkv.shape[:2],
-        heads,
-        qkv.shape[-1] // (3 * heads),
-    )  # no -1: a context may have length 0
-    q, k, v = (heads_first(part.reshape(shape)) for part in jnp.split(qkv, 3, axis=-1))
+def split_heads(
+    parts: Sequence[Float[Array, "B T _"]], heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Channels of q, k and v, [B, T, H·D] each, as [B, T, H, D]."""
+    q, k, v = (
+        # No -1: a context may have length 0.
+        heads_first(part.reshape(*part.shape[:2], heads, part.shape[-1] // heads))
+        for part in parts
+    )
     return q, k, v
 
 

@@ -40,7 +40,7 @@ class SelfAttention(nnx.Module):
 
     def project(self, x: Float[Array, "B T C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v, each [B T H D], q and k normalised."""
-        return self.norm(*split_heads(self.qkv(x), self.heads))
+        return self.norm(*split_heads(self.qkv.multiply((x,), (x.shape[-1],) * 3), self.heads))
 
 
 class QKNorm(nnx.Module):
@@ -151,7 +151,7 @@ class SingleBlock(nnx.Module):
         self.linear1 = Linear(width, 3 * width + mlp_width, **kinds)
         self.linear2 = Linear(width + mlp_width, width, tensor_axis="in", **kinds)
         self.norm = QKNorm(width // heads, param_dtype=param_dtype)
-        self.heads, self.width = heads, width
+        self.heads, self.widths = heads, (width, width, width, mlp_width)
 
     def __call__(
         self,
@@ -163,12 +163,12 @@ class SingleBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T C"], KeysValues]:
         """The stream, and its keys and values; `cached_kv` as in `DoubleBlock`."""
         shift, scale, gate = modulated
-        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
+        *qkv, hidden = self.linear1.multiply((modulate(x, shift, scale),), self.widths)
         mixed, kv = joint_attention(
             *self.norm(*split_heads(qkv, self.heads)), rope, mask, cached_kv
         )
         hidden = constrain(jax.nn.gelu(hidden, approximate=True), "hidden")
-        update = self.linear2(jnp.concatenate([mixed, hidden], axis=-1))
+        [update] = self.linear2.multiply((mixed, hidden), x.shape[-1:])
         return constrain(add_gated(x, gate, update), "tokens"), kv
 
 

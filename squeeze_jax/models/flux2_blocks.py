@@ -85,7 +85,7 @@ class SingleBlock(nnx.Module):
         self.linear1 = Linear(width, 3 * width + 2 * mlp_width, **kinds)
         self.linear2 = Linear(width + mlp_width, width, tensor_axis="in", **kinds)
         self.norm = QKNorm(width // heads, param_dtype=param_dtype)
-        self.heads, self.width = heads, width
+        self.heads, self.widths = heads, (width, width, width, mlp_width, mlp_width)
 
     def __call__(
         self,
@@ -97,11 +97,11 @@ class SingleBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T C"], KeysValues]:
         """As `DoubleBlock`, of one stream; `modulated` are shift, scale and gate."""
         shift, scale, gate = modulated
-        qkv, hidden = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.width], axis=-1)
+        *qkv, mlp_gate, value = self.linear1.multiply((modulate(x, shift, scale),), self.widths)
         mixed, kv = joint_attention(
             *self.norm(*split_heads(qkv, self.heads)), rope, mask, cached_kv
         )
-        update = self.linear2(jnp.concatenate([mixed, swiglu(hidden)], axis=-1))
+        [update] = self.linear2.multiply((mixed, swiglu(mlp_gate, value)), x.shape[-1:])
         return constrain(add_gated(x, gate, update), "tokens"), kv
 
 
@@ -116,10 +116,11 @@ class MLP(nnx.Module):
         self.out_layer = Linear(hidden, width, tensor_axis="in", **kinds)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.out_layer(swiglu(self.in_layer(x)))
+        hidden = self.out_layer.kernel.shape[-2]
+        gate, value = self.in_layer.multiply((x,), (hidden, hidden))
+        return self.out_layer(swiglu(gate, value))
 
 
-def swiglu(x: Float[Array, "B T F2"]) -> Float[Array, "B T F"]:
-    """SiLU of the first half of the channels, times the second half."""
-    gate, value = jnp.split(x, 2, axis=-1)
+def swiglu(gate: Float[Array, "B T F"], value: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """SiLU of the gate, times the value."""
     return constrain(silu(gate) * value, "hidden")

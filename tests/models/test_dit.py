@@ -46,7 +46,10 @@ def test_velocity_equals_diffusers(shape, config):
     assert relative_error(run(dit, x), theirs) < 1e-5
 
 
-def test_gradients_equal_diffusers():
+@pytest.mark.parametrize("products", ["cpu", "gpu"])
+def test_gradients_equal_diffusers(products, monkeypatch):
+    """With fused layers as one product, and in pieces, as on accelerators."""
+    monkeypatch.setattr("squeeze_jax.layers.linear.platform", lambda: products)
     torch, twin = torch_twin()
     x = inputs()
     function, state = compiled(like_twin(twin)[0], x["target_grid"], [g for _, g in x["references"]])

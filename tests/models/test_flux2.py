@@ -59,8 +59,10 @@ def test_velocity_equals_diffusers(shape, config):
     assert relative_error(run(like_twin(twin, config), x), theirs) < 1e-5
 
 
-def test_gradients_equal_diffusers():
-    """Of the inputs, and of every weight."""
+@pytest.mark.parametrize("products", ["cpu", "gpu"])
+def test_gradients_equal_diffusers(products, monkeypatch):
+    """Of the inputs, and of every weight; fused layers as one product, and as on accelerators."""
+    monkeypatch.setattr("squeeze_jax.layers.linear.platform", lambda: products)
     torch, twin = torch_twin()
     x = inputs()
     function, state = compiled(like_twin(twin), x["target_grid"], REFERENCES)
