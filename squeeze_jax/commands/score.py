@@ -50,6 +50,8 @@ def run(given: Score) -> None:
     from squeeze_jax.interop.tensors import check_writable
 
     out = given.out or given.pictures
+    if given.scale is not None and given.judged is None:
+        raise InputError("--scale is of a judge model's scores: give them too, with --judged FILE")
     check_writable(out / "report.html", "--out")
     pictures = read_picture_set(given.pictures, given.references)
     if given.references is not None and pictures.suite == "dreambench":

@@ -37,6 +37,7 @@ from squeeze_jax.evaluation.report import (
 )
 from squeeze_jax.evaluation.score_report import show, thumbnail
 from squeeze_jax.evaluation.similarity import Estimate, estimate
+from squeeze_jax.interop.tensors import read_json
 from squeeze_jax.storage import write_whole
 
 REQUESTS = "requests.jsonl"
@@ -141,7 +142,8 @@ def score_replies(
     scale: tuple[float, float] | None = None,
 ) -> None:
     """Tabulates replies, prints what cannot be read, and writes report.html and scores.json. Raises
-    InputError where no reply can be read, or the scale is upside down."""
+    InputError where no reply can be read, the scale is upside down, or `out` has other scores."""
+    check_no_other_scores(out, judged=True)
     if scale is not None and not scale[0] < scale[1]:
         raise InputError(f"--scale {scale[0]:g} {scale[1]:g}: the lowest score comes first")
     paths = pictures.pictures(folder)
@@ -190,6 +192,15 @@ def score_replies(
     }  # fmt: skip
     write_report(out, report, scores)
     print(f"report: {out / 'report.html'}")
+
+
+def check_no_other_scores(folder: Path, *, judged: bool) -> None:
+    """Raises InputError where `folder` has a report of the other kind, which would be lost: of a
+    judge model's scores (`judged`), or of DINO's and CLIP's."""
+    scores = folder / "scores.json"
+    if scores.exists() and ("judged" in read_json(scores)) != judged:
+        kind = "by DINO and CLIP" if judged else "of a judge model"
+        raise InputError(f"{scores} holds scores {kind}; give another folder with --out")
 
 
 def _estimate(rows: Sequence[Sequence[str]], scores: Mapping[str, float]) -> Estimate | None:

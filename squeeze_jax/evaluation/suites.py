@@ -7,6 +7,7 @@ from typing import NamedTuple
 from squeeze_jax.errors import InputError
 from squeeze_jax.evaluation.dreambench import dreambench_prompts, open_dataset
 from squeeze_jax.evaluation.generate import AT_ONCE, describe_system, generate
+from squeeze_jax.evaluation.judged import check_no_other_scores
 from squeeze_jax.evaluation.judges import Judge, load_clip, load_dino
 from squeeze_jax.evaluation.picture_set import (
     PictureSet,
@@ -121,7 +122,9 @@ def show_set(folder: Path, pictures: PictureSet) -> None:
 
 
 def score_set(folder: Path, pictures: PictureSet, judges: tuple[Judge, Judge], out: Path) -> None:
-    """Scores a folder's pictures and writes report.html and scores.json into `out`."""
+    """Scores a folder's pictures and writes report.html and scores.json into `out`. Raises
+    InputError where a judge model's scores are there."""
+    check_no_other_scores(out, judged=False)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out / ".score.lock", "a scoring into this folder"):
         results = score_pictures(folder, pictures, *judges, cache=out / FEATURES)

@@ -150,6 +150,24 @@ def test_what_is_missing_is_one_sentence(root, tmp_path, capsys, change, message
     assert not (tmp_path / "o").exists()
 
 
+def test_scores_of_another_kind_are_not_overwritten(root, tmp_path, capsys):
+    pictures, scores = str(root / "pictures"), tmp_path / "scores.json"
+    replies = tmp_path / "replies.jsonl"
+    replies.write_text('{"id": "dog/00-0", "scores": {"look": 3}}\n')
+    kinds = (["--judged", str(replies)], arguments(root)[1:])
+    there = ({"judged": "x", "scores": {}}, {"scores": {"overall": {}}})
+    for kind, own, other in zip(kinds, there, there[::-1], strict=True):
+        scores.write_text(json.dumps(other))
+        assert score.main([pictures, "--out", str(tmp_path), *kind]) == 2
+        assert "give another folder with --out" in capsys.readouterr().err
+        assert json.loads(scores.read_text()) == other
+        scores.write_text(json.dumps(own))
+        assert score.main([pictures, "--out", str(tmp_path), *kind]) == 0
+        assert json.loads(scores.read_text())["scores"]
+    assert score.main([pictures, "--scale", "0", "4", *arguments(root)[1:]]) == 2
+    assert "--judged FILE" in capsys.readouterr().err
+
+
 def test_an_incomplete_set_is_refused(root, tmp_path, capsys):
     shutil.copytree(root / "pictures", tmp_path / "pictures")
     (tmp_path / "pictures" / "dog" / "00-1.jpg").unlink()
