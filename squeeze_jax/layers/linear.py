@@ -67,10 +67,11 @@ class Linear(nnx.Module):
         """What `split(layer(concatenate(inputs)))` is along the channels: inputs [*B, _], pieces
         [*B, size], whose `sizes` add up to the layer's output channels.
 
-        On accelerators neither the concatenation nor the whole output is made: each input meets
-        its own rows of the kernel, each piece is the product of its own columns. It is one product,
-        cut afterwards, where a mesh's tensor axis splits those rows or columns, and on CPUs, where
-        fewer and larger products are faster (`benchmarks/flux_small.py`).
+        On TPU neither the concatenation nor the whole output is made: each input meets its own
+        rows of the kernel, each piece is the product of its own columns (`benchmarks/traffic.py`).
+        Elsewhere, and where a mesh's tensor axis splits those rows or columns, it is one product:
+        CPUs are faster with fewer and larger ones (`benchmarks/flux_small.py`), and on GPUs, where
+        columns would have to be copied out of the kernel, nothing is measured.
         """
         inputs = [x.astype(self.dtype) for x in inputs]
         narrow = min(
@@ -79,11 +80,11 @@ class Linear(nnx.Module):
         kernel = all_gather_fsdp(self.kernel[...].astype(narrow), self.tensor_axis).astype(
             self.dtype
         )
-        mesh, on_cpu, cut = current_mesh(), platform() == "cpu", sizes
+        mesh, apart, cut = current_mesh(), platform() == "tpu", sizes
         split = self.tensor_axis if mesh and mesh.shape.get("tensor", 1) > 1 else None
-        if len(inputs) > 1 and (on_cpu or split == "in"):
+        if len(inputs) > 1 and (not apart or split == "in"):
             inputs = [jnp.concatenate(inputs, axis=-1)]
-        if len(sizes) > 1 and (on_cpu or split == "out"):
+        if len(sizes) > 1 and (not apart or split == "out"):
             cut = (sum(sizes),)
         low = [] if self.adapter is None else self.adapter.project_down(inputs, self.precision)
         pieces, start = [], 0

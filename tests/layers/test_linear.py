@@ -16,9 +16,9 @@ WIDTHS, SIZES = (3, 4, 1), (4, 1, 5)
 PARTS = {"none": (), "one across pieces": ((2, 7),), "three": ((0, 3), (3, 1), (4, 6)), "whole": ((0, 10),)}
 
 
-@pytest.fixture(autouse=True, params=["gpu", "cpu"])
+@pytest.fixture(autouse=True, params=["tpu", "cpu"])
 def platform(request):
-    """Traced as for accelerators, where products are cut, and as for a CPU, where there is one."""
+    """Traced as for TPU, where products are cut, and as for a CPU, where there is one."""
     with trace_for_platform(request.param):
         yield request.param
 
@@ -117,4 +117,4 @@ def test_on_a_mesh_it_is_the_same(tensor_axis, platform):
         assert relative_error(piece, wanted) < 1e-6
     products = str(jax.make_jaxpr(run)(leaves, inputs)).count("dot_general")
     cut = {"in": len(sizes), "out": len(widths)}[tensor_axis]
-    assert products == (cut if platform == "gpu" else 1)
+    assert products == (cut if platform == "tpu" else 1)

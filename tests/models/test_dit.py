@@ -46,9 +46,9 @@ def test_velocity_equals_diffusers(shape, config):
     assert relative_error(run(dit, x), theirs) < 1e-5
 
 
-@pytest.mark.parametrize("products", ["cpu", "gpu"])
+@pytest.mark.parametrize("products", ["cpu", "tpu"])
 def test_gradients_equal_diffusers(products, monkeypatch):
-    """With fused layers as one product, and in pieces, as on accelerators."""
+    """With fused layers as one product, and in pieces, as on TPU."""
     monkeypatch.setattr("squeeze_jax.layers.linear.platform", lambda: products)
     torch, twin = torch_twin()
     x = inputs()

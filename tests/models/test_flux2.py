@@ -59,9 +59,9 @@ def test_velocity_equals_diffusers(shape, config):
     assert relative_error(run(like_twin(twin, config), x), theirs) < 1e-5
 
 
-@pytest.mark.parametrize("products", ["cpu", "gpu"])
+@pytest.mark.parametrize("products", ["cpu", "tpu"])
 def test_gradients_equal_diffusers(products, monkeypatch):
-    """Of the inputs, and of every weight; fused layers as one product, and as on accelerators."""
+    """Of the inputs, and of every weight; fused layers as one product, and as on TPU."""
     monkeypatch.setattr("squeeze_jax.layers.linear.platform", lambda: products)
     torch, twin = torch_twin()
     x = inputs()

@@ -21,6 +21,8 @@ from squeeze_jax.miniature.emoji.scenes import (
 from squeeze_jax.miniature.emoji.subjects import LOOKS, Split, subjects_of
 from squeeze_jax.miniature.emoji.words import Prompt, write_prompt
 
+UPRIGHT = 0.4
+"""Share of single subjects that stand upright before a pose is drawn, any of them (our decision)."""
 _STREAMS = {"train": 0, "held_out": 1, "held_out_category": 2}
 
 
@@ -84,7 +86,7 @@ def pair_at(
             int(rng.integers(LOOKS)) if split == "train" and rng.random() < 0.6 else 0,
             sides[place] if two else one_of("position"),
             one_of("size"),
-            "upright" if two else one_of("pose"),
+            "upright" if two or rng.random() < UPRIGHT else one_of("pose"),
         )
         for place, number in enumerate(numbers)
     )

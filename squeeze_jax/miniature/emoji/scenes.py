@@ -1,8 +1,8 @@
 """Scenes of one or two subjects, and the pictures of them: references and targets.
 
 A scene says what a prompt may ask for; everything about it is a word of `FACTORS`. A reference
-shows its subject turned a little, at another size and place, on another ground than the target's,
-so that copied pixels are wrong. This module imports no JAX.
+shows its subject turned a little, near the middle, at another size and on another ground than the
+target's, so that copied pixels are wrong. This module imports no JAX.
 """
 
 from functools import lru_cache
@@ -37,6 +37,10 @@ _GROUND = 0.92
 """Where a subject's lower edge stands, as a share of the picture's height."""
 _LEAN_MOST = 15.0
 """A reference is turned by at most so many degrees."""
+_VIEW_LENGTH = (0.70, 0.92)
+"""Longer side of a reference's subject, as a share of the picture's."""
+_OFF_CENTRE_MOST = 0.04
+"""A reference shows its subject near the middle, as photographs of a subject do."""
 REFERENCE_SIDE = 64
 
 _THING_COLOUR = {
@@ -87,9 +91,8 @@ class View(NamedTuple):
 
 def draw_view(rng: np.random.Generator, away_from: str) -> View:
     """A random way to show a reference, on a plain ground or in another place than `away_from`."""
-    length = float(rng.uniform(0.60, 0.92))
-    room = (1 - length) / 2
-    right, down = rng.uniform(-room, room, 2)
+    length = float(rng.uniform(*_VIEW_LENGTH))
+    right, down = rng.uniform(-_OFF_CENTRE_MOST, _OFF_CENTRE_MOST, 2)
     place = None
     if rng.random() < 0.3:
         places = [place for place in FACTORS["place"] if place != away_from]
