@@ -1,9 +1,9 @@
-"""The miniature of emoji goes on with up to two subjects, as the paper does after stage 2.
+"""The miniature of emoji goes on with up to two subjects and other sizes, after stage 2.
 
     python train.py configs/emoji_multi_subject.py --from runs/emoji
 
 Every second example has two subjects and two references (arXiv 2605.26111, "Training": a light
-fine-tune). The rate falls to a twentieth.
+fine-tune), and targets have four sizes. The rate falls to a twentieth.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ config = dataclasses.replace(
     data=dataclasses.replace(
         single.data,
         emoji=dataclasses.replace(single.data.emoji, train=16_000, subjects=2, seed=1),
+        buckets=((64, 64), (48, 80), (80, 48), (64, 96)),
     ),
     optimizer=dataclasses.replace(single.optimizer, decay="cosine"),
     training=dataclasses.replace(
