@@ -65,15 +65,22 @@ class Linear(nnx.Module):
 
     def multiply(self, inputs: Sequence[Array], sizes: Sequence[int]) -> list[jax.Array]:
         """What `split(layer(concatenate(inputs)))` is along the channels: inputs [*B, _], pieces
-        [*B, size], whose `sizes` add up to the layer's output channels.
+        [*B, size].
 
         On TPU neither the concatenation nor the whole output is made: each input meets its own
         rows of the kernel, each piece is the product of its own columns (`benchmarks/traffic.py`).
         Elsewhere, and where a mesh's tensor axis splits those rows or columns, it is one product:
         CPUs are faster with fewer and larger ones (`benchmarks/flux_small.py`), and on GPUs, where
-        columns would have to be copied out of the kernel, nothing is measured.
+        columns would have to be copied out of the kernel, nothing is measured. Raises ValueError
+        where inputs or `sizes` do not add up to the kernel's rows or columns.
         """
-        inputs = [x.astype(self.dtype) for x in inputs]
+        inputs, widths = [x.astype(self.dtype) for x in inputs], [x.shape[-1] for x in inputs]
+        if (shape := self.kernel.shape[-2:]) != (sum(widths), sum(sizes)):
+            # A slice of rows or columns would pass over the rest without a word.
+            raise ValueError(
+                f"a layer of {shape[0]} to {shape[1]} channels was given inputs of {widths} "
+                f"channels for outputs of {list(sizes)}"
+            )
         narrow = min(
             self.kernel.dtype, self.dtype, key=lambda kind: kind.itemsize
         )  # what the matrix travels in
@@ -86,14 +93,13 @@ class Linear(nnx.Module):
             inputs = [jnp.concatenate(inputs, axis=-1)]
         if len(sizes) > 1 and (not apart or split == "out"):
             cut = (sum(sizes),)
-        low = [] if self.adapter is None else self.adapter.project_down(inputs, self.precision)
-        pieces, start = [], 0
-        for size in cut:
-            y = self._multiply_columns(inputs, kernel, start, size)
-            if self.adapter is not None:
-                y = self.adapter.add(y, low, start, self.precision)
-            pieces.append(checkpoint_name(y, PRODUCT))
-            start += size
+        pieces = [
+            self._multiply_columns(inputs, kernel, end - size, size)
+            for size, end in zip(cut, accumulate(cut), strict=True)
+        ]
+        if self.adapter is not None:
+            pieces = self.adapter.add(pieces, inputs, self.precision)
+        pieces = [checkpoint_name(piece, PRODUCT) for piece in pieces]
         if cut is not sizes:
             return jnp.split(pieces[0], list(accumulate(sizes))[:-1], axis=-1)
         return pieces

@@ -9,6 +9,7 @@ from the base.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 import jax
@@ -91,24 +92,23 @@ class LowRank(nnx.Module):
         """Output channels."""
         return self.up.shape[-1]
 
-    def project_down(
-        self, inputs: Sequence[Array], precision: jax.lax.PrecisionLike = None
-    ) -> Float[Array, "*B rank"]:
-        """x·down of the `inputs` [*B, _] side by side."""
-        dtype = inputs[0].dtype
-        down = all_gather_fsdp(self.down[...].astype(dtype), "nothing")
-        narrow = multiply_rows(inputs, down, dtype, precision)
-        return checkpoint_name(narrow, PRODUCT)  # the gradient of `up` needs it
-
-    def project_up(
+    def __call__(
         self,
-        narrow: Float[Array, "*B rank"],
-        channels: slice,
+        inputs: Sequence[Array],
+        ranges: Sequence[slice],
         precision: jax.lax.PrecisionLike = None,
-    ) -> Float[Array, "*B _"]:
-        """The delta of some of the part's output channels."""
-        up = all_gather_fsdp(self.up[...].astype(narrow.dtype), "out")[:, channels]
-        return scaled(jnp.matmul(narrow, up, precision=precision), self.scale[...])
+    ) -> list[jax.Array]:
+        """The delta [*B, _] of each of some ranges of the part's output channels, for `inputs`
+        [*B, _] side by side. Both matrices are gathered once for all ranges."""
+        dtype = inputs[0].dtype
+        down, up = (leaf[...].astype(dtype) for leaf in (self.down, self.up))
+        down, up = all_gather_fsdp(down, "nothing"), all_gather_fsdp(up, "out")
+        narrow = multiply_rows(inputs, down, dtype, precision)
+        narrow = checkpoint_name(narrow, PRODUCT)  # the gradient of `up` needs it
+        return [
+            scaled(jnp.matmul(narrow, up[:, channels], precision=precision), self.scale[...])
+            for channels in ranges
+        ]
 
     def matrix(self) -> Float[Array, "*depth C _"]:
         """The delta of the kernel, in float32."""
@@ -123,32 +123,30 @@ class Adapter(nnx.Module):
     def __init__(self, parts: list[LowRank]) -> None:
         self.parts = nnx.List(parts)
 
-    def project_down(
-        self, inputs: Sequence[Array], precision: jax.lax.PrecisionLike = None
-    ) -> list[jax.Array]:
-        """Each part's x·down [*B, rank] of the `inputs` [*B, _] side by side."""
-        return [part.project_down(inputs, precision) for part in self.parts]
-
     def add(
         self,
-        y: Float[Array, "*B F"],
-        low: Sequence[Array],
-        start: int = 0,
+        pieces: Sequence[Array],
+        inputs: Sequence[Array],
         precision: jax.lax.PrecisionLike = None,
-    ) -> Float[Array, "*B F"]:
-        """`y`, the base's output channels from `start` on, with their delta added; `low` is what
-        `project_down` gave, `precision` the base's."""
-        for part, narrow in zip(self.parts, low, strict=True):
-            first, end = max(part.start, start), min(part.start + part.size, start + y.shape[-1])
-            if first >= end:
-                continue
-            channels = slice(first - part.start, end - part.start)
-            delta = part.project_up(narrow, channels, precision)
-            around = (first - start, start + y.shape[-1] - end)
-            if any(around):
-                delta = jnp.pad(delta, [(0, 0)] * (y.ndim - 1) + [around])
-            y = y + delta
-        return y
+    ) -> list[jax.Array]:
+        """The base's output for the `inputs` [*B, _] side by side, in `pieces` [*B, _] along the
+        channels, with the delta added; `precision` is the base's."""
+        pieces, borders = list(pieces), [0, *accumulate(piece.shape[-1] for piece in pieces)]
+        for part in self.parts:
+            # Which of the layer's channels the part covers, in each piece that has some of them.
+            covered = {
+                i: (max(part.start, start), min(part.start + part.size, end))
+                for i, (start, end) in enumerate(pairwise(borders))
+                if part.start < end and start < part.start + part.size
+            }
+            ranges = [slice(a - part.start, b - part.start) for a, b in covered.values()]
+            deltas = part(inputs, ranges, precision)
+            for (i, (first, end)), delta in zip(covered.items(), deltas, strict=True):
+                around = (first - borders[i], borders[i + 1] - end)
+                if any(around):
+                    delta = jnp.pad(delta, [(0, 0)] * (delta.ndim - 1) + [around])
+                pieces[i] = pieces[i] + delta
+        return pieces
 
     def matrix(self, out_features: int) -> Float[Array, "*depth C F"]:
         """The whole delta of the kernel, in float32."""
