@@ -121,7 +121,8 @@ class Linear(nnx.Module):
 def multiply_rows(
     inputs: Sequence[Array], matrix: Array, dtype: DType, precision: jax.lax.PrecisionLike
 ) -> jax.Array:
-    """concatenate(inputs)·matrix without the concatenation: [*B, _] each, [C, F] to [*B, F].
+    """Multiplies inputs [*B, _] that lie side by side with a matrix [C, F], to [*B, F]: each input
+    with its own rows, without a concatenation.
 
     Products of several inputs are added up in float32 and rounded once.
     """

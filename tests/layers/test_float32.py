@@ -91,7 +91,8 @@ def bf16(*shape):
 
 
 def assert_rounded_once(found, exact):
-    """All but a few values, where float32's own rounding tips the scale, are the nearest bfloat16."""
+    """All but a few values, where float32's own rounding tips the scale, are the nearest
+    bfloat16."""
     assert found.dtype == jnp.bfloat16
     assert np.mean(np.asarray(found) != np.asarray(exact, np.float64).astype(BF16)) < 0.004
 
@@ -114,7 +115,8 @@ def test_a_residual_gate_is_not_rounded():
 
 @pytest.mark.parametrize("tokens", [128, 300])
 def test_the_kernels_queries_are_scaled_in_float32(tokens, monkeypatch):
-    """128^-1/2 has no short binary fraction; the kernel here gives back the queries that it gets."""
+    """128^-1/2 has no short binary fraction; the kernel here gives back the queries that it
+    gets."""
     monkeypatch.setattr(
         splash.splash, "make_splash_mha_single_device", lambda *_, **__: lambda q, k, v, segments: q
     )
