@@ -123,6 +123,9 @@ def test_a_state_with_a_leaf_that_the_checkpoint_lacks_is_refused(folder, part):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     with pytest.raises(ValueError, match=r"b\.kernel"):
         checkpoints.restore(2, to_saved(wanted._replace(**{part: leaves})))
+    longer = wanted._replace(params={"a.kernel": jnp.ones((2, 4))})
+    with pytest.raises(ValueError, match=r"\(2, 4\)"):  # nor is one cut or padded
+        checkpoints.restore(2, to_saved(longer))
     checkpoints.close()
 
 
