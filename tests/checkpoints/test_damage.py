@@ -18,7 +18,7 @@ from squeeze_jax.checkpoints.manager import (
     write_config,
 )
 from squeeze_jax.errors import InputError
-from squeeze_jax.training.state import TrainState, to_saved
+from squeeze_jax.training.state import TrainState, from_saved, to_saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about shardings
 CONFIG = tiny_config()
@@ -109,3 +109,41 @@ def test_reading_leaves_a_run_alone(folder):
     assert read_weights(folder)[2] == 2
     assert unfinished.is_dir(), "it may be another process's save"
     assert jax.tree.leaves(read_weights(folder)[1])
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state", "ema_params"])
+def test_a_state_with_a_leaf_that_the_checkpoint_lacks_is_refused(folder, part):
+    """Neither zeros nor fresh values take its place."""
+    wanted = state(2)
+    more = {"b.kernel": jnp.ones(3)}
+    there = ({"mu": wanted.opt_state[0]["mu"] | more},)
+    leaves = there if part == "opt_state" else getattr(wanted, part) | more
+    checkpoints = Checkpoints(folder, keep=2)
+    found = from_saved(checkpoints.restore(2, to_saved(wanted)))  # what was saved comes back
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    with pytest.raises(ValueError, match=r"b\.kernel"):
+        checkpoints.restore(2, to_saved(wanted._replace(**{part: leaves})))
+    longer = wanted._replace(params={"a.kernel": jnp.ones((2, 4))})
+    with pytest.raises(ValueError, match=r"\(2, 4\)"):  # nor is one cut or padded
+        checkpoints.restore(2, to_saved(longer))
+    checkpoints.close()
+
+
+def test_a_step_right_after_a_save_does_not_reach_what_is_saved(tmp_path):
+    """Its buffers are donated and written over while the save still runs."""
+    write_config(tmp_path, CONFIG)
+    large = jnp.arange(2.0**22)
+    before = np.array(large)
+    now = TrainState(jnp.int32(7), {"a": large}, (), {"a": large + 1.0}, jnp.int32(0))
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: -x, tree), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(7, to_saved(now), b"{}", Saved(CONFIG, "base", 1.0))
+    for _ in range(3):
+        now = step(now)
+    jax.block_until_ready(now)
+    checkpoints.wait()
+    found = from_saved(checkpoints.restore(7, to_saved(now)))
+    checkpoints.close()
+    np.testing.assert_array_equal(found.params["a"], before)
+    np.testing.assert_array_equal(found.ema_params["a"], before + 1.0)
+    assert int(found.step) == 7

@@ -9,7 +9,10 @@ from PIL import Image
 
 from squeeze_jax.checkpoints.manager import check_leaves, read_weights
 from squeeze_jax.commands import extract, sample, train
+from squeeze_jax.data import extraction
 from squeeze_jax.errors import InputError
+from squeeze_jax.evaluation import grids
+from squeeze_jax.folder_lock import hold
 from squeeze_jax.interop.tensors import TensorFolder
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +144,15 @@ def test_weights_of_another_size_are_refused():
 def test_train_refuses_what_it_cannot_be_started_with(capsys, monkeypatch, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)
     refused(capsys, train.main, [DEMO, *arguments], words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_refuses_a_folder_that_another_run_is_at_work_in(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(extraction, "extract_features", lambda *a, **b: None)
+    monkeypatch.setattr(grids, "grid_sampler", lambda *a: pytest.fail("the run was begun"))
+    with hold(tmp_path / "run.lock", "a run"):
+        words = ["a run is at work in it already", "this very process"]
+        refused(capsys, train.main, [DEMO, "--workdir", tmp_path], *words)
     assert not list(tmp_path.iterdir())
 
 

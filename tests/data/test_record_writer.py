@@ -193,3 +193,20 @@ def test_from_a_manifest_of_phone_photographs(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps([{"prompt": "a cat", "image_paths": ["phone.jpg"]}]))
     with pytest.raises(InputError, match=r"row 1: .*training needs"):
         ManifestRows(read_manifest(tmp_path / "m.json", need_targets=False).rows, "")
+
+
+def test_a_phone_photograph_is_upright_as_reference_and_as_target(tmp_path):
+    """By the one corner that is not black."""
+    photo, exif = Image.new("RGB", (64, 64)), Image.Exif()
+    photo.paste((255, 0, 0), (0, 0, 16, 16))
+    exif[0x0112] = 6
+    for name in ("reference.png", "target.png"):  # two files: equal ones teach copying
+        photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / name, exif=exif)
+    rows = [{"prompt": "a", "image_paths": ["reference.png"], "image_tgt_path": "target.png"}]
+    (tmp_path / "m.json").write_text(json.dumps(rows))
+    manifest = read_manifest(tmp_path / "m.json", need_targets=True)
+    extract(ManifestRows(manifest.rows, ""), FakeEncoders(), tmp_path / "out", **OPTIONS)
+    record = FeatureSource(tmp_path / "out")[0]
+    for latent in (record.target, *record.references):
+        bright = np.argwhere(latent[..., 0] > -0.5)
+        assert bright.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from etils import epath
 from fake_encoders import FakeEncoders, some_examples
 from hypothesis import HealthCheck, given, settings
@@ -181,6 +182,17 @@ def test_a_flipped_byte_inside_a_record_is_reported_on_reading(folder):
     shard(folder, 0).unlink()
     extract_ten(folder)
     assert len([FeatureSource(folder)[i] for i in range(10)]) == 10
+
+
+def test_each_record_can_be_read_alone(tmp_path):
+    """A group of several would be read and unpacked whole for each of them."""
+    extract(some_examples(3), FakeEncoders(), tmp_path, target_size=(64, 64), reference_long_side=64)
+    shards = sorted(tmp_path.glob("*.array_record-?????-of-?????"))
+    assert shards
+    for shard in shards:
+        reader = array_record_module.ArrayRecordReader(str(shard))
+        assert "group_size:1," in reader.writer_options_string()
+        reader.close()
 
 
 def test_unfinished_folders_say_what_to_do(folder, tmp_path_factory):

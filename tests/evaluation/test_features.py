@@ -79,3 +79,24 @@ def test_a_torn_picture_is_named(paths, tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:40])
     with pytest.raises(InputError, match=r"1\.png: "):
         picture_features(Counter().judge, paths, tmp_path / "f", "drawn")
+
+
+def test_pictures_are_judged_upright_and_as_8_bits(tmp_path):
+    """A phone's photograph with a red corner, and 16-bit grey, as a judge is handed them."""
+    seen = []
+
+    def look(images):
+        seen.extend(images)
+        return np.zeros((len(images), 3), np.float32)
+
+    photo, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    photo.paste((255, 0, 0), (0, 0, 8, 8))
+    exif[0x0112] = 6
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)
+    Image.fromarray(np.tile(ramp, (4, 1))).save(tmp_path / "ramp.png")
+    judge = Judge("eyes", "e", {}, look)
+    files = [tmp_path / "phone.png", tmp_path / "ramp.png"]
+    picture_features(judge, files, tmp_path / "f", "drawn")
+    np.testing.assert_array_equal(seen[0], photo)
+    np.testing.assert_array_equal(np.asarray(seen[1])[0, :, 0], np.arange(256))

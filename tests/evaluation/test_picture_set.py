@@ -1,12 +1,19 @@
 """Picture sets and prompts: as published, as UNO writes them, and as hostile hands do."""
 
 import json
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from PIL import Image
+from small_sampling import NO_ENCODERS
+from tiny import tiny_config
 
 from squeeze_jax.errors import InputError
 from squeeze_jax.evaluation.dreambench import FIXED, LIVE, dreambench_prompts, open_dataset
+from squeeze_jax.evaluation.generate import describe_system
 from squeeze_jax.evaluation.picture_set import (
     PictureSet,
     Prompt,
@@ -14,6 +21,7 @@ from squeeze_jax.evaluation.picture_set import (
     read_picture_set,
     read_prompts,
 )
+from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
 pytest.importorskip("torch")  # the made-up DreamBench is beside the judges that are made of it
 from tiny_judges import PROMPTS_FILE, save_dreambench
@@ -165,3 +173,28 @@ def test_a_list_that_cannot_be_used_is_one_sentence(tmp_path, change, message):
     (tmp_path / "pictures.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match=message):
         read_picture_set(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"height": 48}, {"width": 64}, {"steps": 3}, {"tau1": 0.7}, {"tau2": 0.1}, {"seed": 5},
+        {"cfg_scale": 4.0}, {"cfg_scale": (1.0, 2.0, 3.0)}, {"solver": "multistep"},
+        {"cache_interval": 2}, {"first_block_threshold": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whatever_decides_a_picture_is_noted_beside_the_scores(change):
+    """Sizes, steps, guidance, seed, solver, the weights and the size of references."""
+    state = nnx.state(nnx.Dict(w=nnx.Param(jnp.ones(2))))
+    pipeline = Pipeline(tiny_config(), NO_ENCODERS, None, (state,), step=7)
+    plain = describe_system(pipeline, "runs/x", Settings(), 4)
+    noted = describe_system(pipeline, "runs/x", Settings(**change), 4)
+    ((name, value),) = change.items()
+    assert noted[name] == (list(value) if isinstance(value, tuple) else value)
+    assert {key for key in plain if plain[key] != noted[key]} == {name}
+    assert plain["checkpoint"] == "runs/x" and plain["step"] == 7
+    assert json.loads(json.dumps(noted)) == noted
+    others = replace(pipeline, params=(jax.tree.map(lambda leaf: leaf + 1e-6, state),))
+    other = describe_system(others, "runs/x", Settings(), 4)
+    assert {key for key in plain if plain[key] != other[key]} == {"weights"}

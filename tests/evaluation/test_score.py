@@ -106,6 +106,9 @@ def direct(root):
     return found
 
 
+OTHERS = ("reference copied unchanged", "real pictures among themselves")
+
+
 def test_scores_equal_a_direct_computation(root, capsys):
     assert score.main(arguments(root, "--out", str(root / "out"))) == 0
     shown = capsys.readouterr().out
@@ -120,6 +123,14 @@ def test_scores_equal_a_direct_computation(root, capsys):
         assert scores["scores"]["overall"][name]["value"] == pytest.approx(mean, abs=1e-5)
         assert f"{mean:.4f}" in shown
     assert scores["choices"]["DINO: digest of its files"] == load_dino(root / "dino").digest
+    assert scores["choices"]["system: name"] == scores["system"]["name"] == "noise"
+    # Beside them: what the reference itself scores (the fixed picture is the one shown), and what
+    # real pictures do.
+    copied, real = (scores[name]["overall"] for name in OTHERS)
+    assert copied["DINO-I fixed"]["value"] == pytest.approx(1, abs=1e-6)
+    assert real.keys() == copied.keys() == scores["scores"]["overall"].keys()
+    assert real["DINO-I all"]["value"] < copied["DINO-I fixed"]["value"]
+    assert all(label in shown for label in ("its reference, copied unchanged", OTHERS[1]))
     page = (root / "out" / "report.html").read_text()
     assert "not the whole set" in page and "0.7482" in page and page.count("<img") == 2 * 3 + 1
 

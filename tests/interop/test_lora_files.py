@@ -295,13 +295,14 @@ def test_keys_of_text_encoders_are_skipped_aloud(tmp_path):
     file, product = one(tmp_path)
     te = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
     embedding = "bundle_emb.<animal>.clip_l"  # as OneTrainer writes
-    names = (te, "text_encoder.x.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight", embedding)
+    older = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha"
+    names = (te, older, "text_encoder.x.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight", embedding)
     others = {name: np.ones((2, 8)) for name in names}
     write(file, {**load_file(file), **others})
     dit = random_dit()
-    with pytest.warns(UserWarning, match="4 keys for text encoders are skipped"):
+    with pytest.warns(UserWarning, match="5 keys for text encoders are skipped"):
         report = load_lora(dit, file)
-    assert te in report.skipped
+    assert set(report.skipped) == set(names)
     (found,) = deltas(dit).values()
     np.testing.assert_allclose(found, product, rtol=1e-4, atol=1e-4)
 

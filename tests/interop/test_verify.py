@@ -17,6 +17,7 @@ from small_dit import CONFIG, random_dit
 from small_flux2 import random_flux2
 from small_internvl import INTERNVL, ORIGINAL_CONFIG, random_internvl, randomly
 
+from squeeze_jax.commands import verify as verify_command
 from squeeze_jax.errors import InputError
 from squeeze_jax.interop import autoencoder as autoencoder_format
 from squeeze_jax.interop import flux as flux_format
@@ -369,3 +370,16 @@ def test_the_command_prints_a_table_and_fails_with_one_sentence(tmp_path):
     assert done.stderr.startswith("error:")
     assert "encoder.conv_in.bias" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_reads_the_variant_that_it_is_told(tmp_path, monkeypatch, capsys):
+    """The standard file is whole; that of the variant lacks a tensor."""
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "x", "autoencoder-diffusers")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["decoder.conv_in.bias"]
+    save_file(tensors, folder / "model.fp16.safetensors")
+    assert verify_command.main([str(folder), "--variant", "fp16"]) == 2
+    assert "missing: decoder.conv_in.bias" in capsys.readouterr().err
+    assert verify_command.main([str(folder), "--variant", "fp8"]) == 2
+    assert "no variant 'fp8' in it; it has: fp16" in capsys.readouterr().err
