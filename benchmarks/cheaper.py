@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
+from squeeze_jax.batch import HiddenStates
 from squeeze_jax.data.images import to_uint8
 from squeeze_jax.data.references import encode_references
 from squeeze_jax.interop.tensors import write_json
@@ -27,6 +28,8 @@ from squeeze_jax.sampling.pipeline import Pipeline, Settings
 from squeeze_jax.sampling.schedule import MAX_STEPS
 
 AT_ONCE = 64
+Batch = tuple[HiddenStates, list[list[np.ndarray]], list[int]]
+"""Hidden states, latents of references and seeds, as `Pipeline.sample` takes them."""
 WAYS: dict[str, Settings] = {
     **{f"Euler, {steps} steps": Settings(steps=steps) for steps in (25, 16, 12, 10, 8, 6)},
     **{f"multistep, {steps} steps": Settings(steps=steps, solver="multistep") for steps in (25, 12, 8, 6)},
@@ -48,7 +51,7 @@ def main() -> None:
     assert pipeline.config.data.critters is not None
     rows = CritterRows(pipeline.config.data.critters, "held_out")
     count = min(given.pairs, len(rows)) // AT_ONCE * AT_ONCE
-    batches = []
+    batches: list[Batch] = []
     for start in range(0, count, AT_ONCE):
         some = [rows[i] for i in range(start, start + AT_ONCE)]
         states = pipeline.encoders.read([e.prompt for e in some], [e.references for e in some])
@@ -97,7 +100,7 @@ def main() -> None:
         write_json(given.out, {"pairs": count, "ways": report})
 
 
-def evaluations(pipeline: Pipeline, batches: list, settings: Settings) -> float:
+def evaluations(pipeline: Pipeline, batches: list[Batch], settings: Settings) -> float:
     """Guided velocities an image; of a first-block cache the two branches' runs of all blocks, halved."""
     steps, run = pipeline.resolved(settings).steps, pipeline.run(*batches[0], settings)
     borders = [0, *(int(border) for border in run.schedule.borders)]

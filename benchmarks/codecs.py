@@ -160,8 +160,8 @@ def main() -> None:
     read = pipeline.encoders.reader.read
 
     def converted(way):
-        def hidden(prompts, pictures):
-            x = read(prompts, pictures)
+        def hidden(prompts, images):
+            x = read(prompts, images)
             text, image = (
                 np.stack([np.asarray(way(np.asarray(row)), np.float32) for row in part]) for part in (x.text, x.image)
             )

@@ -141,7 +141,7 @@ def run_drawn(given: Evaluate) -> None:
 
 def run_pictures(given: Evaluate) -> None:
     """Suites dreambench and prompts."""
-    from squeeze_jax.evaluation.judged import write_requests
+    from squeeze_jax.evaluation.judged import check_no_other_scores, write_requests
     from squeeze_jax.evaluation.picture_set import MANIFEST, begin_picture_set
     from squeeze_jax.evaluation.suites import (
         Work,
@@ -154,6 +154,8 @@ def run_pictures(given: Evaluate) -> None:
 
     out, prompts = open_suite(given)
     judges = load_judges(given.dino, given.clip)
+    if judges is not None:
+        check_no_other_scores(out, judged=False)  # before anything is drawn
     images = given.images or (4 if given.suite == "dreambench" else 1)
     settings, name = settings_of(given), str(given.checkpoint or "demo")
     work = Work(parse_shard(given.shard), given.at_once)

@@ -306,7 +306,7 @@ def join_masks(
 def split_heads(
     parts: Sequence[Float[Array, "B T _"]], heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The channels of q, k and v, given as [B, T, C] each, as [B, T, H, D]: H heads of D channels."""
+    """The channels of q, k and v, [B, T, C] each, as heads [B, T, H, D]; C is H times D."""
     q, k, v = (
         # No -1: a context may have length 0.
         heads_first(part.reshape(*part.shape[:2], heads, part.shape[-1] // heads))

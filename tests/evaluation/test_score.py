@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from squeeze_jax.commands import score
+from squeeze_jax.commands import evaluate, score
 from squeeze_jax.evaluation.dreambench import FIXED, dreambench_prompts, open_dataset
 from squeeze_jax.evaluation.judges import Judge, load_dino
 from squeeze_jax.evaluation.picture_set import PictureSet, Prompt, begin_picture_set
@@ -177,6 +177,15 @@ def test_scores_of_another_kind_are_not_overwritten(root, tmp_path, capsys):
         assert json.loads(scores.read_text())["scores"]
     assert score.main([pictures, "--scale", "0", "4", *arguments(root)[1:]]) == 2
     assert "--judged FILE" in capsys.readouterr().err
+
+
+def test_scores_of_another_kind_are_found_before_anything_is_drawn(root, tmp_path, capsys):
+    (tmp_path / "scores.json").write_text('{"judged": "x"}')
+    given = ["--suite", "dreambench", "--dreambench", str(root / "bench"), "--list-only"]
+    judged = [*given, "--out", str(tmp_path), *arguments(root)[1:]]
+    assert evaluate.main(judged) == 2
+    assert "scores of a judge model" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
 
 
 def test_an_incomplete_set_is_refused(root, tmp_path, capsys):
