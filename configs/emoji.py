@@ -11,9 +11,10 @@ stays at its peak; `emoji_multi_subject.py` goes on with other sizes and two sub
 fall. The thresholds are the paper's, carried to few tokens as in `demo_weights.py`.
 
 The shipped weights were trained in pieces, each from the averaged weights of the one before, with
-the rate and the batch of this preset: 700 steps of stage 1 and 4,200 of stage 2 at four sizes; then
-at this one 2,900 and 1,600 with a share `near` of 0.6 and 0.85, 1,200 with 0.6, all of these with
-references that stood anywhere; then as it is here.
+the batch of this preset: 700 steps of stage 1 and 4,200 of stage 2 at four sizes without near
+references; then at this one 2,900 steps with a share `near` of 0.6, 1,600 with 0.85 and 1,200 with
+0.6, in all of which references showed their subject anywhere; then 1,600 and 2,700 with 0.25, as
+references are now, in the last of which the rate fell along a cosine.
 """
 
 import dataclasses
