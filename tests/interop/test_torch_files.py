@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from parity import relative_error
+from PIL import Image
 from small_internvl import randomly
 
 from squeeze_jax.batch import HiddenStates
+from squeeze_jax.data.images import load_image
 from squeeze_jax.interop import aggregator as aggregator_format
 from squeeze_jax.interop.mapping import export_entries, load_entries, parameters_by_path
 from squeeze_jax.interop.tensors import TensorFolder, write_tensors
@@ -64,3 +66,25 @@ def test_the_aggregator_in_pytorch_is_ours(tmp_path, kind, images):
     load_entries(again, aggregator_format.entries(ours.config), TensorFolder(tmp_path))
     for path, leaf in parameters_by_path(ours).items():
         np.testing.assert_array_equal(parameters_by_path(again)[path][...], leaf[...], err_msg=path)
+
+
+def test_files_that_people_bring_become_the_same_picture(tmp_path):
+    """A phone's photograph, upright by its red corner; a palette with a transparent colour; an
+    animation."""
+    from squeeze_pipeline import to_rgb
+
+    photo, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    photo.paste((255, 0, 0), (0, 0, 8, 8))
+    exif[0x0112] = 6
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    palette = Image.new("P", (4, 2))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    photo.save(tmp_path / "frames.gif", save_all=True, append_images=[Image.new("RGB", (40, 20))])
+    for name in ("phone.png", "palette.png", "frames.gif"):
+        with Image.open(tmp_path / name) as image:
+            theirs = to_rgb(image)
+        np.testing.assert_array_equal(theirs, load_image(tmp_path / name), err_msg=name)
+    with Image.open(tmp_path / "phone.png") as image:
+        np.testing.assert_array_equal(to_rgb(image), photo)
