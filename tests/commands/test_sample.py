@@ -48,6 +48,11 @@ def test_the_same_bytes_whatever_the_global_random_state(tmp_path, environment):
 def test_many_images_are_drawn_some_at_a_time(tmp_path, environment, monkeypatch, capsys):
     """17: two runs of 9, whose last image comes twice and is kept once."""
     monkeypatch.setenv("SQUEEZE_JAX_CACHE", environment["SQUEEZE_JAX_CACHE"])
+    wide = tmp_path / "given" / "wide.png"
+    wide.parent.mkdir()
+    with Image.open(CRITTER) as critter:
+        height = critter.height
+        critter.resize((2 * critter.width, height)).save(wide)
     seen, begin = [], Pipeline.begin
 
     def watched(self, ready, seeds):
@@ -57,17 +62,29 @@ def test_many_images_are_drawn_some_at_a_time(tmp_path, environment, monkeypatch
     monkeypatch.setattr(Pipeline, "begin", watched)
     arguments = ["--steps", "2", "--cfg-scale", "1", "--num-images", "17", "--seed", str(2**32 - 1)]
     arguments += ["--tau1", "1.1", "--tau2", "0.1", "--parallel.fsdp", "1"]
-    assert sample.main([*ASKED, *arguments, "--out", str(tmp_path / "o.png")]) == 0
+    asked = ["--prompt", "two critters", "--reference", str(wide), "--reference", str(CRITTER)]
+    out = tmp_path / "out"
+    assert sample.main([*asked, *arguments, "--out", str(out / "o.png")]) == 0
     assert seen == [[2**32 - 1, *range(8)], [*range(8, 16), 15]]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"o-{i}.png" for i in range(17))
+    assert sorted(p.name for p in out.iterdir()) == sorted(f"o-{i}.png" for i in range(17))
     said = capsys.readouterr().out
     assert said.count("picture: ") == 17
+    # How many references, which is the first, and their sizes (height x width).
+    shown = [line for line in said.splitlines() if line.startswith("reference ")]
+    assert shown == [
+        f"reference 1: {wide} ({height}x{2 * height})",
+        f"reference 2: {CRITTER} ({height}x{height})",
+    ]
+    assert embedded.read(out / "o-3.png").references == (
+        embedded.Reference(str(wide), height, 2 * height),
+        embedded.Reference(str(CRITTER), height, height),
+    )
     assert "stages: MLLM + VAE 2 steps\nwarning: no step has VAE: none of 2 begins at 0 ≤ t < 0.1;" in said
-    settings = embedded.read(tmp_path / "o-16.png").settings
+    settings = embedded.read(out / "o-16.png").settings
     assert (settings.seed, settings.tau1, settings.tau2) == (15, 1.1, 0.1)
-    with Image.open(tmp_path / "o-16.png") as image:
+    with Image.open(out / "o-16.png") as image:
         assert json.loads(image.info["stages"]) == {"MLLM": 0, "MLLM + VAE": 2, "VAE": 0}
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 17
+    assert len({path.read_bytes() for path in out.iterdir()}) == 17
 
 
 def test_an_interruption_ends_in_a_word_and_without_files(tmp_path, environment):
