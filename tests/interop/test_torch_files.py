@@ -24,7 +24,13 @@ from squeeze_jax.models.aggregator import KINDS, Aggregator, AggregatorConfig
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity tests are skipped")
 FILES = Path(aggregator_format.__file__).with_name("torch_files")
 CONFIG = AggregatorConfig(
-    layers=(0, 2, 3, 5), width=24, out_width=20, heads=3, mlp_width=40, layer_blocks=2, refiner_blocks=2
+    layers=(0, 2, 3, 5),
+    width=24,
+    out_width=20,
+    heads=3,
+    mlp_width=40,
+    layer_blocks=2,
+    refiner_blocks=2,
 )
 
 
@@ -36,7 +42,9 @@ def importable():
 
 
 def small(kind: str) -> Aggregator:
-    module = randomly(lambda: Aggregator(dataclasses.replace(CONFIG, kind=kind, norm_eps=0.1), rngs=nnx.Rngs(0)))
+    module = randomly(
+        lambda: Aggregator(dataclasses.replace(CONFIG, kind=kind, norm_eps=0.1), rngs=nnx.Rngs(0))
+    )
     for path, leaf in parameters_by_path(module).items():  # around what training makes of them
         if path.endswith("scale"):
             leaf.set_value(leaf[...] - 1)
@@ -49,7 +57,9 @@ def test_the_aggregator_in_pytorch_is_ours(tmp_path, kind, images):
     from squeeze_aggregator import Aggregator as Theirs
 
     ours = small(kind)
-    write_tensors(tmp_path / "model.safetensors", export_entries(ours, aggregator_format.entries(ours.config)))
+    write_tensors(
+        tmp_path / "model.safetensors", export_entries(ours, aggregator_format.entries(ours.config))
+    )
     (tmp_path / "config.json").write_text(json.dumps(aggregator_format.config_to_json(ours.config)))
     theirs = Theirs.load(tmp_path)
     states = np.random.default_rng(1).standard_normal((7, 11, 24)).astype(np.float32)
@@ -57,7 +67,10 @@ def test_the_aggregator_in_pytorch_is_ours(tmp_path, kind, images):
     for start, end in images:
         is_image[start:end] = True
     place = np.arange(11, dtype=np.int32)
-    apart = [(states[None][:, :, m], np.ones((1, m.sum()), bool), place[m][None]) for m in (~is_image, is_image)]
+    apart = [
+        (states[None][:, :, m], np.ones((1, m.sum()), bool), place[m][None])
+        for m in (~is_image, is_image)
+    ]
     expected = ours(jax.tree.map(jnp.asarray, HiddenStates(*apart[0], *apart[1])))
     with torch.no_grad():
         found = theirs(torch.from_numpy(states), torch.from_numpy(is_image)).numpy()
