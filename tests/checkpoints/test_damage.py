@@ -1,4 +1,5 @@
-"""Damaged checkpoints: who samples from one reads one sentence; and the clock decides nothing."""
+"""Checkpoints: who samples from a damaged one reads one sentence, the clock decides nothing, and
+what is restored is what was saved."""
 
 import json
 
@@ -6,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny_config
 
 from squeeze_jax.checkpoints.manager import (
@@ -18,6 +20,7 @@ from squeeze_jax.checkpoints.manager import (
     write_config,
 )
 from squeeze_jax.errors import InputError
+from squeeze_jax.sharding import make_mesh
 from squeeze_jax.training.state import TrainState, from_saved, to_saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Orbax, about shardings
@@ -147,3 +150,33 @@ def test_a_step_right_after_a_save_does_not_reach_what_is_saved(tmp_path):
     np.testing.assert_array_equal(found.params["a"], before)
     np.testing.assert_array_equal(found.ema_params["a"], before + 1.0)
     assert int(found.step) == 7
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fewer_devices_take_a_state_up_bit_for_bit_as_they_are_told(tmp_path, devices):
+    """Saved in eight slices; where the new ones lie is asked for, not read from the checkpoint."""
+
+    def placed(count):
+        mesh = make_mesh(1, count, 1, devices=jax.devices()[:count])
+        return NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+
+    values = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32)
+    (cut, whole), (wanted, alone) = placed(8), placed(devices)
+    leaves = {"a": jax.device_put(values, cut)}
+    zero = jax.device_put(np.int32(3), whole)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    saved = TrainState(zero, leaves, {"mu": leaves}, leaves, zero)
+    checkpoints.save(3, to_saved(saved), b"{}", Saved(CONFIG, "base", 1.0))
+    checkpoints.wait()
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=wanted if leaf.ndim else alone
+        ),
+        saved,
+    )
+    found = from_saved(checkpoints.restore(3, to_saved(like)))
+    checkpoints.close()
+    for leaf in (found.params["a"], found.opt_state["mu"]["a"], found.ema_params["a"]):
+        assert leaf.sharding == wanted
+        np.testing.assert_array_equal(leaf, values)
+    assert int(found.step) == 3 and found.step.sharding.device_set == alone.device_set

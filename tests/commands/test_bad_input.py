@@ -1,4 +1,5 @@
-"""Bad input ends in one sentence that names the thing and the way out, exit code 2, and nothing half-written."""
+"""Bad input ends in one sentence that names the thing and the way out, exit code 2, and nothing
+half-written."""
 
 import json
 from pathlib import Path
@@ -56,13 +57,27 @@ def refused(capsys, main, arguments, *words):
     ],
 )
 def test_sample_refuses(capsys, tmp_path, picture, changes, words):
-    arguments = ["--prompt", "a cat", "--out", tmp_path / "out.png", "--reference", picture, *changes]
+    arguments = [
+        "--prompt",
+        "a cat",
+        "--out",
+        tmp_path / "out.png",
+        "--reference",
+        picture,
+        *changes,
+    ]
     refused(capsys, sample.main, arguments, *words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cat.png"]
 
 
 def test_sample_refuses_a_place_that_it_cannot_write_to_before_it_draws(capsys, tmp_path, picture):
-    refused(capsys, sample.main, ["--prompt", "a", "--out", picture / "out.png"], "nothing can be written into", "cat.png")
+    refused(
+        capsys,
+        sample.main,
+        ["--prompt", "a", "--out", picture / "out.png"],
+        "nothing can be written into",
+        "cat.png",
+    )
 
 
 def test_a_truncated_jpeg_is_named(capsys, tmp_path):
@@ -70,16 +85,27 @@ def test_a_truncated_jpeg_is_named(capsys, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(whole.read_bytes()[:700])
-    refused(capsys, sample.main, ["--prompt", "a", "--out", tmp_path / "o.png", "--reference", cut], "cut.jpg")
+    refused(
+        capsys,
+        sample.main,
+        ["--prompt", "a", "--out", tmp_path / "o.png", "--reference", cut],
+        "cut.jpg",
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"prompt": "a", "image_paths": ["cat.png"]}, ["image_tgt_path"]),
-        ({"promt": "a", "image_paths": ["cat.png"], "image_tgt_path": "cat.png"}, ["promt", "prompt"]),
+        (
+            {"promt": "a", "image_paths": ["cat.png"], "image_tgt_path": "cat.png"},
+            ["promt", "prompt"],
+        ),
         ({"prompt": "", "image_paths": ["cat.png"], "image_tgt_path": "cat.png"}, ["empty"]),
-        ({"prompt": "a", "image_paths": ["../cat.png"], "image_tgt_path": "cat.png"}, ["../cat.png"]),
+        (
+            {"prompt": "a", "image_paths": ["../cat.png"], "image_tgt_path": "cat.png"},
+            ["../cat.png"],
+        ),
         ({"prompt": "a", "image_paths": ["dog.png"], "image_tgt_path": "cat.png"}, ["dog.png"]),
     ],
 )
@@ -110,14 +136,17 @@ def test_train_names_the_flag_whose_value_is_wrong(capsys, arguments):
 
 def test_help_is_of_the_command_and_behind_a_preset_of_its_fields(capsys):
     for arguments, wanted, other in (
-        (["--help"], "--coordinator", "--optimizer."), ([str(DEMO), "--help"], "--optimizer.", "--coordinator"),
+        (["--help"], "--coordinator", "--optimizer."),
+        ([str(DEMO), "--help"], "--optimizer.", "--coordinator"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             train.main(arguments)
         assert not stop.value.code
         shown = capsys.readouterr().out
         assert wanted in shown
-        assert other not in shown.replace("`--optimizer.learning-rate", "").replace("`--coordinator`", "")
+        assert other not in shown.replace("`--optimizer.learning-rate", "").replace(
+            "`--coordinator`", ""
+        )
 
 
 def test_an_unknown_override_is_named_with_the_nearest(capsys):
@@ -138,10 +167,15 @@ def test_weights_of_another_size_are_refused():
     [
         (["--workdir", "s3://bucket/run"], "mount this one"),
         (["--coordinator", "localhost:1"], "give all three"),
-        (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "must be from 0 to 1"),
+        (
+            ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"],
+            "must be from 0 to 1",
+        ),
     ],
 )
-def test_train_refuses_what_it_cannot_be_started_with(capsys, monkeypatch, tmp_path, arguments, words):
+def test_train_refuses_what_it_cannot_be_started_with(
+    capsys, monkeypatch, tmp_path, arguments, words
+):
     monkeypatch.chdir(tmp_path)
     refused(capsys, train.main, [DEMO, *arguments], words)
     assert not list(tmp_path.iterdir())

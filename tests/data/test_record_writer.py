@@ -38,7 +38,9 @@ def test_a_record_holds_what_the_encoders_made_of_the_row(tmp_path):
         np.testing.assert_array_equal(record.text, expected.text)
         np.testing.assert_array_equal(record.image, expected.image)
         np.testing.assert_array_equal(record.text_positions, expected.text_positions)
-        np.testing.assert_array_equal(record.target, encoders.latents([resize_for_target(example.target, 64, 64)])[0])
+        np.testing.assert_array_equal(
+            record.target, encoders.latents([resize_for_target(example.target, 64, 64)])[0]
+        )
         latents = [encoders.latents([resize_for_reference(r, 64)])[0] for r in example.references]
         assert len(record.references) == len(latents)
         for found, wanted in zip(record.references, latents, strict=True):
@@ -47,7 +49,9 @@ def test_a_record_holds_what_the_encoders_made_of_the_row(tmp_path):
 
 def test_pictures_of_one_size_go_together(tmp_path):
     encoders = FakeEncoders()
-    extract(some_examples(12), encoders, tmp_path, **OPTIONS | {"examples_per_shard": 12, "batch": 6})
+    extract(
+        some_examples(12), encoders, tmp_path, **OPTIONS | {"examples_per_shard": 12, "batch": 6}
+    )
     assert max(encoders.picture_batches) == 6
     assert len(encoders.picture_batches) < sum(encoders.picture_batches) / 2
 
@@ -140,7 +144,10 @@ def test_a_damaged_shard_is_made_again(tmp_path):
 
 def test_several_machines_share_the_work(tmp_path):
     examples = some_examples(10)
-    done = [extract(examples, FakeEncoders(), tmp_path / "a", shard=(i, 3), **OPTIONS) for i in (2, 0, 1)]
+    done = [
+        extract(examples, FakeEncoders(), tmp_path / "a", shard=(i, 3), **OPTIONS)
+        for i in (2, 0, 1)
+    ]
     assert done[:2] == [None, None]
     assert done[2].summary.records == 10
     extract(examples, FakeEncoders(), tmp_path / "b", **OPTIONS)
@@ -149,7 +156,13 @@ def test_several_machines_share_the_work(tmp_path):
 
 def test_progress_counts_every_row(tmp_path):
     calls = []
-    extract(some_examples(10), FakeEncoders(), tmp_path, progress=lambda *call: calls.append(call), **OPTIONS)
+    extract(
+        some_examples(10),
+        FakeEncoders(),
+        tmp_path,
+        progress=lambda *call: calls.append(call),
+        **OPTIONS,
+    )
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1] == (10, 10)
 
@@ -161,7 +174,12 @@ def test_other_settings_are_refused(tmp_path):
         (FakeEncoders("other"), examples, {}, "encoders"),
         (FakeEncoders(), examples[:9], {}, "rows 10 there and 9 now"),
         (FakeEncoders(), examples, {"source": "seed 1"}, "source 'seed 0' there and 'seed 1' now"),
-        (FakeEncoders(), examples, {"target_size": (32, 32)}, r"target_size \[64, 64\] there and \[32, 32\] now"),
+        (
+            FakeEncoders(),
+            examples,
+            {"target_size": (32, 32)},
+            r"target_size \[64, 64\] there and \[32, 32\] now",
+        ),
     ):
         with pytest.raises(InputError, match=named):
             extract(rows, encoders, tmp_path, **{"source": "seed 0"} | OPTIONS | changes)
@@ -185,12 +203,20 @@ def test_from_a_manifest_of_phone_photographs(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps(rows))
     manifest = read_manifest(tmp_path / "m.json", need_targets=True)
     out = tmp_path / "out"
-    extract(ManifestRows(manifest.rows, manifest.digest), FakeEncoders(), out, source=manifest.digest, **OPTIONS)
+    extract(
+        ManifestRows(manifest.rows, manifest.digest),
+        FakeEncoders(),
+        out,
+        source=manifest.digest,
+        **OPTIONS,
+    )
     record = FeatureSource(out)[0]
     assert record.references[0].shape == (8, 4, 16), "upright: 64 high, 32 wide"
     np.testing.assert_allclose(record.target, 1.0)
 
-    (tmp_path / "m.json").write_text(json.dumps([{"prompt": "a cat", "image_paths": ["phone.jpg"]}]))
+    (tmp_path / "m.json").write_text(
+        json.dumps([{"prompt": "a cat", "image_paths": ["phone.jpg"]}])
+    )
     with pytest.raises(InputError, match=r"row 1: .*training needs"):
         ManifestRows(read_manifest(tmp_path / "m.json", need_targets=False).rows, "")
 

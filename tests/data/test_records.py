@@ -186,7 +186,9 @@ def test_a_flipped_byte_inside_a_record_is_reported_on_reading(folder):
 
 def test_each_record_can_be_read_alone(tmp_path):
     """A group of several would be read and unpacked whole for each of them."""
-    extract(some_examples(3), FakeEncoders(), tmp_path, target_size=(64, 64), reference_long_side=64)
+    extract(
+        some_examples(3), FakeEncoders(), tmp_path, target_size=(64, 64), reference_long_side=64
+    )
     shards = sorted(tmp_path.glob("*.array_record-?????-of-?????"))
     assert shards
     for shard in shards:

@@ -1,4 +1,5 @@
-"""`verify`: good checkpoints of every layout pass against PyTorch, broken ones say what is wrong."""
+"""`verify`: good checkpoints of every layout pass against PyTorch, broken ones say what is
+wrong."""
 
 import dataclasses
 import json
@@ -353,8 +354,9 @@ def test_what_a_folder_holds_is_found_out(tmp_path):
 
 
 def test_the_command_prints_a_table_and_fails_with_one_sentence(tmp_path):
-    good, bad = write(tmp_path / "good", "autoencoder-original"), write(
-        tmp_path / "bad", "autoencoder-diffusers", lambda t: t.pop("encoder.conv_in.bias")
+    good, bad = (
+        write(tmp_path / "good", "autoencoder-original"),
+        write(tmp_path / "bad", "autoencoder-diffusers", lambda t: t.pop("encoder.conv_in.bias")),
     )
     run = [sys.executable, "-m", "squeeze_jax", "verify"]
     done = subprocess.run(
