@@ -7,6 +7,9 @@ from squeeze_jax.data.sources import Examples
 from squeeze_jax.miniature.emoji.pairs import Pair, pair_at
 from squeeze_jax.miniature.emoji.subjects import Split
 
+DRAWING = 2
+"""Counts the times that the same seed and number came to draw another example: records of an
+earlier drawing are not taken for today's."""
 Sizes = tuple[tuple[int, int], ...]
 
 
@@ -56,7 +59,7 @@ class EmojiRows:
         emoji, sizes = self.emoji, " ".join(f"{height}x{width}" for height, width in self.sizes)
         most = f"up to {emoji.subjects} subjects"
         near = f" near {emoji.near:g}" if emoji.near else ""
-        return f"emoji {self.split} seed {emoji.seed} {most} sizes {sizes}{near}"
+        return f"emoji {DRAWING} {self.split} seed {emoji.seed} {most} sizes {sizes}{near}"
 
 
 def open_source(config: Config, *, check_images: bool) -> dict[str, Examples]:
