@@ -25,7 +25,6 @@ from squeeze_jax.config import (
     Config,
     DataConfig,
     ModelConfig,
-    ParallelConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -54,7 +53,6 @@ BASE = Config(
     lora=LoRAConfig(rank=32),
     data=DataConfig(features="random", height=256, width=256, reference_long_side=256, max_text_tokens=64),
     training=TrainingConfig(stages=(STAGE,)),
-    parallel=ParallelConfig(),
 )  # fmt: skip
 
 

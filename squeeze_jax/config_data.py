@@ -44,7 +44,7 @@ class EmojiConfig(Checked):
     """Decides all of an example, with its number; from 0."""
     near: float = 0.0
     """Share (0 .. 1) of the training examples with one subject whose reference shows it more or
-    less as the target does: at any difference between none and the usual."""
+    less as the target does: at any difference between none and the usual, mostly small ones."""
 
     def _problems(self) -> Iterator[str]:
         yield from between(1, 2, "data.emoji", self, "subjects")

@@ -1,5 +1,4 @@
-"""LoRA files: every dialect's delta lands in exactly the right rows, and what is no LoRA is refused
-by name."""
+"""LoRA files: every dialect's delta lands in exactly the right rows, and what is no LoRA is refused by name."""
 
 import json
 import math
@@ -29,44 +28,28 @@ def weights(dit, names="diffusers"):
 
 
 def deltas(dit, names="diffusers"):
-    """What the adapters add to each tensor of a checkpoint; those that they leave alone are not in
-    it."""
+    """What the adapters add to each tensor of a checkpoint; tensors that they leave alone are not in it."""
     base = random_dit()
     before, after = weights(base, names), {}
     for path, linear in linears(base):
         linear.adapter = dict(linears(dit))[path].adapter
     merge_lora(base)
     after = weights(base, names)
-    return {
-        name: after[name] - before[name]
-        for name in before
-        if not np.array_equal(after[name], before[name])
-    }
+    return {name: after[name] - before[name] for name in before if not np.array_equal(after[name], before[name])}
 
 
 def pair(rng, rank, fan_in, fan_out):
-    return rng.standard_normal((rank, fan_in)).astype(np.float32), rng.standard_normal(
-        (fan_out, rank)
-    ).astype(np.float32)
+    return rng.standard_normal((rank, fan_in)).astype(np.float32), rng.standard_normal((fan_out, rank)).astype(np.float32)
 
 
 def write(path, tensors, **metadata):
-    save_file(
-        {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()},
-        path,
-        metadata or None,
-    )
+    save_file({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, path, metadata or None)
     return path
 
 
 W, MLP = WIDTH, 4 * WIDTH
-ROLES = {
-    "diffusers": (A, B),
-    "peft": (A, B),
-    "xlabs": ("down.weight", "up.weight"),
-}  # others: DOWN, UP
-# dialect, what stands before the layer's name or the whole key, the layer in the checkpoint,
-# (in, out)
+ROLES = {"diffusers": (A, B), "peft": (A, B), "xlabs": ("down.weight", "up.weight")}  # others: DOWN, UP
+# dialect, what stands before the layer's name or the whole key, the layer in the checkpoint, (in, out)
 BY_HAND = [
     ("diffusers", "transformer.", "transformer_blocks.1.attn.to_k", (W, W)),
     ("diffusers", "", "transformer_blocks.0.attn.add_v_proj", (W, W)),
@@ -84,18 +67,8 @@ BY_HAND = [
     ("kohya", "lora_unet_double_blocks_0_txt_mlp_2", "double_blocks.0.txt_mlp.2", (MLP, W)),
     ("kohya", "lora_unet_double_blocks_0_img_mod_lin", "double_blocks.0.img_mod.lin", (W, 6 * W)),
     ("kohya", "lora_unet_single_blocks_2_linear1", "single_blocks.2.linear1", (W, 3 * W + MLP)),
-    (
-        "kohya",
-        "lora_unet_single_blocks_1_modulation_lin",
-        "single_blocks.1.modulation.lin",
-        (W, 3 * W),
-    ),
-    (
-        "kohya",
-        "lora_unet_final_layer_adaLN_modulation_1",
-        "final_layer.adaLN_modulation.1",
-        (W, 2 * W),
-    ),
+    ("kohya", "lora_unet_single_blocks_1_modulation_lin", "single_blocks.1.modulation.lin", (W, 3 * W)),
+    ("kohya", "lora_unet_final_layer_adaLN_modulation_1", "final_layer.adaLN_modulation.1", (W, 2 * W)),
     ("kohya", "lora_unet_time_in_in_layer", "time_in.in_layer", (256, W)),
     ("kohya", "lora_unet_txt_in", "txt_in", (40, W)),
     (
@@ -112,9 +85,7 @@ BY_HAND = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dialect", "key", "name", "sizes"), BY_HAND, ids=[row[2] for row in BY_HAND]
-)
+@pytest.mark.parametrize(("dialect", "key", "name", "sizes"), BY_HAND, ids=[row[2] for row in BY_HAND])
 def test_a_pair_lands_in_its_layer_and_nowhere_else(tmp_path, dialect, key, name, sizes):
     key = key + name if key == "" or key.endswith(".") else key
     down, up = ROLES.get(dialect, (DOWN, UP))
@@ -125,9 +96,7 @@ def test_a_pair_lands_in_its_layer_and_nowhere_else(tmp_path, dialect, key, name
     dit = random_dit()
     report = load_lora(dit, write(tmp_path / "lora.safetensors", tensors))
     assert (report.dialect, report.modules) == (dialect, 1)
-    found = deltas(
-        dit, "diffusers" if dialect in ("diffusers", "peft", "kohya_diffusers") else "original"
-    )
+    found = deltas(dit, "diffusers" if dialect in ("diffusers", "peft", "kohya_diffusers") else "original")
     assert list(found) == [f"{name}.weight"]
     np.testing.assert_allclose(found[f"{name}.weight"], scale * b @ a, rtol=1e-4, atol=1e-4)
 
@@ -146,9 +115,7 @@ def test_a_pair_lands_in_its_layer_and_nowhere_else(tmp_path, dialect, key, name
 def test_other_spellings_of_the_same(tmp_path, key, roles, dialect):
     a, b = pair(np.random.default_rng(0), 2, 64, W)
     dit = random_dit()
-    report = load_lora(
-        dit, write(tmp_path / "l.safetensors", {f"{key}.{roles[0]}": a, f"{key}.{roles[1]}": b})
-    )
+    report = load_lora(dit, write(tmp_path / "l.safetensors", {f"{key}.{roles[0]}": a, f"{key}.{roles[1]}": b}))
     assert report.dialect == dialect
     np.testing.assert_allclose(deltas(dit)["x_embedder.weight"], b @ a, rtol=1e-4, atol=1e-4)
 
@@ -157,15 +124,13 @@ def test_qkv_of_a_single_block_in_xlabs_files_leaves_the_feed_forward_alone(tmp_
     a, b = pair(np.random.default_rng(0), 2, W, 3 * W)
     key = "single_blocks.1.processor.qkv_lora"
     dit = random_dit()
-    load_lora(
-        dit, write(tmp_path / "x.safetensors", {f"{key}.down.weight": a, f"{key}.up.weight": b})
-    )
+    load_lora(dit, write(tmp_path / "x.safetensors", {f"{key}.down.weight": a, f"{key}.up.weight": b}))
     found = deltas(dit, "original")["single_blocks.1.linear1.weight"]
     np.testing.assert_allclose(found[: 3 * W], b @ a, rtol=1e-4, atol=1e-4)
     assert not found[3 * W :].any()
 
 
-# --- alpha ------------------------------------------------------------------------------------
+# --- alpha ------------------------------------------------------------------------------------------------------------
 
 
 def one(tmp_path, rank=8, alpha=None, **metadata):
@@ -179,11 +144,7 @@ def one(tmp_path, rank=8, alpha=None, **metadata):
 
 
 def adapter_metadata(**values):
-    return {
-        "lora_adapter_metadata": json.dumps(
-            {f"transformer.{name}": value for name, value in values.items()}
-        )
-    }
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in values.items()})}
 
 
 @pytest.mark.parametrize(
@@ -195,26 +156,10 @@ def adapter_metadata(**values):
         (None, {"transformer.r": "8", "transformer.lora_alpha": "16"}, 2.0),
         (4.0, adapter_metadata(r=8, lora_alpha=4), 0.5),
         (None, adapter_metadata(r=8, lora_alpha=4, use_rslora=True), 4 / math.sqrt(8)),
-        (
-            None,
-            adapter_metadata(
-                r=2, lora_alpha=4, rank_pattern={"attn.to_v": 8}, alpha_pattern={"to_v": 24}
-            ),
-            3.0,
-        ),
-        (
-            None,
-            adapter_metadata(
-                r=8, lora_alpha=4, alpha_pattern={r"^transformer_blocks\.\d\.attn\.to_[kv]$": 24}
-            ),
-            3.0,
-        ),
+        (None, adapter_metadata(r=2, lora_alpha=4, rank_pattern={"attn.to_v": 8}, alpha_pattern={"to_v": 24}), 3.0),
+        (None, adapter_metadata(r=8, lora_alpha=4, alpha_pattern={r"^transformer_blocks\.\d\.attn\.to_[kv]$": 24}), 3.0),
         (None, adapter_metadata(r=8, lora_alpha=4, alpha_pattern={"^to_v$": 24}), 0.5),
-        (
-            None,
-            {"transformer.lora_alpha": "16", "transformer.use_rslora": "True"},
-            16 / math.sqrt(8),
-        ),
+        (None, {"transformer.lora_alpha": "16", "transformer.use_rslora": "True"}, 16 / math.sqrt(8)),
         (None, {"transformer.lora_alpha": "16", "transformer.use_rslora": "False"}, 2.0),
         (None, {"ss_network_alpha": "2"}, 0.25),
         (None, {"ss_network_alpha": "None"}, 1.0),
@@ -291,11 +236,7 @@ def test_an_adapter_config_beside_the_file_gives_alpha(tmp_path):
 )
 def test_one_layer_named_twice_is_refused(tmp_path, first, second):
     a, b = pair(np.random.default_rng(0), 2, 64, W)
-    tensors = {
-        f"{key}.{role}": matrix
-        for key, *roles in (first, second)
-        for role, matrix in zip(roles, (a, b))
-    }
+    tensors = {f"{key}.{role}": matrix for key, *roles in (first, second) for role, matrix in zip(roles, (a, b))}
     with pytest.raises(InputError, match="the same matrix of one layer"):
         load_lora(random_dit(), write(tmp_path / "x.safetensors", tensors))
 
@@ -303,13 +244,10 @@ def test_one_layer_named_twice_is_refused(tmp_path, first, second):
 def test_rank_0_is_refused(tmp_path):
     a, b = np.ones((0, 64), np.float32), np.ones((W, 0), np.float32)
     with pytest.raises(InputError, match="x_embedder has rank 0"):
-        load_lora(
-            random_dit(),
-            write(tmp_path / "x.safetensors", {f"x_embedder.{A}": a, f"x_embedder.{B}": b}),
-        )
+        load_lora(random_dit(), write(tmp_path / "x.safetensors", {f"x_embedder.{A}": a, f"x_embedder.{B}": b}))
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,10 +260,7 @@ def test_rank_0_is_refused(tmp_path):
         ("double_blocks.0.img_attn.norm.key_norm.scale", "control LoRA"),
         ("double_blocks.0.img_attn.qkv.lora_B.bias", "bias"),
         ("diffusion_model.double_blocks.0.img_attn.qkv.diff_b", "full difference"),
-        (
-            "transformer.transformer_blocks.0.attn.to_w.lora_A.weight",
-            r"1 of 3 keys .*\(nearest: .*transformer_blocks",
-        ),
+        ("transformer.transformer_blocks.0.attn.to_w.lora_A.weight", r"1 of 3 keys .*\(nearest: .*transformer_blocks"),
         ("something.else", "1 of 3 keys"),
         ("transformer.transformer_blocks.7.attn.to_v.lora_A.weight", "1 of 3 keys"),
         ("transformer.transformer_blocks.1.attn.to_v.lora_A.weight", "no B matrix"),
@@ -344,21 +279,14 @@ def test_what_is_no_pair_of_a_layer_is_refused_by_name(tmp_path, extra, message)
 @pytest.mark.parametrize(
     ("key", "shapes", "message"),
     [
-        (
-            "transformer.x_embedder",
-            ((2, 128), (W, 2)),
-            r"A \(2, 128\).*wants A \(r, 64\).*control LoRA widens img_in",
-        ),
+        ("transformer.x_embedder", ((2, 128), (W, 2)), r"A \(2, 128\).*wants A \(r, 64\).*control LoRA widens img_in"),
         ("transformer.transformer_blocks.0.attn.to_v", ((2, W), (W, 3)), r"B \(72, 3\)"),
         ("transformer.transformer_blocks.0.attn.to_v", ((2, W), (3 * W, 2)), r"B \(216, 2\)"),
         ("transformer.transformer_blocks.0.attn.to_v", ((2, W, 3), (W, 2)), "a matrix is wanted"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(tmp_path, key, shapes, message):
-    file = write(
-        tmp_path / "l.safetensors",
-        {f"{key}.{A}": np.ones(shapes[0]), f"{key}.{B}": np.ones(shapes[1])},
-    )
+    file = write(tmp_path / "l.safetensors", {f"{key}.{A}": np.ones(shapes[0]), f"{key}.{B}": np.ones(shapes[1])})
     with pytest.raises(InputError, match=message):
         load_lora(random_dit(), file)
 
@@ -368,13 +296,7 @@ def test_keys_of_text_encoders_are_skipped_aloud(tmp_path):
     te = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
     embedding = "bundle_emb.<animal>.clip_l"  # as OneTrainer writes
     older = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha"
-    names = (
-        te,
-        older,
-        "text_encoder.x.lora_A.weight",
-        "text_encoders.clip_l.x.lora_A.weight",
-        embedding,
-    )
+    names = (te, older, "text_encoder.x.lora_A.weight", "text_encoders.clip_l.x.lora_A.weight", embedding)
     others = {name: np.ones((2, 8)) for name in names}
     write(file, {**load_file(file), **others})
     dit = random_dit()
@@ -385,12 +307,11 @@ def test_keys_of_text_encoders_are_skipped_aloud(tmp_path):
     np.testing.assert_allclose(found, product, rtol=1e-4, atol=1e-4)
 
 
-# --- from dialect to dialect ------------------------------------------------------------------
+# --- from dialect to dialect ------------------------------------------------------------------------------------------
 
 
 def adapted(qkv, target=".*", alpha=3.0, seed=0, rank=4):
-    """A transformer with a random adapter on every linear layer, and another scale in each layer of
-    a stack."""
+    """A transformer with a random adapter on every linear layer, and another scale in each layer of a stack."""
     dit, rng = random_dit(), np.random.default_rng(seed)
     add_lora(dit, LoRAConfig(rank=rank, alpha=alpha, target=target, qkv=qkv), rngs=nnx.Rngs(0))
     for _, linear in linears(dit):
@@ -403,9 +324,7 @@ def adapted(qkv, target=".*", alpha=3.0, seed=0, rank=4):
 @pytest.mark.parametrize("qkv", ["shared", "separate"])
 @pytest.mark.parametrize("dialect", sorted(DIALECTS))
 def test_out_and_in_again_is_the_same_delta(tmp_path, dialect, qkv):
-    dit = adapted(
-        qkv, r"(double_blocks\..*_attn|single_blocks\.linear).*" if dialect == "xlabs" else ".*"
-    )
+    dit = adapted(qkv, r"(double_blocks\..*_attn|single_blocks\.linear).*" if dialect == "xlabs" else ".*")
     count = save_lora(tmp_path / "lora.safetensors", dit, dialect)
     again = random_dit()
     report = load_lora(again, tmp_path / "lora.safetensors")
@@ -456,9 +375,7 @@ def test_three_ranks_fused_are_block_diagonal_with_alpha_grown(tmp_path):
     assert out[f"{key}.{UP}"].shape == (3 * W, 9)
     assert out[f"{key}.alpha"] == 9.0
     assert np.count_nonzero(out[f"{key}.{UP}"]) == W * 9
-    np.testing.assert_allclose(
-        out[f"{key}.{UP}"] @ out[f"{key}.{DOWN}"], np.concatenate(wanted), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(out[f"{key}.{UP}"] @ out[f"{key}.{DOWN}"], np.concatenate(wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_shared_down_projection_is_written_three_times(tmp_path):
@@ -492,17 +409,13 @@ def test_two_files_add_up_and_come_off_again(tmp_path):
     load_lora(both, tmp_path / "2.safetensors")
     one, two, total = deltas(first), deltas(second), deltas(both)
     for name in total:
-        np.testing.assert_allclose(
-            total[name], one[name] + two[name], rtol=1e-3, atol=1e-3, err_msg=name
-        )
+        np.testing.assert_allclose(total[name], one[name] + two[name], rtol=1e-3, atol=1e-3, err_msg=name)
     remove_lora(both)
     assert not deltas(both)
 
 
 def test_rows_without_a_name_are_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(
-        InputError, match=r"xlabs has no name for all adapted rows of (txt_in|img_in)"
-    ):
+    with pytest.raises(InputError, match=r"xlabs has no name for all adapted rows of (txt_in|img_in)"):
         save_lora(tmp_path / "x.safetensors", adapted("shared", r"(txt|img)_in"), "xlabs")
     with pytest.raises(InputError, match="carries no adapter"):
         save_lora(tmp_path / "x.safetensors", random_dit())
@@ -512,12 +425,10 @@ def test_rows_without_a_name_are_refused_and_nothing_is_written(tmp_path):
 def test_every_dialect_spells_every_layer_once():
     for name, dialect in DIALECTS.items():
         names = spelled(dialect, CONFIG)
-        assert len(names) == len(dialect.prefixes) * len(FLUX1.targets(dialect.naming, CONFIG)), (
-            name
-        )
+        assert len(names) == len(dialect.prefixes) * len(FLUX1.targets(dialect.naming, CONFIG)), name
 
 
-# --- against PyTorch --------------------------------------------------------------------------
+# --- against PyTorch --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "older diffusers", "peft"])
@@ -531,14 +442,9 @@ def test_the_file_means_the_same_to_diffusers_and_peft(tmp_path, dialect):
     folder.mkdir()
     file = folder / "adapter_model.safetensors"
     save_lora(file, dit, "peft" if dialect == "peft" else "diffusers")
-    if (
-        dialect == "older diffusers"
-    ):  # the same under the names of before PEFT: they mean the same to both
+    if dialect == "older diffusers":  # the same under the names of before PEFT: they mean the same to both
         names = {"lora_A": "lora.down", "lora_B": "lora.up"}
-        write(
-            file,
-            {re.sub("lora_[AB]", lambda m: names[m[0]], k): v for k, v in load_file(file).items()},
-        )
+        write(file, {re.sub("lora_[AB]", lambda m: names[m[0]], k): v for k, v in load_file(file).items()})
         remove_lora(dit)
         assert load_lora(dit, file).dialect == "diffusers"
     if dialect == "peft":

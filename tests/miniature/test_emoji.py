@@ -85,7 +85,7 @@ def test_a_near_reference_shows_the_targets_pixels_and_only_in_training():
     pairs = [pair_at(5, i, near=1.0) for i in range(40)]
     for pair in pairs:
         assert {one.pose for one in pair.scene.placements} == {"upright"}
-        near = bring_near(pair.views[0], 0.0, pair.scene, 0, pair.height, pair.width)
+        near = bring_near(pair.views[0], 0.0, pair.scene, pair.height, pair.width)
         ground = pair.scene._replace(thing="nothing")
         shown, target = (
             np.asarray(picture, float)
@@ -104,7 +104,7 @@ def test_a_near_reference_shows_the_targets_pixels_and_only_in_training():
             for across in (-1, 0, 1)
         )
         assert closest < 25, pair.prompt.text  # of 255; half-transparent edges show the ground
-        far = bring_near(pair.views[0], 1.0, pair.scene, 0, pair.height, pair.width)
+        far = bring_near(pair.views[0], 1.0, pair.scene, pair.height, pair.width)
         assert far.angle == pair.views[0].angle
         assert far.length == pytest.approx(pair.views[0].length)
         assert far.centre == pytest.approx(pair.views[0].centre, abs=0.02)

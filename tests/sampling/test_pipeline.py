@@ -31,16 +31,6 @@ GRID, TOKENS = (2, 2), 4
 
 
 @pytest.fixture(scope="module")
-def system():
-    return random_system(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def pipeline(system):
-    return Pipeline.of(system, CONFIG, NO_ENCODERS)
-
-
-@pytest.fixture(scope="module")
 def pipelines(pipeline):
     return {"joint": pipeline, "cached": Pipeline.of(random_system(CACHED), CACHED, NO_ENCODERS)}
 

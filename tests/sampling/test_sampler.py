@@ -113,16 +113,6 @@ def scales(scale):
     return np.broadcast_to(np.float32(scale), 3)
 
 
-@pytest.fixture(scope="module")
-def system():
-    return random_system(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def pipeline(system):
-    return Pipeline.of(system, CONFIG, NO_ENCODERS)
-
-
 @pytest.fixture(scope="module", params=["joint", "cached"])
 def programs(system, request):
     """Ours, and the naive one: each compiled once for the whole module."""

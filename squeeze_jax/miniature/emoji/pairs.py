@@ -92,11 +92,11 @@ def pair_at(
     )
     difference = 1.0
     if near and split == "train" and not two and rng.random() < near:
-        difference = float(rng.random() ** 3)
+        difference = float(rng.random() ** 3)  # mostly small (our decision)
         placements = (placements[0]._replace(pose="upright"),)
     thing = "nothing" if two or rng.random() < 0.3 else one_of("thing")
     scene = Scene(one_of("place"), one_of("time"), thing, placements)
     views = tuple(draw_view(rng, scene.place) for _ in placements)
     if difference < 1:
-        views = (bring_near(views[0], difference, scene, 0, height, width),)
+        views = (bring_near(views[0], difference, scene, height, width),)
     return Pair(scene, views, write_prompt(scene, rng, split, complete), height, width, index)

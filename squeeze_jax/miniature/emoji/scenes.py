@@ -102,14 +102,11 @@ def draw_view(rng: np.random.Generator, away_from: str) -> View:
     return View(angle, length, (0.5 + float(right), 0.5 + float(down)), (red, green, blue), place)
 
 
-def bring_near(
-    view: View, difference: float, scene: Scene, place: int, height: int, width: int
-) -> View:
-    """The view on the way to how the target shows subject number `place`: at a difference of 0 the
-    same upright picture at the same pixels, as far as it fits, at 1 the view itself."""
-    left, upper, right, lower = bounds_of(scene, place, height, width)
-    lengths = _LENGTH_OF_TWO if len(scene.placements) == 2 else _LENGTH
-    length = lengths[scene.placements[place].size] * min(height, width) / REFERENCE_SIDE
+def bring_near(view: View, difference: float, scene: Scene, height: int, width: int) -> View:
+    """The view on the way to how the target shows a scene's single subject: at a difference of 0
+    the same upright picture at the same pixels, as far as it fits, at 1 the view itself."""
+    left, upper, right, lower = bounds_of(scene, 0, height, width)
+    length = _LENGTH[scene.placements[0].size] * min(height, width) / REFERENCE_SIDE
     length = min(length + difference * (view.length - length), 1.0)
     centre = []
     for low, high, far in ((left, right, view.centre[0]), (upper, lower, view.centre[1])):

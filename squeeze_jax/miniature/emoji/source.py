@@ -7,10 +7,10 @@ from squeeze_jax.data.sources import Examples
 from squeeze_jax.miniature.emoji.pairs import Pair, pair_at
 from squeeze_jax.miniature.emoji.subjects import Split
 
+Sizes = tuple[tuple[int, int], ...]
 DRAWING = 2
 """Counts the times that the same seed and number came to draw another example: records of an
 earlier drawing are not taken for today's."""
-Sizes = tuple[tuple[int, int], ...]
 
 
 class EmojiRows:
