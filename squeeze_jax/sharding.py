@@ -156,14 +156,15 @@ def drop_indivisible(
     spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """The spec without the axes that do not divide the shape."""
-
-    def parts(axes: str | tuple[str, ...] | None) -> int:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        return math.prod(mesh.shape[name] for name in names)
-
     return PartitionSpec(
-        *(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape))
+        *(axes if size % _parts(axes, mesh) == 0 else None for axes, size in zip(spec, shape))
     )
+
+
+def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts these mesh axes cut a dimension."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def make_mesh(
