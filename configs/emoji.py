@@ -9,13 +9,15 @@ reference shows the subject more or less where the target does (`data.emoji.near
 hardly any looking at the reference was learned in 4,000 steps; going on from there with a share of
 0.85 it began within 850. As a whole this preset has not been run from nothing. The rate stays at
 its peak; `emoji_multi_subject.py` goes on with other sizes and two subjects and lets it
-fall. The thresholds are the paper's, carried to few tokens as in `demo_weights.py`.
+fall. Thresholds and guidance did best of fourteen settings tried on 96 held-out pairs that the exam
+does not have (our decision); τ1 0.83 and guidance 2.5, as in `demo_weights.py`, had 6 points less.
 
 The shipped weights were trained in pieces, each from the averaged weights of the one before, with
 the batch of this preset: 700 steps of stage 1 and 4,200 of stage 2 at four sizes without near
 references; then at this one 2,900 steps with a share `near` of 0.6, 1,600 with 0.85 and 1,200 with
 0.6, in all of which references showed their subject anywhere; then 1,600 and 2,700 with 0.25, as
-references are now, in the last of which the rate fell along a cosine.
+references are now, in the last of which the rate fell along a cosine; and last the 5,500 of
+`emoji_multi_subject.py`.
 """
 
 import dataclasses
@@ -39,7 +41,9 @@ config = dataclasses.replace(
         batch_per_chip=16,
     ),
     optimizer=dataclasses.replace(critters.optimizer, learning_rate=0.01, decay="constant"),
-    sampling=dataclasses.replace(critters.sampling, tau_tokens=64),
+    sampling=dataclasses.replace(
+        critters.sampling, tau1=0.95, tau2=0.59, cfg_scale=4.0, tau_tokens=64
+    ),
     training=TrainingConfig(
         stages=(
             StageConfig(steps=1_000, references=False),

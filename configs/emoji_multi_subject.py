@@ -3,7 +3,9 @@
     python train.py configs/emoji_multi_subject.py --from runs/emoji
 
 Every second example has two subjects and two references (arXiv 2605.26111, "Training": a light
-fine-tune), and targets have four sizes. The rate falls to a twentieth.
+fine-tune, here a long one), and targets have four sizes. The rate falls to a twentieth. The
+shipped weights were trained by this preset on two devices, 8 examples each, in 76 minutes on two
+CPU cores.
 """
 
 import dataclasses
@@ -18,11 +20,11 @@ config = dataclasses.replace(
     name="emoji_multi_subject",
     data=dataclasses.replace(
         single.data,
-        emoji=dataclasses.replace(single.data.emoji, train=16_000, subjects=2, seed=1),
+        emoji=dataclasses.replace(single.data.emoji, train=20_000, near=0.25, subjects=2, seed=4),
         buckets=((64, 64), (48, 80), (80, 48), (64, 96)),
     ),
     optimizer=dataclasses.replace(single.optimizer, decay="cosine"),
     training=dataclasses.replace(
-        single.training, stages=(StageConfig(steps=2_000, references=True),)
+        single.training, stages=(StageConfig(steps=5_500, references=True),)
     ),
 )

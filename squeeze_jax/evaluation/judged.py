@@ -196,10 +196,10 @@ def score_replies(
 
 def check_no_other_scores(folder: Path, *, judged: bool) -> None:
     """Raises InputError where `folder` has a report of the other kind, which would be lost: of a
-    judge model's scores (`judged`), or of DINO's and CLIP's."""
+    judge model's scores (`judged`), or any others."""
     scores = folder / "scores.json"
     if scores.exists() and ("judged" in read_json(scores)) != judged:
-        kind = "by DINO and CLIP" if judged else "of a judge model"
+        kind = "that no judge model gave" if judged else "of a judge model"
         raise InputError(f"{scores} holds scores {kind}; give another folder with --out")
 
 

@@ -122,6 +122,7 @@ def test_two_steps_saved_resumed_and_two_more_equal_four(whole, features, tmp_pa
     said = []
     again = train(BOTH, tmp_path, features, say=said.append)
     assert any("from step 2" in text for text in said)
+    assert "learning rate 0.01 (adamw, constant)" in said
     assert again.step == result.step == 4
     assert again.validation == result.validation
     for name, leaf in result.params.items():
@@ -219,6 +220,32 @@ def test_changes_go_on_when_told_so_and_never_those_of_size(whole, features):
     with pytest.raises(InputError, match=r"training\.seed: 0 → 1.*the order of its records"):
         train(shuffled, workdir, features, accept_changes=True, say=lambda text: None)
     write_config(workdir, BOTH)
+
+
+@pytest.mark.telling
+@pytest.mark.slow
+def test_a_run_whose_rate_and_steps_are_changed_goes_on_with_the_new_ones(features, tmp_path):
+    """From where it was, and no step is done again. The last stage, now of three steps, warms up
+    over two; a stage of two steps has only one to warm up in."""
+    with_pictures = dataclasses.replace(BOTH.training, sample_every=2)
+    interrupted = dataclasses.replace(BOTH, training=with_pictures)
+    with pytest.raises(StoppedError):
+        train(interrupted, tmp_path, features, sample=stop_at(2), say=lambda text: None)
+    first, second = BOTH.training.stages
+    stages = (first, dataclasses.replace(second, steps=3))
+    changed = dataclasses.replace(
+        BOTH,
+        optimizer=dataclasses.replace(BOTH.optimizer, learning_rate=1e-3),
+        training=dataclasses.replace(BOTH.training, stages=stages),
+    )
+    said = []
+    again = train(changed, tmp_path, features, accept_changes=True, say=said.append)
+    assert again.step == 5
+    rates = values(tmp_path, "learning_rate")
+    assert list(rates) == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose(list(rates.values()), [1e-2, 1e-2, 5e-4, 1e-3, 1e-3], rtol=1e-6)
+    assert "changed: optimizer.learning_rate: 0.01 → 0.001" in said
+    assert f"continuing {tmp_path} from step 2" in said
 
 
 def test_a_run_goes_on_only_with_the_base_it_began_with(whole, features, monkeypatch):
