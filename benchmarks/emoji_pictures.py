@@ -49,7 +49,7 @@ def sheet_of(columns: list[list[Image.Image]], captions: list[str], path: Path) 
     wide, gap = 96 * SCALE, 8
     rows = max(map(len, columns))
     high = [max(c[r].height for c in columns if r < len(c)) * SCALE + gap for r in range(rows)]
-    page = Image.new("RGB", (len(columns) * (wide + gap), sum(high) + 92), "white")
+    page = Image.new("RGB", (len(columns) * (wide + gap), sum(high) + 108), "white")
     draw = ImageDraw.Draw(page)
     for place, (column, caption) in enumerate(zip(columns, captions)):
         left, top = place * (wide + gap), 0

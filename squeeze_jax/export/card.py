@@ -5,9 +5,11 @@ from pathlib import Path
 
 from squeeze_jax.array_types import Json
 from squeeze_jax.config import Config
+from squeeze_jax.config_data import DataConfig
 from squeeze_jax.config_json import to_json
 from squeeze_jax.interop.exported import LORA, TRANSFORMER, torch_code
 from squeeze_jax.interop.formats import format_of
+from squeeze_jax.interop.load import SHIPPED
 from squeeze_jax.interop.tensors import read_json
 from squeeze_jax.models.dit import DiTConfig
 
@@ -190,6 +192,8 @@ Try it, promised is nothing: load with `transformer="{PUBLISHER}/{distilled}"`, 
 def _prompt(config: Config) -> str:
     if config.data.critters is not None:
         return "a big critter jumping on the beach at sunset"
+    if config.data.emoji is not None:
+        return "a big zebra on the beach at sunset"
     return "the cat on a surfboard"
 
 
@@ -229,12 +233,17 @@ def _licences(folder: Path, config: Config) -> str:
         ("Multimodal LLM", its, config.model.mllm),
     ):
         own_part = "Apache-2.0; the miniature's, in this folder"
-        rows.append((what, own_part if place == "demo" else theirs))
-    drawn = "drawn by squeeze_jax's own code, Apache-2.0"
-    unknown = "not in this folder; FILL IN"
-    rows.append(("Training data", unknown if config.data.critters is None else drawn))
+        rows.append((what, own_part if place in SHIPPED else theirs))
+    rows.append(("Training data", _training_data(config.data)))
     lines = [f"| {what} | {licence} |" for what, licence in rows]
     return "## Licences, part by part\n\n| part | licence |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _training_data(data: DataConfig) -> str:
+    drawn = "drawn by squeeze_jax's own code, Apache-2.0"
+    if data.emoji is not None:
+        return f"{drawn}, with pictures of Noto Emoji, Apache-2.0, © Google LLC"
+    return "not in this folder; FILL IN" if data.critters is None else drawn
 
 
 def _certificate(report: Json | None, about: Json) -> str:

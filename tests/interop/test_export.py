@@ -180,6 +180,15 @@ def test_every_part_has_its_licence_in_the_card_of_a_real_run(tmp_path):
     assert "The check was skipped" in card and 'vae="black-forest-labs/FLUX.1-dev"' in card
 
 
+def test_a_card_of_a_shipped_miniature_leaves_no_licence_open(tmp_path):
+    for name, words in (("demo_weights", "own code"), ("emoji_multi_subject", "© Google LLC")):
+        config = load_preset(Path(__file__).parents[2] / "configs" / f"{name}.py")
+        write_card(tmp_path, config, {"base": None, "dtype": "float32", "step": 7}, None)
+        card = (tmp_path / "README.md").read_text()
+        assert "FILL IN" not in card and "of its publisher" not in card
+        assert words in card.split("| Training data | ")[1].split("\n")[0]
+
+
 @pytest.mark.parametrize(
     ("preset", "base", "licence"),
     [
