@@ -270,6 +270,25 @@ def test_the_truth_is_found_and_a_pasted_reference_is_not():
             assert found.subject().value == 0.0
 
 
+def test_what_the_prompt_leaves_free_is_not_judged():
+    """Prompts name the size of one subject, and of two neither: there both sizes are right."""
+    other = {"big": "small", "small": "big"}
+    shares = []
+    for subjects, indices in ((1, range(24)), (2, range(1, 49, 2))):
+        pairs = [pair_at(8, i, "held_out", subjects=subjects, complete=True) for i in indices]
+        resized = [
+            pair.scene._replace(
+                placements=tuple(one._replace(size=other[one.size]) for one in pair.scene.placements)
+            )
+            for pair in pairs
+        ]
+        drawn = np.stack([np.asarray(draw_scene(scene, 64, 64)) for scene in resized])
+        (found,) = judge_all({"resized": drawn}, pairs).values()
+        shares.append((found.subject().value, found.scene().value, found.swapped().value))
+    assert shares[0][0] < 0.7 and shares[0][1] < 0.95
+    assert shares[1] == (1.0, 1.0, 0.0)
+
+
 def test_a_picture_of_another_size_is_not_judged():
     with pytest.raises(ValueError, match="wanted uint8"):
         judge_all({"small": np.zeros((1, 32, 32, 3), np.uint8)}, [pair_at(0, 0, "held_out")])

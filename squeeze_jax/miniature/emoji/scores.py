@@ -3,19 +3,28 @@
 *Subject*: the true subject and fifteen others of its category are drawn where the scene has it; the
 picture's own crop, moved and scaled by a little for the best fit, is compared with each, pixel by
 pixel. *Scene*: for each factor that the prompt names, the true scene is compared with one that
-differs in that factor. The nearest in mean squared error wins; a tie is a miss. Every prompt of the
-exam says everything.
+differs in that factor. The nearest in mean squared error wins; a tie is a miss. Prompts of the exam
+say everything, but for the sizes of two subjects, which no prompt names: there every scene stands
+for all its sizes, and the nearest of them counts.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from squeeze_jax.miniature.emoji.pairs import Pair
-from squeeze_jax.miniature.emoji.scenes import FACTORS, Scene, bounds_of, draw_copied, draw_scene
+from squeeze_jax.miniature.emoji.scenes import (
+    FACTORS,
+    Placement,
+    Scene,
+    bounds_of,
+    draw_copied,
+    draw_scene,
+)
 from squeeze_jax.miniature.emoji.subjects import SUBJECTS, Subject
 from squeeze_jax.miniature.scores import Share, wilson
 
@@ -114,28 +123,51 @@ class _Exam:
 
     def __init__(self, pair: Pair, rng: np.random.Generator) -> None:
         self.pair, scene = pair, pair.scene
-        self.truth = _pixels(draw_scene(scene, pair.height, pair.width))
-        self.boxes = [bounds_of(scene, i, pair.height, pair.width) for i in range(len(pair.views))]
-        self.others: list[list[np.ndarray]] = []
-        for place, box in enumerate(self.boxes):
-            candidates = candidates_of(scene, place, rng)
-            drawn = [draw_scene(one, pair.height, pair.width) for one in candidates]
-            self.others.append([_crop(picture, box) for picture in drawn])
+        self.truth = self._draw(scene)
+        self.others = [
+            self._draw_candidates(candidates_of(scene, place, rng), place)
+            for place in range(len(pair.views))
+        ]
         self.changed = {name: self._draw(_with_factor(scene, name, rng)) for name in _asked(pair)}
         pasted = draw_copied(scene, pair.views, pair.height, pair.width)
-        self.copied = _pixels(pasted)
+        self.copied = [_pixels(pasted)]
         self.exchanged = self._draw(_exchanged(scene)) if len(pair.views) == 2 else None
 
-    def _draw(self, scene: Scene) -> np.ndarray:
-        return _pixels(draw_scene(scene, self.pair.height, self.pair.width))
+    def _draw(self, scene: Scene) -> list[np.ndarray]:
+        """The scene's pictures, in all sizes that the prompt leaves free."""
+        choices = [self._sizes(one) for one in scene.placements]
+        scenes = [
+            scene._replace(
+                placements=tuple(
+                    one._replace(size=size)
+                    for one, size in zip(scene.placements, sizes, strict=True)
+                )
+            )
+            for sizes in product(*choices)
+        ]
+        return [_pixels(draw_scene(one, self.pair.height, self.pair.width)) for one in scenes]
+
+    def _sizes(self, one: Placement) -> tuple[str, ...]:
+        return (one.size,) if "size" in self.pair.prompt.said else FACTORS["size"]
+
+    def _draw_candidates(
+        self, candidates: Sequence[Scene], place: int
+    ) -> list[tuple[Box, list[np.ndarray]]]:
+        """For each size that subject number `place` may have, its box and what every candidate
+        shows there."""
+        height, width, found = self.pair.height, self.pair.width, []
+        for size in self._sizes(candidates[0].placements[place]):
+            scenes = [_with_size(one, place, size) for one in candidates]
+            box = bounds_of(scenes[0], place, height, width)
+            found.append((box, [_crop(draw_scene(one, height, width), box) for one in scenes]))
+        return found
 
     def judge(self, picture: np.ndarray) -> Judged:
         image, pixels = Image.fromarray(picture), picture.astype(np.float32)
         subjects = []
-        for box, candidates in zip(self.boxes, self.others, strict=True):
-            crops = np.stack([_crop(image, moved) for moved in _moved(box)])
-            distances = [float(np.square(crops - c).mean((1, 2, 3)).min()) for c in candidates]
-            subjects.append(distances[0] < min(distances[1:]))
+        for sizes in self.others:
+            distances = np.min([_best_fits(image, *one) for one in sizes], axis=0)
+            subjects.append(bool(distances[0] < distances[1:].min()))
         off = _distance(pixels, self.truth)
         factors = {name: off < _distance(pixels, other) for name, other in self.changed.items()}
         swapped = self.exchanged is not None and _distance(pixels, self.exchanged) < off
@@ -168,6 +200,12 @@ def candidates_of(scene: Scene, place: int, rng: np.random.Generator) -> list[Sc
 def _with_subject(scene: Scene, place: int, subject: Subject) -> Scene:
     placements = list(scene.placements)
     placements[place] = placements[place]._replace(subject=subject, look=0)
+    return scene._replace(placements=tuple(placements))
+
+
+def _with_size(scene: Scene, place: int, size: str) -> Scene:
+    placements = list(scene.placements)
+    placements[place] = placements[place]._replace(size=size)
     return scene._replace(placements=tuple(placements))
 
 
@@ -206,6 +244,12 @@ def _moved(box: Box) -> list[Box]:
     return moved
 
 
+def _best_fits(image: Image.Image, box: Box, candidates: Sequence[np.ndarray]) -> list[float]:
+    """Of each candidate its distance from the picture's crop where that fits it best."""
+    crops = np.stack([_crop(image, moved) for moved in _moved(box)])
+    return [float(np.square(crops - one).mean((1, 2, 3)).min()) for one in candidates]
+
+
 def _crop(image: Image.Image, box: Box) -> np.ndarray:
     """The part of a picture in a box, which may reach out of it: float32 [CROP, CROP, 3]."""
     left, upper, right, lower = box
@@ -220,5 +264,6 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float32)
 
 
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.square(a - b).mean())
+def _distance(picture: np.ndarray, others: Sequence[np.ndarray]) -> float:
+    """Mean squared error to the nearest of the others."""
+    return min(float(np.square(picture - other).mean()) for other in others)
