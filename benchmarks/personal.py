@@ -5,7 +5,7 @@
 For each vehicle, which the miniature of emoji never saw, `configs/personal.py` goes on from the
 shipped weights with a manifest of --rows pictures. Then the vehicle is asked for in 32 other scenes,
 from other references, and judged by retrieval among sixteen vehicles, with both weights. Writes
-docs/personal.png: a reference, before, after and the true target, six scenes of each.
+docs/personal.png: a reference, before, after and the true target, four scenes of each.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from squeeze_jax.miniature.emoji.words import write_prompt
 from squeeze_jax.sampling.pipeline import Pipeline, Settings
 
 ROOT = Path(__file__).parents[1]
-SCENES, SHOWN, SCALE = 32, 6, 2
+SCENES, SHOWN, SCALE = 32, 4, 2
 
 
 def pairs_of(subject: Subject, seed: int, count: int) -> list[Pair]:
