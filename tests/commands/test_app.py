@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from painted_page import OWN, Painter
 from PIL import Image
+from saved_pictures import RESOLVED
 from tiny import tiny_config
 from uploads import broken_files
 
@@ -24,19 +25,10 @@ from squeeze_jax.sampling import png_metadata
 from squeeze_jax.sampling.pipeline import Resolved, Settings
 from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
 
-RESOLVED = Resolved(
-    height=32, width=48, steps=5, tau1=0.9, tau2=0.5, cfg_scale=2.5, seed=7, num_images=2
-)
-
 
 @pytest.fixture
 def studio(tmp_path):
     return AppState(Painter(), "tiny", tmp_path)
-
-
-def saved(path, text):
-    save_png(path, np.zeros((32, 48, 3), np.uint8), text)
-    return path
 
 
 # The strip

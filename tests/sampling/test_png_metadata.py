@@ -1,24 +1,13 @@
 """The settings inside a picture: what is written is read back, and anything else is one sentence."""
 
-import numpy as np
 import pytest
 from PIL import Image
+from saved_pictures import RESOLVED, saved
 
-from squeeze_jax.data.images import save_png
 from squeeze_jax.errors import InputError
 from squeeze_jax.sampling import png_metadata
 from squeeze_jax.sampling.pipeline import Resolved
 from squeeze_jax.sampling.png_metadata import Embedded, Reference, text_of
-
-RESOLVED = Resolved(
-    height=32, width=48, steps=5, tau1=0.9, tau2=0.5, cfg_scale=2.5, seed=7, num_images=2
-)
-
-
-def saved(path, text):
-    save_png(path, np.zeros((32, 48, 3), np.uint8), text)
-    return path
-
 
 
 def test_what_is_written_is_read_back(tmp_path):

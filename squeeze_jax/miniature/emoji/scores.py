@@ -157,7 +157,7 @@ class _Exam:
         shows there."""
         height, width, found = self.pair.height, self.pair.width, []
         for size in self._sizes(candidates[0].placements[place]):
-            scenes = [_with_size(one, place, size) for one in candidates]
+            scenes = [_with_placement(one, place, size=size) for one in candidates]
             box = bounds_of(scenes[0], place, height, width)
             found.append((box, [_crop(draw_scene(one, height, width), box) for one in scenes]))
         return found
@@ -194,18 +194,14 @@ def _rivals(scene: Scene, place: int, rng: np.random.Generator) -> list[Subject]
 def candidates_of(scene: Scene, place: int, rng: np.random.Generator) -> list[Scene]:
     """What subject number `place` is to be told among: the scene itself, then fifteen that have
     another subject there."""
-    return [scene, *(_with_subject(scene, place, s) for s in _rivals(scene, place, rng))]
+    rivals = _rivals(scene, place, rng)
+    return [scene, *(_with_placement(scene, place, subject=one, look=0) for one in rivals)]
 
 
-def _with_subject(scene: Scene, place: int, subject: Subject) -> Scene:
+def _with_placement(scene: Scene, place: int, **changes: Subject | str | int) -> Scene:
+    """The scene with some fields of one placement changed."""
     placements = list(scene.placements)
-    placements[place] = placements[place]._replace(subject=subject, look=0)
-    return scene._replace(placements=tuple(placements))
-
-
-def _with_size(scene: Scene, place: int, size: str) -> Scene:
-    placements = list(scene.placements)
-    placements[place] = placements[place]._replace(size=size)
+    placements[place] = placements[place]._replace(**changes)
     return scene._replace(placements=tuple(placements))
 
 
@@ -218,7 +214,7 @@ def _with_factor(scene: Scene, factor: str, rng: np.random.Generator) -> Scene:
     other = others[int(rng.integers(len(others)))]
     if of_scene:
         return scene._replace(**{factor: other})
-    return scene._replace(placements=(first._replace(**{factor: other}), *scene.placements[1:]))
+    return _with_placement(scene, 0, **{factor: other})
 
 
 def _exchanged(scene: Scene) -> Scene:
